@@ -1,0 +1,288 @@
+"""Attention of the language model: plain multi-head, and multi-head latent attention (MLA).
+
+Shape suffixes: B batch, N attention heads, M key/value heads, T query positions, S key positions, H hidden size,
+D head size, R rank of the latent, P rotated part of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_deepseek import DeepseekV2Config
+from .norm import DeepseekV2RMSNorm
+from .rope import apply_rotary, split_interleaved_pairs, yarn_softmax_scale
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+
+
+def additive_mask(mask: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor | None:
+    """Return a mask of any of transformers' forms as something to add to ``scores`` [B, N, T, S].
+
+    ``None`` means causal; a 2-D mask marks the keys that are not padding (flash attention's form, one query only).
+    """
+    queries, keys = scores.shape[-2:]
+    if mask is None:
+        if queries == 1:
+            return None
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)
+    elif mask.dim() == 2:
+        mask = mask[:, None, None, :].bool()
+    if mask.dtype == torch.bool:
+        lowest = torch.finfo(scores.dtype).min
+        return torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, lowest)
+    return mask[..., :keys]
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query_BNTD: torch.Tensor,
+    key_BMSD: torch.Tensor,
+    value_BMSD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend by plain matrix products, softmax in float32; returns [B, T, N, D] and the weights [B, N, T, S]."""
+    groups = query_BNTD.shape[1] // key_BMSD.shape[1]
+    key = key_BMSD.repeat_interleave(groups, dim=1) if groups > 1 else key_BMSD
+    value = value_BMSD.repeat_interleave(groups, dim=1) if groups > 1 else value_BMSD
+    scores = torch.matmul(query_BNTD, key.mT) * scaling
+    mask = additive_mask(attention_mask, scores)
+    if mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query_BNTD.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+class DeepseekV2MultiHeadAttention(nn.Module):
+    """Plain multi-head attention (with grouped keys and values where configured), as in Llama; tiny's attention.
+
+    The cache holds rotated keys and values, each [B, M, S, D].
+    """
+
+    is_causal = True
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.attention_dropout = config.attention_dropout
+        self.scaling = self.head_dim**-0.5 * yarn_softmax_scale(config.rope_parameters)
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_BTH: torch.Tensor,
+        rotation: Rotation,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the attention's output [B, T, H] and, from the eager implementation, its weights."""
+        query = apply_rotary(self._heads(self.q_proj(hidden_BTH)), *rotation)
+        key = apply_rotary(self._heads(self.k_proj(hidden_BTH)), *rotation)
+        value = self._heads(self.v_proj(hidden_BTH))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.o_proj(out.flatten(2)), weights
+
+
+class DeepseekV2Attention(nn.Module):
+    """Multi-head latent attention.
+
+    Keys and values are low-rank: one latent of ``kv_lora_rank`` numbers and one rotated key of ``qk_rope_head_dim``
+    numbers a position, shared by all heads, is all that is cached. There are two equal ways to attend:
+
+    - expanded: ``kv_b_proj`` turns latents into keys and values of every head; the cheaper one for many queries;
+    - absorbed: ``kv_b_proj`` is folded into the query and into the output, and all heads attend to the latents
+      themselves; the cheaper one for few queries, and what the original computes.
+
+    Source: section 2.1 of the DeepSeek-V2 paper; ``DeepseekV2Attention`` of the original package.
+    """
+
+    is_causal = True
+    num_key_value_groups = 1
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
+        super().__init__()
+        assert config.kv_lora_rank is not None
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.kv_lora_rank = config.kv_lora_rank
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.attention_dropout = config.attention_dropout
+        self.scaling = self.qk_head_dim**-0.5 * yarn_softmax_scale(config.rope_parameters)
+        hidden, bias, query_width = config.hidden_size, config.attention_bias, self.num_heads * self.qk_head_dim
+        self.q_lora_rank = config.q_lora_rank
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, query_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = DeepseekV2RMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=bias)
+        self.kv_a_layernorm = DeepseekV2RMSNorm(config.kv_lora_rank)
+        expanded_width = self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, expanded_width, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, hidden, bias=bias)
+
+    def project_query(self, hidden_BTH: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the unrotated part, [B, N, T, nope], and the rotated part, [B, N, T, P], of the queries."""
+        if self.q_lora_rank is None:
+            query = self.q_proj(hidden_BTH)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_BTH)))
+        query = query.unflatten(-1, (self.num_heads, self.qk_head_dim)).transpose(1, 2)
+        nope, rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        return nope, apply_rotary(split_interleaved_pairs(rope), *rotation)
+
+    def project_latent(self, hidden_BTH: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what is cached: the rotated key, [B, 1, T, P], and the latent, [B, 1, T, R]."""
+        compressed = self.kv_a_proj_with_mqa(hidden_BTH).unsqueeze(1)
+        latent, rope = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        return apply_rotary(split_interleaved_pairs(rope), *rotation), self.kv_a_layernorm(latent)
+
+    def can_absorb(self, hidden: torch.Tensor) -> bool:
+        """Whether ``kv_b_proj`` is a bare weight here: not quantized, adapted, offloaded or distributed."""
+        projection = self.kv_b_proj
+        return (
+            type(projection) is nn.Linear
+            and type(projection.weight) in (nn.Parameter, torch.Tensor)
+            and projection.weight.is_floating_point()
+            and projection.weight.device == hidden.device
+        )
+
+    def prefers_absorbed(self, hidden_BTH: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+        """Choose between the two forms.
+
+        Eager is always absorbed, in the original's order of operations. Otherwise the arithmetic decides: absorbed
+        attention costs 2R - nope - v more products for each query and key, expansion R * (nope + v) for each key.
+        """
+        if not self.can_absorb(hidden_BTH):
+            return False
+        if self.config._attn_implementation == "eager":
+            return True
+        queries, values = hidden_BTH.shape[1], self.qk_nope_head_dim + self.v_head_dim
+        if queries > 1 and not self._mask_is_4d_or_causal(attention_mask):
+            return False
+        return queries * (2 * self.kv_lora_rank - values) < self.kv_lora_rank * values
+
+    def _mask_is_4d_or_causal(self, attention_mask: torch.Tensor | None) -> bool:
+        if self.config._attn_implementation != "sdpa":
+            return False
+        return attention_mask is None or attention_mask.dim() == 4
+
+    def attend_absorbed(
+        self,
+        query_nope: torch.Tensor,
+        query_rope: torch.Tensor,
+        key_rope_B1SP: torch.Tensor,
+        latent_B1SR: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend to the latents; returns [B, T, N, v] and the weights [B, N, T, S]."""
+        weight = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)
+        into_latent, out_of_latent = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        query_latent = torch.matmul(query_nope, into_latent)
+        # All heads share the keys: heads times queries become the rows of one matrix product, and nothing is repeated.
+        shape = (self.num_heads, query_rope.shape[2])
+        rope_scores = torch.matmul(query_rope.flatten(1, 2), key_rope_B1SP[:, 0].mT)
+        latent_scores = torch.matmul(query_latent.flatten(1, 2), latent_B1SR[:, 0].mT)
+        scores = ((rope_scores + latent_scores) * self.scaling).unflatten(1, shape)
+        mask = additive_mask(attention_mask, scores)
+        if mask is not None:
+            scores = scores + mask
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(query_nope.dtype)
+        weights = F.dropout(weights, p=self.attention_dropout, training=self.training)
+        mixed = torch.matmul(weights.flatten(1, 2), latent_B1SR[:, 0]).unflatten(1, shape)
+        return torch.matmul(mixed, out_of_latent.mT).transpose(1, 2), weights
+
+    def attend_expanded(
+        self,
+        query_nope: torch.Tensor,
+        query_rope: torch.Tensor,
+        key_rope_B1SP: torch.Tensor,
+        latent_B1SR: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend to keys and values of every head; returns [B, T, N, v] and, from eager, the weights."""
+        expanded = self.kv_b_proj(latent_B1SR[:, 0]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        key_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        query = torch.cat((query_nope, query_rope), dim=-1)
+        key = torch.cat((key_nope, key_rope_B1SP.expand(-1, self.num_heads, -1, -1)), dim=-1)
+        name = self.config._attn_implementation
+        padded = "flash" in name and self.qk_head_dim > self.v_head_dim
+        if padded:  # flash attention takes keys and values of one size only
+            value = F.pad(value, (0, self.qk_head_dim - self.v_head_dim))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        out, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return (out[..., : self.v_head_dim] if padded else out), weights
+
+    def forward(
+        self,
+        hidden_BTH: torch.Tensor,
+        rotation: Rotation,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the attention's output [B, T, H] and, where they are computed, its weights."""
+        query_nope, query_rope = self.project_query(hidden_BTH, rotation)
+        key_rope, latent = self.project_latent(hidden_BTH, rotation)
+        if past_key_values is not None:
+            key_rope, latent = past_key_values.update(key_rope, latent, self.layer_idx)
+        parts = (query_nope, query_rope, key_rope, latent)
+        weights: torch.Tensor | None
+        if self.prefers_absorbed(hidden_BTH, attention_mask):
+            out, weights = self.attend_absorbed(*parts, attention_mask)
+        else:
+            out, weights = self.attend_expanded(*parts, attention_mask, **kwargs)
+        return self.o_proj(out.flatten(2)), weights
+
+
+def build_attention(config: DeepseekV2Config, layer_idx: int) -> nn.Module:
+    """Return the kind of attention that the config asks for."""
+    kind = DeepseekV2Attention if config.use_mla else DeepseekV2MultiHeadAttention
+    return kind(config, layer_idx)

@@ -1,0 +1,88 @@
+"""Reading images, with an error that a person understands for everything that can be wrong with one."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Pillow warns from here on that a file may be a decompression bomb; we refuse it.
+MAX_IMAGE_PIXELS = 89_478_485
+
+
+def check_image_size(image: Image.Image, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
+    """Raise ``ValueError`` for an image with no area, or with more than ``max_pixels`` pixels."""
+    width, height = image.size
+    if width <= 0 or height <= 0:
+        raise ValueError(f"{name} has a size of {width}x{height} pixels: there is nothing to show.")
+    if width * height > max_pixels:
+        raise ValueError(
+            f"{name} has {width}x{height} pixels, more than the limit of {max_pixels:,}: "
+            "scale it down, or raise max_pixels if you trust its source."
+        )
+
+
+def _decode_data_url(url: str) -> bytes:
+    header, separator, payload = url.partition(",")
+    if not separator:
+        raise ValueError("A data URL needs a comma between its header and its data.")
+    if not header.endswith(";base64"):
+        return unquote_to_bytes(payload)
+    try:
+        return base64.b64decode(payload, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"The data URL is not valid base64: {error}.") from error
+
+
+def _open(source: Any) -> tuple[Image.Image, str]:
+    """Open without decoding; returns the image and a name for error messages."""
+    if isinstance(source, Image.Image):
+        return source, "The image"
+    if isinstance(source, (bytes, bytearray)):
+        return Image.open(io.BytesIO(source)), "The image"
+    if isinstance(source, str) and source.startswith("data:"):
+        return Image.open(io.BytesIO(_decode_data_url(source))), "The image in the data URL"
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        raise ValueError(f"{source} is an address: download the image first and pass the file or the PIL image.")
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"Cannot read an image from {type(source).__name__}: pass a path, bytes or a PIL image.")
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no image file at {path}.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory, not an image file.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is an empty file, not an image.")
+    return Image.open(path), str(path)
+
+
+def load_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Read one image and return it as RGB, turned upright as its EXIF orientation says.
+
+    Args:
+        source: a path, the bytes of a file, a ``data:`` URL or a PIL image.
+        max_pixels: refuse an image with more pixels than this, before it is decoded.
+
+    Raises:
+        FileNotFoundError: there is no file at the path.
+        ValueError: the file is empty, truncated, not an image, has no area or has too many pixels.
+    """
+    name = str(source) if isinstance(source, (str, os.PathLike)) and not str(source).startswith("data:") else "The data"
+    try:
+        image, name = _open(source)
+        check_image_size(image, name, max_pixels)
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not an image that Pillow can read.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has too many pixels to be opened safely: {error}") from error
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{name} is truncated or damaged and cannot be decoded: {error}.") from error

@@ -1,0 +1,354 @@
+"""The DeepSeek-V2 language model: decoder layer, stack of layers, causal language model."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+
+from .attention import DeepseekV2Attention, DeepseekV2MultiHeadAttention, Rotation, build_attention
+from .configuration_deepseek import DeepseekV2Config
+from .moe import AddAuxiliaryLoss, DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, MoEGate
+from .norm import DeepseekV2RMSNorm
+from .rope import RotaryEmbedding
+
+__all__ = [
+    "AddAuxiliaryLoss",
+    "DeepseekV2Attention",
+    "DeepseekV2Config",
+    "DeepseekV2DecoderLayer",
+    "DeepseekV2Experts",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV2MLP",
+    "DeepseekV2MoE",
+    "DeepseekV2Model",
+    "DeepseekV2MultiHeadAttention",
+    "DeepseekV2PreTrainedModel",
+    "DeepseekV2RMSNorm",
+    "MoEGate",
+]
+
+
+def as_cache(past_key_values: Any) -> Cache | None:
+    """Return a cache object; a tuple or list of (key, value) pairs, one for each layer, becomes a `DynamicCache`.
+
+    Under latent attention "key" is the rotated key and "value" the latent, as in the original package.
+    """
+    if past_key_values is None or isinstance(past_key_values, Cache):
+        return past_key_values
+    return DynamicCache([tuple(layer) for layer in past_key_values])
+
+
+def positions_from_mask(attention_mask_BS: torch.Tensor, length: int) -> torch.Tensor:
+    """Return the positions, [B, length], of the last ``length`` tokens, counted from each row's first real token."""
+    positions = attention_mask_BS.long().cumsum(-1) - 1
+    return positions.clamp_(min=0)[:, -length:]
+
+
+def set_generation_ids(model: PreTrainedModel, config: DeepseekV2Config) -> None:
+    """Give ``generate`` the end, begin and pad ids of the checkpoint, which ships no generation_config.json."""
+    generation = model.generation_config
+    assert generation is not None
+    generation.bos_token_id = config.bos_token_id
+    generation.eos_token_id = config.eos_token_id
+    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    generation.pad_token_id = eos if config.pad_token_id is None else config.pad_token_id
+
+
+def warn_beyond_positions(config: DeepseekV2Config, prompt_length: int, kwargs: dict[str, Any]) -> None:
+    """Warn, once for each model size, when a prompt and its answer may exceed the positions that were trained."""
+    generation = kwargs.get("generation_config")
+    new_tokens = kwargs.get("max_new_tokens") or getattr(generation, "max_new_tokens", None)
+    total = kwargs.get("max_length") or 0
+    if new_tokens is not None:
+        total = prompt_length + new_tokens
+    if max(total, prompt_length) > config.max_position_embeddings:
+        warnings.warn(
+            f"The prompt and max_new_tokens together exceed max_position_embeddings="
+            f"{config.max_position_embeddings}: answers may degrade beyond it.",
+            stacklevel=3,
+        )
+
+
+class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
+    """One pre-norm decoder layer: attention, then a dense MLP or a mixture of experts; [B, T, H] in and out."""
+
+    def __init__(self, config: DeepseekV2Config, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = build_attention(config, layer_idx)
+        self.mlp = DeepseekV2MoE(config) if config.is_moe_layer(layer_idx) else DeepseekV2MLP(config)
+        self.input_layernorm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotation: Rotation,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the layer's output and, where they are computed, its attention weights."""
+        attended, weights = self.self_attn(
+            self.input_layernorm(hidden_states), rotation, attention_mask, past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
+
+
+class DeepseekV2PreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the language model."""
+
+    config: DeepseekV2Config
+    config_class: type = DeepseekV2Config
+    base_model_prefix = "model"
+    input_modalities: tuple[str, ...] = ("text",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepseekV2DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = False
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for the decorator in this file, but it stands in moe.py
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.get_text_config().initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, (DeepseekV2RMSNorm, nn.LayerNorm)):
+            init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, DeepseekV2Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, MoEGate):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.topk_method == "noaux_tc":
+                init.zeros_(module.e_score_correction_bias)
+
+
+class DeepseekV2Model(DeepseekV2PreTrainedModel):
+    """The stack of decoder layers, from token ids or embeddings to normed hidden states."""
+
+    def __init__(self, config: DeepseekV2Config) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DeepseekV2DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = DeepseekV2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.embed_tokens = value
+
+    def _positions(
+        self, attention_mask: torch.Tensor | None, past: int | torch.Tensor, embeds: torch.Tensor
+    ) -> torch.Tensor:
+        length = embeds.shape[1]
+        if attention_mask is not None and attention_mask.dim() == 2:
+            return positions_from_mask(attention_mask, length)
+        return (torch.arange(length, device=embeds.device) + past).expand(embeds.shape[0], -1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the layers.
+
+        Args:
+            input_ids: token ids, [B, T]; or give ``inputs_embeds``, [B, T, H].
+            attention_mask: [B, S], true where a token (cached ones included) is not padding; or a 4-D mask.
+            position_ids: [B, T]; by default counted from each row's first real token.
+            past_key_values: a cache, or a tuple of (key, value) pairs.
+            use_cache: return a cache.
+            output_attentions: return all attention weights ("eager" only).
+            output_hidden_states: return the embeddings and the output of every layer, the last one normed.
+
+        Raises:
+            ValueError: ids and embeddings both given or neither; attention weights asked of another implementation.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds, not both and not neither.")
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError("Attention weights need attn_implementation='eager'.")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        past_key_values = as_cache(past_key_values)
+        if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
+            past_key_values = DynamicCache(config=self.config)
+
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = self._positions(attention_mask, past, hidden_states)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rotation = self.rotary_emb(position_ids, hidden_states.dtype)
+
+        all_hidden = [hidden_states] if output_hidden_states else None
+        all_weights: list[torch.Tensor | None] | None = [] if output_attentions else None
+        for layer in self.layers:
+            hidden_states, weights = layer(
+                hidden_states, rotation, attention_mask=mask, past_key_values=past_key_values, **kwargs
+            )
+            if all_hidden is not None:
+                all_hidden.append(hidden_states)
+            if all_weights is not None:
+                all_weights.append(weights)
+        hidden_states = self.norm(hidden_states)
+        if all_hidden is not None:
+            all_hidden[-1] = hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=None if all_hidden is None else tuple(all_hidden),
+            attentions=None if all_weights is None else tuple(all_weights),
+        )
+
+
+class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
+    """The language model with its output head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: DeepseekV2Config) -> None:
+        super().__init__(config)
+        self.model: Any = DeepseekV2Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        set_generation_ids(self, config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the output head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output head."""
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> nn.Module:
+        """Return the stack of layers."""
+        return self.model
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Replace the stack of layers."""
+        self.model = decoder
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Predict the next token at each position.
+
+        Args:
+            labels: [B, T], shifted inside; -100 takes no loss.
+            logits_to_keep: compute the logits of this many last positions (0: all), or of these positions.
+            others: see `DeepseekV2Model.forward`.
+
+        Returns:
+            ``logits`` [B, T, vocabulary] in float32, ``loss`` where labels are given, the cache, and what was asked.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept, :]).float()
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.vocab_size,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers does; tuple caches are accepted too."""
+        if "past_key_values" in kwargs:
+            kwargs["past_key_values"] = as_cache(kwargs["past_key_values"])
+        prompt = next(
+            (x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs) if x is not None), None
+        )
+        if prompt is not None:
+            warn_beyond_positions(self.config, prompt.shape[1], kwargs)
+        return super().generate(inputs, *args, **kwargs)
