@@ -11,10 +11,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.utils import cached_file
 
 from .configuration_deepseek import DeepseekV2Config
 
@@ -22,6 +24,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 # Present in every release and never run: a checkpoint may come with or without them.
 OPTIONAL_TENSORS = r"^vision\.attn_pool\."
+
+EXPERT_TENSOR = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
+FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 def register_conversion(model_type: str) -> None:
@@ -61,26 +66,93 @@ def released_shapes(model: nn.Module, config: DeepseekV2Config) -> Shapes:
     return shapes
 
 
-def stored_shapes(directory: Path) -> Shapes | None:
-    """Return the name and the shape of every tensor in a directory's safetensors files; ``None`` if there are none.
+class StoredTensors:
+    """The tensors of a checkpoint's safetensors files, known by name and shape and read one by one when asked for.
 
-    Only headers are read. Raises ``FileNotFoundError`` for a shard that the index names and that is not there.
+    Files are read, not memory-mapped: a mapped page counts as the process's memory until its file is closed, and
+    loading would seem to take, and on a full machine would take, the checkpoint's size almost twice.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    elif (directory / "model.safetensors").is_file():
-        names = ["model.safetensors"]
-    else:
-        return None
-    shapes: Shapes = {}
-    for name in names:
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{index} names the shard {name}, but {directory} does not hold it.")
-        with safe_open(directory / name, framework="pt") as shard:
-            for key in shard.keys():  # noqa: SIM118 - not a dict
-                shapes[key] = tuple(shard.get_slice(key).get_shape())
-    return shapes
+
+    def __init__(self, files: list[Path]) -> None:
+        self.slices: dict[str, Any] = {}
+        for file in files:
+            shard = safe_open(file, framework="pt", backend="pread")
+            for name in shard.keys():  # noqa: SIM118 - not a dict
+                self.slices[name] = shard.get_slice(name)
+        self.shapes: Shapes = {name: tuple(s.get_shape()) for name, s in self.slices.items()}
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the first tensor of floating point."""
+        codes = (s.get_dtype() for s in self.slices.values())
+        return next((FLOAT_DTYPES[code] for code in codes if code in FLOAT_DTYPES), None)
+
+    def fused(self) -> dict[str, Any]:
+        """Return a state dict in the model's own names, whose values read themselves at ``value[...]``."""
+        state: dict[str, Any] = {}
+        experts: dict[str, dict[int, dict[str, Any]]] = {}
+        for name, stored in self.slices.items():
+            match = EXPERT_TENSOR.match(name)
+            if match is None:
+                state[name] = stored
+                continue
+            prefix, index, part = match.groups()
+            experts.setdefault(prefix, {}).setdefault(int(index), {})[part] = stored
+        for prefix, parts in experts.items():
+            rows = [parts[index] for index in sorted(parts)]
+            state[f"{prefix}.gate_up_proj"] = FusedSlices([[row["gate_proj"], row["up_proj"]] for row in rows])
+            state[f"{prefix}.down_proj"] = FusedSlices([[row["down_proj"]] for row in rows])
+        return state
+
+
+class FusedSlices:
+    """Matrices of all experts that are read straight into one tensor, [experts, rows of all parts, columns]."""
+
+    def __init__(self, slices: list[list[Any]]) -> None:
+        self.slices = slices
+
+    def get_shape(self) -> list[int]:
+        """Return the fused shape."""
+        shapes = [part.get_shape() for part in self.slices[0]]
+        return [len(self.slices), sum(shape[0] for shape in shapes), shapes[0][1]]
+
+    def get_dtype(self) -> str:
+        """Return the stored dtype, as safetensors names it."""
+        return self.slices[0][0].get_dtype()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        first = self.slices[0][0][...]
+        fused = torch.empty(self.get_shape(), dtype=first.dtype)
+        for expert, parts in enumerate(self.slices):
+            start = 0
+            for part in parts:
+                rows = part.get_shape()[0]
+                fused[expert, start : start + rows] = part[...]
+                start += rows
+        return fused[index]
+
+
+def find_files(source: Any, **hub: Any) -> list[Path] | None:
+    """Return the safetensors files of a directory or of a hub repository; ``None`` if there are none.
+
+    Args:
+        source: a directory, or the id of a repository.
+        **hub: ``revision``, ``token``, ``cache_dir`` and the like, as for ``from_pretrained``.
+
+    Raises:
+        FileNotFoundError: a shard that the index names is not there.
+    """
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
+    index = cached_file(source, "model.safetensors.index.json", **quiet, **hub)
+    if index is None:
+        single = cached_file(source, "model.safetensors", **quiet, **hub)
+        return None if single is None else [Path(single)]
+    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    files = {name: cached_file(source, name, **quiet, **hub) for name in names}
+    absent = [name for name, file in files.items() if file is None]
+    if absent:
+        raise FileNotFoundError(f"{source} names these shards in its index but does not hold them: {absent}.")
+    return [Path(str(file)) for file in files.values()]
 
 
 def _listing(title: str, lines: list[str]) -> list[str]:

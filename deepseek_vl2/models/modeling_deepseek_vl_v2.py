@@ -6,9 +6,9 @@ L image tokens of a tile, W image tokens along a tile's side.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +18,14 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .checkpoint import OPTIONAL_TENSORS, check_shapes, register_conversion, released_shapes, stored_shapes
+from .checkpoint import (
+    OPTIONAL_TENSORS,
+    StoredTensors,
+    check_shapes,
+    find_files,
+    register_conversion,
+    released_shapes,
+)
 from .configuration_deepseek import DeepseekV2Config
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
 from .modeling_deepseek import (
@@ -49,6 +56,7 @@ register_conversion(DeepseekVLV2Config.model_type)
 
 # What a processor's batch carries beside the model's inputs; `generate(**batch)` and `forward(**batch)` ignore it.
 PROCESSOR_ONLY = ("sft_format", "seq_lens", "num_image_tokens", "target_ids")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 IMAGE_INPUTS = ("images", "images_seq_mask", "images_spatial_crop")
 
 
@@ -71,6 +79,18 @@ class DeepSeekVLV2CausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     rope_deltas: torch.Tensor | None = None
+
+
+def hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return those arguments of ``from_pretrained`` that say where in a hub or a cache to look."""
+    return {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
+
+
+def goes_to_one_device(device_map: Any) -> bool:
+    """Whether a ``device_map`` puts the whole model on one device."""
+    if isinstance(device_map, dict):
+        return len(device_map) == 1 and "" in device_map and device_map[""] != "disk"
+    return device_map not in ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 
 
 def real_grids(images_spatial_crop: torch.Tensor) -> list[list[TileGrid]]:
@@ -228,28 +248,53 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: tensors are missing, extra or of another shape; each is named. With
-                ``ignore_mismatched_sizes=True`` the directory is not checked.
+                ``ignore_mismatched_sizes=True`` the checkpoint is not checked.
             FileNotFoundError: the index names a shard that is not there.
         """
-        directory = Path(kwargs.get("subfolder") or ".")
-        if pretrained_model_name_or_path is not None:
-            directory = Path(pretrained_model_name_or_path) / directory
-        if not kwargs.get("ignore_mismatched_sizes") and not kwargs.get("state_dict"):
-            cls._check_directory(directory, kwargs.get("config"))
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        source, options = pretrained_model_name_or_path, dict(kwargs)
+        stored = cls._open_checkpoint(source, options)
+        if stored is None or not goes_to_one_device(options.get("device_map")):
+            return super().from_pretrained(source, *model_args, **options)
+        # transformers maps the files into memory and fuses the experts in a second copy; here each tensor is read
+        # once, into its place.
+        result = super().from_pretrained(None, *model_args, state_dict=stored.fused(), **options)
+        model = result[0] if isinstance(result, tuple) else result
+        model.name_or_path = model.config.name_or_path = str(source)
+        with contextlib.suppress(OSError):  # releases ship no generation_config.json
+            model.generation_config = GenerationConfig.from_pretrained(source, **hub_options(options))
+        return result
 
     @classmethod
-    def _check_directory(cls, directory: Path, config: Any) -> None:
-        stored = stored_shapes(directory) if directory.is_dir() else None
-        if stored is None:
-            return  # a hub repository, or another format: transformers reports what does not fit
+    def _open_checkpoint(cls, source: Any, options: dict[str, Any]) -> StoredTensors | None:
+        """Check a checkpoint against its config and return its tensors; put the config into ``options``.
+
+        Returns ``None`` for other formats and for special requests, which are left to transformers.
+        """
+        special = ("state_dict", "gguf_file", "variant", "tp_plan", "distributed_config", "quantization_config")
+        if source is None or any(options.get(name) is not None for name in special):
+            return None
+        if options.get("ignore_mismatched_sizes") or options.get("use_safetensors") is False:
+            return None
+        hub = hub_options(options)
+        files = find_files(source, **hub)
+        if files is None:
+            return None
+        config = options.get("config")
         if not isinstance(config, DeepseekVLV2Config):
-            config = DeepseekVLV2Config.from_pretrained(directory if config is None else config)
+            config = DeepseekVLV2Config.from_pretrained(source if config is None else config, **hub)
+            for name in [name for name in options if hasattr(config, name) and name not in ("dtype", "torch_dtype")]:
+                setattr(config, name, options.pop(name))
         if getattr(config, "quantization_config", None) is not None:
-            return
+            return None
+        options["config"] = config
+        stored = StoredTensors(files)
         with torch.device("meta"):
             model = cls(config)
-        check_shapes(released_shapes(model, config.language_config), stored, directory)
+        check_shapes(released_shapes(model, config.language_config), stored.shapes, source)
+        automatic = all(options.get(name) in (None, "auto") for name in ("dtype", "torch_dtype"))
+        if automatic and config.dtype is None and stored.dtype is not None:
+            options["dtype"] = stored.dtype
+        return stored
 
     # ---------------------------------------------------------------- parts by their common names
 

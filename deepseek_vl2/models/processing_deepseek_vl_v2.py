@@ -70,7 +70,7 @@ CHAT_TEMPLATE = """\
   {%- elif role in ('assistant', 'Assistant', '<|Assistant|>') -%}
     {%- if '<image>' in content -%}{{- raise_exception('An assistant turn cannot show images.') -}}{%- endif -%}
     {{- content -}}
-    {%- if content or not loop.last -%}{{- eos_token -}}{%- endif -%}
+    {%- if not loop.last or (content and not add_generation_prompt) -%}{{- eos_token -}}{%- endif -%}
   {%- else -%}
     {{- raise_exception('Unknown role: ' + role) -}}
   {%- endif -%}
@@ -854,7 +854,8 @@ class DeepseekVLV2Processor(ProcessorMixin):
         Args:
             conversation: messages with OpenAI-style or plain content, or a list of such conversations.
             chat_template: another Jinja template.
-            add_generation_prompt: end with the assistant's tag after a user turn.
+            add_generation_prompt: end where the model goes on: with the assistant's tag after a user turn, without eos
+                after an assistant turn.
             continue_final_message: leave the last assistant turn open, for the model to go on.
             tokenize: return tensors rather than text.
             return_dict: return all tensors rather than ``input_ids`` alone.
@@ -921,7 +922,8 @@ class DeepseekVLV2Processor(ProcessorMixin):
             turns, loaded, cropping, self._resolutions(candidate_resolutions), add_generation_prompt
         )
         answering = self._role(turns[-1], self.new_chat_template()) == "assistant"
-        if answering and (continue_final_message or not str(turns[-1]["content"]).strip()):
+        unfinished = add_generation_prompt or continue_final_message or not str(turns[-1]["content"]).strip()
+        if answering and unfinished:
             sample.drop_last(self.eos_id)
         return self._finish(sample, self.format_messages(turns, self.sft_format))
 

@@ -1,0 +1,117 @@
+"""Files, images and loading a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+import deepseek_vl2.models
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models.image_loading import load_image
+from deepseek_vl2.utils.demo import DEMO_NAME, demo_checkpoint
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_deepseek_vl_v2.DeepseekVLV2Config",
+    "AutoModel": "modeling_deepseek_vl_v2.DeepseekVLV2ForCausalLM",
+    "AutoModelForCausalLM": "modeling_deepseek_vl_v2.DeepseekVLV2ForCausalLM",
+    "AutoModelForImageTextToText": "modeling_deepseek_vl_v2.DeepseekVLV2ForCausalLM",
+}
+PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_deepseek_vl_v2.DeepseekVLV2Processor"}
+
+
+def default_device() -> str:
+    """Return "cuda" or "mps" where there is one, else "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load_pretrained_model(
+    model_path: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    **kwargs: Any,
+) -> tuple[PreTrainedTokenizerBase, DeepseekVLV2Processor, DeepseekVLV2ForCausalLM]:
+    """Load a checkpoint for inference.
+
+    Args:
+        model_path: a directory in the released layout, the id of a hub repository, or "demo" for a small checkpoint
+            with random weights that needs no download.
+        device: where to put the model; by default a GPU where there is one.
+        dtype: dtype of the weights.
+        **kwargs: more arguments of ``from_pretrained``, such as ``attn_implementation`` or ``device_map`` (which
+            then decides instead of ``device``).
+
+    Returns:
+        The tokenizer, the processor and the model, in evaluation mode.
+
+    Raises:
+        ValueError: the checkpoint does not fit its config.
+        OSError: there is no checkpoint at that path.
+    """
+    source = demo_checkpoint() if str(model_path) == DEMO_NAME else model_path
+    processor = DeepseekVLV2Processor.from_pretrained(source)
+    model = DeepseekVLV2ForCausalLM.from_pretrained(source, dtype=dtype, **kwargs).eval()
+    if kwargs.get("device_map") is None:
+        model = model.to(device or default_device())
+    return processor.tokenizer, processor, model
+
+
+def load_pil_images(conversations: Iterable[Mapping[str, Any]]) -> list[Image.Image]:
+    """Load the images that a conversation's messages name, in order.
+
+    Args:
+        conversations: messages; each may hold a list under ``images``: paths, bytes, data URLs or PIL images.
+
+    Returns:
+        RGB images, turned upright as their EXIF orientation says.
+
+    Raises:
+        FileNotFoundError: a file is missing; the path is named.
+        ValueError: a file is empty, truncated, not an image, or has too many pixels.
+    """
+    return [load_image(source) for message in conversations for source in message.get("images") or []]
+
+
+def load_json(filepath: str | Path) -> Any:
+    """Return the content of a JSON file."""
+    with open(filepath, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _update_json(path: Path, values: dict[str, Any]) -> None:
+    content = load_json(path)
+    content.update(values)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_with_code(
+    model: DeepseekVLV2ForCausalLM, processor: DeepseekVLV2Processor, directory: str | Path, **kwargs: Any
+) -> None:
+    """Save a model, its processor and the code that runs them into one directory.
+
+    Whoever loads it with ``trust_remote_code=True``, through AutoModelForCausalLM, AutoModelForImageTextToText or
+    AutoProcessor, needs the dependencies of this package and not the package.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        directory: where to; created when it is not there.
+        **kwargs: arguments of ``save_pretrained``, such as ``max_shard_size``.
+    """
+    directory = Path(directory)
+    model.save_pretrained(directory, **kwargs)
+    processor.save_pretrained(directory)
+    code = Path(deepseek_vl2.models.__file__).parent
+    for file in sorted(code.glob("*.py")):
+        if file.name != "__init__.py":
+            shutil.copyfile(file, directory / file.name)
+    _update_json(directory / "config.json", {"auto_map": AUTO_MAP})
+    _update_json(directory / "processor_config.json", {"auto_map": PROCESSOR_AUTO_MAP})
