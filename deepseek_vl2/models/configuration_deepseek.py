@@ -37,6 +37,9 @@ def normalize_rope_parameters(
         factor = merged.get("factor")
         if not isinstance(factor, (int, float)) or factor <= 0:
             raise ValueError(f"A {merged['rope_type']!r} rope needs a positive `factor`, got {factor!r}.")
+    if merged["rope_type"] == "yarn":
+        # Left out, transformers would fill in max_position_embeddings; the original's default is this.
+        merged.setdefault("original_max_position_embeddings", 4096)
     return merged
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationConfig, GenerationMixin
@@ -260,6 +263,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
         result = super().from_pretrained(None, *model_args, state_dict=stored.fused(), **options)
         model = result[0] if isinstance(result, tuple) else result
         model.name_or_path = model.config.name_or_path = str(source)
+        model._weight_conversions = None  # saving then follows the registered rules, though loading did without them
         with contextlib.suppress(OSError):  # releases ship no generation_config.json
             model.generation_config = GenerationConfig.from_pretrained(source, **hub_options(options))
         return result
@@ -280,7 +284,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
         if files is None:
             return None
         config = options.get("config")
-        if not isinstance(config, DeepseekVLV2Config):
+        if not isinstance(config, PretrainedConfig):
             config = DeepseekVLV2Config.from_pretrained(source if config is None else config, **hub)
             for name in [name for name in options if hasattr(config, name) and name not in ("dtype", "torch_dtype")]:
                 setattr(config, name, options.pop(name))
@@ -295,6 +299,20 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
         if automatic and config.dtype is None and stored.dtype is not None:
             options["dtype"] = stored.dtype
         return stored
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save in the released layout; arguments as in transformers.
+
+        After ``register_for_auto_class`` the code is saved too, for both Auto classes that know the model.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        config_file = Path(save_directory) / "config.json"
+        if self._auto_class is None or not config_file.is_file():
+            return
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        reference = config["auto_map"][self._auto_class]
+        config["auto_map"].update(dict.fromkeys(("AutoModelForCausalLM", "AutoModelForImageTextToText"), reference))
+        config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     # ---------------------------------------------------------------- parts by their common names
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -671,6 +672,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         max_pixels: int | None = None,
         padding: bool | str = True,
         return_tensors: str = "pt",
+        **kwargs: Any,
     ) -> Any:
         """Process a prompt, a conversation, or a list of either.
 
@@ -684,6 +686,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
             return_tensors: only "pt".
             apply_sft_format, inference_mode, system_prompt, cropping, candidate_resolutions, max_pixels:
                 see `process_one`.
+            **kwargs: not known here; a warning names them.
 
         Returns:
             `BatchCollateOutput`, or `VLChatProcessorOutput` for a single input without ``force_batchify``.
@@ -691,6 +694,9 @@ class DeepseekVLV2Processor(ProcessorMixin):
         Raises:
             ValueError, FileNotFoundError: see `process_one`.
         """
+        if kwargs:
+            # transformers' pipelines hand their own options to every processor.
+            warnings.warn(f"The processor does not know, and ignores: {', '.join(kwargs)}.", stacklevel=2)
         if return_tensors != "pt":
             raise ValueError(f"Only return_tensors='pt' is supported, got {return_tensors!r}.")
         if sum(source is not None for source in (text, prompt, conversations)) != 1:

@@ -40,7 +40,10 @@ def merge_neighbours(x: torch.Tensor, ratio: int) -> torch.Tensor:
         grid = F.pad(grid, (0, 0, 0, pad, 0, pad))
     out = (side + pad) // ratio
     cells = grid.view(batch, out, ratio, out, ratio, channels)
-    return cells.permute(0, 1, 3, 5, 2, 4).reshape(batch, out * out, channels * ratio * ratio)
+    merged = cells.permute(0, 5, 2, 4, 1, 3).reshape(batch, channels * ratio * ratio, out * out)
+    # Left transposed, as `unfold` leaves it: a linear layer with a bias rounds twice in bfloat16 on such an input and
+    # once on a contiguous one, and the checkpoints' answers come from the former.
+    return merged.transpose(1, 2)
 
 
 def output_side(config: MlpProjectorConfig, patches: int) -> int:
@@ -83,7 +86,7 @@ class MlpProjector(nn.Module):
             side = math.isqrt(x.shape[1])
             # An odd last row and column is dropped here, as by the original's `unfold`.
             even = x.view(x.shape[0], side, side, -1)[:, : side // 2 * 2, : side // 2 * 2].flatten(1, 2)
-            x = self.token_pooling_layer(merge_neighbours(even, 2))
+            x = self.token_pooling_layer(merge_neighbours(even, 2).contiguous())
         elif self.cfg.projector_type == "downsample_mlp_gelu":
             x = merge_neighbours(x, self.cfg.downsample_ratio)
         return self.layers(x)

@@ -49,7 +49,7 @@ def dynamic_inverse_frequencies(
 
 def yarn_inverse_frequencies(dim: int, base: float, rope: dict[str, Any], device: torch.device | None) -> torch.Tensor:
     """Return yarn's frequencies, [F]: fast ones kept, slow ones divided by the factor, a ramp between."""
-    original_length = rope.get("original_max_position_embeddings", 4096)
+    original_length = rope["original_max_position_embeddings"]
 
     def dim_of_rotations(rotations: float) -> float:
         return dim * math.log(original_length / (rotations * 2 * math.pi)) / (2 * math.log(base))
