@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -18,6 +17,7 @@ from transformers.utils import can_return_tuple
 
 from .attention import DeepseekV2Attention, DeepseekV2MultiHeadAttention, Rotation, build_attention
 from .configuration_deepseek import DeepseekV2Config
+from .generation import ChunkedGenerationMixin, as_cache, set_generation_ids
 from .moe import AddAuxiliaryLoss, DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, MoEGate
 from .norm import DeepseekV2RMSNorm
 from .rope import RotaryEmbedding
@@ -39,45 +39,10 @@ __all__ = [
 ]
 
 
-def as_cache(past_key_values: Any) -> Cache | None:
-    """Return a cache object; a tuple or list of (key, value) pairs, one for each layer, becomes a `DynamicCache`.
-
-    Under latent attention "key" is the rotated key and "value" the latent, as in the original package.
-    """
-    if past_key_values is None or isinstance(past_key_values, Cache):
-        return past_key_values
-    return DynamicCache([tuple(layer) for layer in past_key_values])
-
-
 def positions_from_mask(attention_mask_BS: torch.Tensor, length: int) -> torch.Tensor:
     """Return the positions, [B, length], of the last ``length`` tokens, counted from each row's first real token."""
     positions = attention_mask_BS.long().cumsum(-1) - 1
     return positions.clamp_(min=0)[:, -length:]
-
-
-def set_generation_ids(model: PreTrainedModel, config: DeepseekV2Config) -> None:
-    """Give ``generate`` the end, begin and pad ids of the checkpoint, which ships no generation_config.json."""
-    generation = model.generation_config
-    assert generation is not None
-    generation.bos_token_id = config.bos_token_id
-    generation.eos_token_id = config.eos_token_id
-    eos = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    generation.pad_token_id = eos if config.pad_token_id is None else config.pad_token_id
-
-
-def warn_beyond_positions(config: DeepseekV2Config, prompt_length: int, kwargs: dict[str, Any]) -> None:
-    """Warn, once for each model size, when a prompt and its answer may exceed the positions that were trained."""
-    generation = kwargs.get("generation_config")
-    new_tokens = kwargs.get("max_new_tokens") or getattr(generation, "max_new_tokens", None)
-    total = kwargs.get("max_length") or 0
-    if new_tokens is not None:
-        total = prompt_length + new_tokens
-    if max(total, prompt_length) > config.max_position_embeddings:
-        warnings.warn(
-            f"The prompt and max_new_tokens together exceed max_position_embeddings="
-            f"{config.max_position_embeddings}: answers may degrade beyond it.",
-            stacklevel=3,
-        )
 
 
 class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
@@ -250,7 +215,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         )
 
 
-class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
+class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
     """The language model with its output head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -342,13 +307,12 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Generate as transformers does; tuple caches are accepted too."""
-        if "past_key_values" in kwargs:
-            kwargs["past_key_values"] = as_cache(kwargs["past_key_values"])
-        prompt = next(
-            (x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs) if x is not None), None
-        )
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """Generate as transformers does; tuple caches and embeddings with ``prefill_chunk_size`` work too."""
+        prompts = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs)
+        prompt = next((given for given in prompts if given is not None), None)
         if prompt is not None:
-            warn_beyond_positions(self.config, prompt.shape[1], kwargs)
-        return super().generate(inputs, *args, **kwargs)
+            self.prepare_call(prompt, generation_config, kwargs)
+        return super().generate(inputs, generation_config=generation_config, **kwargs)

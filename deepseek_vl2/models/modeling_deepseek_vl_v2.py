@@ -7,7 +7,6 @@ L image tokens of a tile, W image tokens along a tile's side.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationConfig
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .checkpoint import (
@@ -31,13 +30,8 @@ from .checkpoint import (
 )
 from .configuration_deepseek import DeepseekV2Config
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
-from .modeling_deepseek import (
-    DeepseekV2ForCausalLM,
-    DeepseekV2PreTrainedModel,
-    as_cache,
-    set_generation_ids,
-    warn_beyond_positions,
-)
+from .generation import ChunkedGenerationMixin, set_generation_ids
+from .modeling_deepseek import DeepseekV2ForCausalLM, DeepseekV2PreTrainedModel
 from .projector import MlpProjector, output_side
 from .siglip_vit import VisionTransformer
 from .tiling import TileGrid, count_image_tokens
@@ -207,7 +201,7 @@ class DeepseekVLV2PreTrainedModel(DeepseekV2PreTrainedModel):
             init.normal_(module.view_seperator, std=std)
 
 
-class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
+class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixin):
     """DeepSeek-VL2: answers questions about images.
 
     ``vision`` turns tiles into patch features, ``projector`` turns those into token embeddings, and ``language``
@@ -452,7 +446,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: torch.Tensor,
         past_key_values: Cache | None = None,
@@ -484,43 +478,6 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
         return model_inputs
 
     # ---------------------------------------------------------------- generation
-
-    def prefill_in_chunks(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        chunk_size: int,
-        past_key_values: Cache | None = None,
-    ) -> Cache:
-        """Run all tokens but the last through the layers, ``chunk_size`` at a time, and return the filled cache.
-
-        Tokens that the cache holds already are skipped. Peak memory falls with the chunk size.
-
-        Args:
-            inputs_embeds: embeddings of the whole prompt, [B, T, H].
-            attention_mask: [B, T], true where a token is not padding.
-            chunk_size: tokens a chunk.
-            past_key_values: the cache to fill.
-
-        Raises:
-            ValueError: a chunk size below one.
-        """
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-        cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
-        if attention_mask is None:
-            attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-        attention_mask = attention_mask.to(inputs_embeds.device)
-        last = inputs_embeds.shape[1] - 1
-        for start in range(int(cache.get_seq_length()), last, chunk_size):
-            end = min(start + chunk_size, last)
-            self.language.model(
-                inputs_embeds=inputs_embeds[:, start:end],
-                attention_mask=attention_mask[:, :end],
-                past_key_values=cache,
-                use_cache=True,
-            )
-        return cache
 
     @torch.no_grad()
     def incremental_prefilling(
@@ -558,69 +515,46 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, GenerationMixin):
         """Generate an answer: ``model.generate(**processor(...), max_new_tokens=512)``.
 
         Arguments are those of transformers' ``generate`` and the processor's batch. ``prefill_chunk_size`` bounds the
-        memory of a long prompt; ``past_key_values`` may be a tuple of (key, value) pairs.
+        memory of a long prompt; ``past_key_values`` may be a tuple of (key, value) pairs; an ``assistant_model`` drafts
+        from the text alone.
 
         Returns:
             Token ids, [B, T + new], the prompt's ids first; only the new ones when just ``inputs_embeds`` is given.
 
         Raises:
-            ValueError: ids, mask and images disagree.
+            ValueError: ids, mask and images disagree, or assisted decoding of embeddings without ids.
         """
         for name in (*PROCESSOR_ONLY, "labels"):
             kwargs.pop(name, None)
         if inputs is not None:
             kwargs.setdefault("input_ids", inputs)
-        if "past_key_values" in kwargs:
-            kwargs["past_key_values"] = as_cache(kwargs["past_key_values"])
         prompt = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs.get("input_ids")
         if prompt is not None:
-            config = generation_config if generation_config is not None else self.generation_config
-            warn_beyond_positions(self.config.language_config, prompt.shape[1], {"generation_config": config, **kwargs})
-            generation_config = self._embed_and_prefill(generation_config, kwargs)
+            copies = self.prepare_call(prompt, generation_config, kwargs)
+            self._embed_prompt(generation_config, kwargs, copies)
         return super().generate(None, generation_config=generation_config, **kwargs)
 
-    def _embed_and_prefill(
-        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
-    ) -> GenerationConfig | None:
-        """Do here what transformers' generation would do wrongly or many times over for a prompt with images.
+    def _embed_prompt(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], copies: int) -> None:
+        """Embed the images here where transformers would do it wrongly or many times over.
 
-        The images are embedded once rather than for every beam or returned sequence, and before the part of the prompt
-        that a given cache holds is cut off; a prefill in chunks runs on embeddings, since images cannot be cut.
+        That is: once rather than for every beam; before the part of the prompt that a given cache holds is cut off;
+        and before a prefill in chunks, since images cannot be cut.
         """
-
-        def setting(name: str) -> Any:
-            for source in (kwargs, vars(generation_config or object) if generation_config else {}):
-                if source.get(name) is not None:
-                    return source[name]
-            return getattr(self.generation_config, name, None)
-
-        chunk_size, cache = setting("prefill_chunk_size"), kwargs.get("past_key_values")
-        copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
-        continued = cache is not None and cache.get_seq_length() > 0
+        chunk_size = self.generation_setting("prefill_chunk_size", generation_config, kwargs)
+        cache = kwargs.get("past_key_values")
+        assisted = kwargs.get("assistant_model") is not None or self.generation_setting(
+            "prompt_lookup_num_tokens", generation_config, kwargs
+        )
         images = {name: kwargs.get(name) for name in IMAGE_INPUTS}
-        wanted = chunk_size is not None or (images["images"] is not None and (copies > 1 or continued))
-        if kwargs.get("inputs_embeds") is None and wanted:
+        embed = chunk_size is not None or copies > 1 or assisted or (cache is not None and cache.get_seq_length() > 0)
+        if kwargs.get("inputs_embeds") is None and images["images"] is not None and embed:
             kwargs["inputs_embeds"] = self.prepare_inputs_embeds(kwargs["input_ids"], **images)
         if kwargs.get("inputs_embeds") is not None:
             for name in IMAGE_INPUTS:
                 kwargs.pop(name, None)
-        if chunk_size is None:
-            return generation_config
-
-        embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        static = cache is None and setting("cache_implementation") == "static"
-        if static:
-            new_tokens = setting("max_new_tokens") or max((setting("max_length") or 0) - embeds.shape[1], 20)
-            cache = StaticCache(config=self.config, max_cache_len=embeds.shape[1] + new_tokens)
-            embeds = embeds.repeat_interleave(copies, dim=0)
-            mask = None if mask is None else mask.repeat_interleave(copies, dim=0)
-        cache = self.prefill_in_chunks(embeds, mask, chunk_size, cache)
-        if copies > 1 and not static and not continued:
-            cache.batch_repeat_interleave(copies)
-        kwargs["past_key_values"] = cache
-        generation_config = copy.deepcopy(generation_config or self.generation_config)
-        assert generation_config is not None
-        for name in ("prefill_chunk_size", "cache_implementation"):
-            kwargs.pop(name, None)
-            setattr(generation_config, name, None)
-        return generation_config
+            if assisted and kwargs.get("input_ids") is None:
+                raise ValueError("Assisted decoding needs input_ids beside inputs_embeds: candidates are token ids.")
+            if assisted and chunk_size is not None:
+                kwargs["past_key_values"] = self.prefill_in_chunks(
+                    kwargs["inputs_embeds"], kwargs.get("attention_mask"), chunk_size, cache
+                )
