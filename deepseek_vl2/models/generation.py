@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
+from .cache import new_cache
 from .configuration_deepseek import DeepseekV2Config
 
 
@@ -47,7 +48,7 @@ class ChunkedGenerationMixin(GenerationMixin):
         return getattr(self.generation_config, name, None)
 
     def prepare_call(self, prompt: torch.Tensor, generation_config: GenerationConfig | None, kwargs: Any) -> int:
-        """Warn about a prompt that is too long, fit the given cache to the call, return the sequences for each prompt.
+        """Warn about a prompt that is too long, see to the cache, and return how many sequences each prompt gets.
 
         Args:
             prompt: ids [B, T] or embeddings [B, T, H].
@@ -74,6 +75,8 @@ class ChunkedGenerationMixin(GenerationMixin):
                 cache = copy.deepcopy(cache)  # the caller may go on with theirs
                 cache.batch_repeat_interleave(copies)
             kwargs["past_key_values"] = cache
+        elif setting("cache_implementation") is None and kwargs.get("use_cache", True):
+            kwargs["past_key_values"] = new_cache(config)
         return copies
 
     def prefill_in_chunks(
@@ -99,7 +102,7 @@ class ChunkedGenerationMixin(GenerationMixin):
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
         decoder = self.get_decoder()
-        cache = DynamicCache(config=decoder.config) if past_key_values is None else past_key_values
+        cache = new_cache(decoder.config) if past_key_values is None else past_key_values
         if attention_mask is None:
             attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool)
         attention_mask = attention_mask.to(inputs_embeds.device)

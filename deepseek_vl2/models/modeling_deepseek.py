@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -16,9 +16,17 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .attention import DeepseekV2Attention, DeepseekV2MultiHeadAttention, Rotation, build_attention
+from .cache import new_cache
 from .configuration_deepseek import DeepseekV2Config
 from .generation import ChunkedGenerationMixin, as_cache, set_generation_ids
-from .moe import AddAuxiliaryLoss, DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, MoEGate
+from .moe import (
+    EXPERTS_IMPLEMENTATION,
+    AddAuxiliaryLoss,
+    DeepseekV2Experts,
+    DeepseekV2MLP,
+    DeepseekV2MoE,
+    MoEGate,
+)
 from .norm import DeepseekV2RMSNorm
 from .rope import RotaryEmbedding
 
@@ -90,6 +98,10 @@ class DeepseekV2PreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # transformers looks for the decorator in this file, but it stands in moe.py
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Return the implementation to use: ours unless another one is asked for."""
+        return super().get_correct_experts_implementation(requested_experts or EXPERTS_IMPLEMENTATION)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -179,7 +191,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         past_key_values = as_cache(past_key_values)
         if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = new_cache(self.config)
 
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:

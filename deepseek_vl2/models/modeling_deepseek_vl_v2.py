@@ -306,6 +306,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         config = json.loads(config_file.read_text(encoding="utf-8"))
         reference = config["auto_map"][self._auto_class]
         config["auto_map"].update(dict.fromkeys(("AutoModelForCausalLM", "AutoModelForImageTextToText"), reference))
+        config["auto_map"].setdefault("AutoConfig", "configuration_deepseek_vl_v2.DeepseekVLV2Config")
         config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     # ---------------------------------------------------------------- parts by their common names

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .configuration_deepseek import DeepseekV2Config
 
@@ -126,12 +127,55 @@ class AddAuxiliaryLoss(torch.autograd.Function):
         return grads[0], torch.ones((), dtype=ctx.loss_dtype, device=grads[0].device)
 
 
+def sum_weighted(rows_NKH: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+    """Return the weighted sum over K of [N, K, H], in float32."""
+    if torch.is_grad_enabled():
+        return (rows_NKH * weights_NK.unsqueeze(-1)).sum(dim=1)
+    # The same sums in the same order, without a float32 copy of all rows.
+    total_NH = rows_NKH[:, 0].float() * weights_NK[:, 0, None]
+    for k in range(1, rows_NKH.shape[1]):
+        total_NH += rows_NKH[:, k].float().mul_(weights_NK[:, k, None])
+    return total_NH
+
+
+def cpu_experts_forward(
+    experts: DeepseekV2Experts, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
+) -> torch.Tensor:
+    """Run the experts as two grouped matrix products over tokens sorted by expert; [N, H]."""
+    tokens, top_k = ids_NK.shape
+    sorted_ids, order = ids_NK.reshape(-1).sort()
+    ends_E = torch.searchsorted(sorted_ids, torch.arange(experts.num_experts, device=ids_NK.device), right=True).int()
+    rows = hidden_NH[order // top_k].to(experts.gate_up_proj.dtype)
+    gate, up = F.grouped_mm(rows, experts.gate_up_proj.mT, offs=ends_E).chunk(2, dim=-1)
+    outputs = F.grouped_mm(experts.act_fn(gate) * up, experts.down_proj.mT, offs=ends_E)
+    restored = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return sum_weighted(outputs[restored].view(tokens, top_k, -1), weights_NK).to(hidden_NH.dtype)
+
+
+# Up to this many pairs of token and expert, copying the experts' weights is cheaper on a GPU than grouping the tokens.
+MAX_BATCHED_PAIRS = 64
+
+
+def experts_forward(
+    experts: DeepseekV2Experts, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
+) -> torch.Tensor:
+    """Run the experts in the way that suits the device and the number of tokens; [N, H]."""
+    if hidden_NH.device.type == "cpu" and hasattr(F, "grouped_mm"):
+        return cpu_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
+    few = ids_NK.numel() <= MAX_BATCHED_PAIRS and not torch.is_grad_enabled() and hidden_NH.device.type != "cpu"
+    return ALL_EXPERTS_FUNCTIONS["batched_mm" if few else "grouped_mm"](experts, hidden_NH, ids_NK, weights_NK)
+
+
+EXPERTS_IMPLEMENTATION = "deepseek_vl2"
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
+
+
 @use_experts_implementation
 class DeepseekV2Experts(nn.Module):
     """All routed experts of a layer, fused: gate_up_proj [E, 2I, H] and down_proj [E, H, I].
 
-    transformers' experts interface replaces ``forward`` by a grouped matrix product ("grouped_mm", the default) or
-    another implementation; what stands here is "eager", the plain definition.
+    transformers' experts interface replaces ``forward`` by `experts_forward` ("deepseek_vl2", the default) or by an
+    implementation of its own ("grouped_mm", "batched_mm"); what stands here is "eager", the plain definition.
     """
 
     def __init__(self, config: DeepseekV2Config) -> None:

@@ -68,19 +68,19 @@ class Attention(timm_vit.Attention):
         """Attend among all patches; [B, N, C] in and out."""
         batch, length, _ = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.unbind(2)
         if self.backend == "xformers":
             from xformers.ops import memory_efficient_attention
 
-            out = memory_efficient_attention(q, k, v)
+            out = memory_efficient_attention(*qkv.unbind(2))
+            return self.proj(out.reshape(batch, length, -1))
+        qkv = qkv.permute(2, 0, 3, 1, 4)
+        # In bfloat16 on a CPU, PyTorch's fused attention takes longer than three products on contiguous heads.
+        if self.backend == "eager" or (x.device.type == "cpu" and x.dtype == torch.bfloat16):
+            q, k, v = qkv.contiguous().unbind(0)
+            out = ((q * self.scale) @ k.mT).softmax(dim=-1) @ v
         else:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            if self.backend == "sdpa":
-                out = F.scaled_dot_product_attention(q, k, v)
-            else:
-                out = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
-            out = out.transpose(1, 2)
-        return self.proj(out.reshape(batch, length, -1))
+            out = F.scaled_dot_product_attention(*qkv.unbind(0))
+        return self.proj(out.transpose(1, 2).reshape(batch, length, -1))
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
@@ -183,6 +183,9 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
     def forward_features(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the normed patch features, [B, patches, C], of tiles [B, 3, S, S]."""
+        if x.device.type == "cpu" and len(x) > 1 and not torch.is_grad_enabled():
+            # One tile's activations stay in the cache; those of several do not.
+            return torch.cat([self.forward_features(tile) for tile in x.split(1)])
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         recomputed = len(self.blocks) - max(1, len(self.blocks) - self.num_recomputing_layers)
         if self.num_recomputing_layers == 0:

@@ -1,0 +1,69 @@
+"""A key/value cache that grows in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+SPARE_TOKENS = 256
+
+
+class GrowingLayer(DynamicLayer):
+    """transformers' dynamic layer, with room to spare behind its tokens.
+
+    The stock layer copies all it holds for each new token; this one writes the token behind the others, and copies once
+    in `SPARE_TOKENS` tokens. ``keys`` and ``values`` are views of the tokens held, so that cropping, reordering and
+    repeating work as in the stock layer.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append [B, heads, T, size] keys and values; return all of them."""
+        if key_states.requires_grad and torch.is_grad_enabled():
+            return super().update(key_states, value_states, *args, **kwargs)  # autograd forbids writing in place
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._append("_key_room", self.keys, key_states)
+        self.values = self._append("_value_room", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        length = held.shape[-2] if held.dim() == 4 else 0
+        total = length + new.shape[-2]
+        room = getattr(self, name, None)
+        # After a reordering, say, the tokens held are no longer a view of the room behind them.
+        fits = (
+            room is not None
+            and length > 0
+            and room.data_ptr() == held.data_ptr()
+            and room.shape[:2] == new.shape[:2]
+            and room.shape[2] >= total
+            and room.stride() == held.stride()
+        )
+        if not fits:
+            room = new.new_empty(*new.shape[:2], total + SPARE_TOKENS, new.shape[-1])
+            if length:
+                room[:, :, :length] = held
+            setattr(self, name, room)
+        assert room is not None
+        room[:, :, length:total] = new
+        return room[:, :, :total]
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self.is_initialized = False
+
+
+def new_cache(config: PretrainedConfig) -> Cache:
+    """Return an empty cache for a language model of that config."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() for _ in range(config.num_hidden_layers)]
+    return cache
