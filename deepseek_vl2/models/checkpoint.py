@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.utils import cached_file
-
-from .configuration_deepseek import DeepseekV2Config
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -29,9 +28,9 @@ EXPERT_TENSOR = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
-def register_conversion(model_type: str) -> None:
-    """Tell transformers how this model type's experts are fused at loading, and taken apart at saving."""
-    converters = [
+def conversion_rules() -> list[WeightConverter]:
+    """Return how the experts are fused at loading; transformers reverses it at saving."""
+    return [
         WeightConverter(
             source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
             target_patterns="mlp.experts.gate_up_proj",
@@ -43,16 +42,20 @@ def register_conversion(model_type: str) -> None:
             operations=[MergeModulelist(dim=0)],
         ),
     ]
+
+
+def register_conversion(model_type: str) -> None:
+    """Tell transformers of the rules for a model type."""
     # Code loaded from a checkpoint directory is a second copy of this file and registers the same rules again.
-    register_checkpoint_conversion_mapping(model_type, converters, overwrite=True)
+    register_checkpoint_conversion_mapping(model_type, conversion_rules(), overwrite=True)
 
 
-def released_shapes(model: nn.Module, config: DeepseekV2Config) -> Shapes:
+def released_shapes(model: nn.Module, config: PretrainedConfig) -> Shapes:
     """Return the name and the shape of every tensor of a model's checkpoint, in the released layout."""
     shapes: Shapes = {}
-    tied = "language.lm_head.weight" if config.tie_word_embeddings else None
+    tied = config.get_text_config().tie_word_embeddings
     for name, tensor in model.state_dict().items():
-        if name == tied:
+        if tied and name.endswith("lm_head.weight"):
             continue
         prefix, is_fused, projection = name.rpartition(".experts.")
         if not is_fused:

@@ -106,7 +106,7 @@ class MlpProjectorConfig(PretrainedConfig):
         token_pooling: merge 2 x 2 patches by a linear layer first.
 
     Raises:
-        ValueError: an unknown projector type, or a depth or ratio below its minimum.
+        ValueError: an unknown projector type, a depth or ratio below its minimum, or two kinds of merging at once.
 
     Source: ``MlpProjectorConfig`` of the original package.
     """
@@ -145,6 +145,8 @@ class MlpProjectorConfig(PretrainedConfig):
         least_depth = 2 if self.projector_type == "downsample_mlp_gelu" else 1
         if self.depth < least_depth:
             raise ValueError(f"{self.projector_type!r} needs a depth of at least {least_depth}, got {self.depth}.")
+        if self.token_pooling and self.projector_type == "downsample_mlp_gelu":
+            raise ValueError("token_pooling merges patches already: it needs identity, linear or mlp_gelu.")
         if self.downsample_ratio < 1:
             raise ValueError(f"downsample_ratio must be at least 1, got {self.downsample_ratio}.")
 
@@ -205,6 +207,15 @@ class DeepseekVLV2Config(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", language_config.tie_word_embeddings)
         self.tie_word_embeddings = kwargs.pop("tie_word_embeddings")
         super().__init__(**kwargs)
+
+    @property
+    def use_cache(self) -> bool:
+        """Whether the language model returns a cache by default."""
+        return self.language_config.use_cache
+
+    @use_cache.setter
+    def use_cache(self, value: bool) -> None:
+        self.language_config.use_cache = value
 
     @property
     def vision_attention_backend(self) -> str:

@@ -28,6 +28,14 @@ def check_image_size(image: Image.Image, name: str, max_pixels: int = MAX_IMAGE_
         )
 
 
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Decode a PIL image as RGB; raise ``ValueError`` when its file turns out to be damaged."""
+    try:
+        return image.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{name} is truncated or damaged and cannot be decoded: {error}.") from error
+
+
 def _decode_data_url(url: str) -> bytes:
     header, separator, payload = url.partition(",")
     if not separator:
@@ -81,7 +89,10 @@ def load_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not an image that Pillow can read.") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} has too many pixels to be opened safely: {error}") from error
+        raise ValueError(
+            f"{name} has too many pixels for Pillow ({error}): raise PIL.Image.MAX_IMAGE_PIXELS as well as max_pixels "
+            "if you trust its source."
+        ) from error
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError) as error:

@@ -17,8 +17,10 @@ from transformers.utils import can_return_tuple
 
 from .attention import DeepseekV2Attention, DeepseekV2MultiHeadAttention, Rotation, build_attention
 from .cache import new_cache
+from .checkpoint import conversion_rules
 from .configuration_deepseek import DeepseekV2Config
 from .generation import ChunkedGenerationMixin, as_cache, set_generation_ids
+from .loading import CheckpointLoadingMixin
 from .moe import (
     EXPERTS_IMPLEMENTATION,
     AddAuxiliaryLoss,
@@ -79,7 +81,7 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
 
 
-class DeepseekV2PreTrainedModel(PreTrainedModel):
+class DeepseekV2PreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     """What transformers needs to know of the language model."""
 
     config: DeepseekV2Config
@@ -239,6 +241,9 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         set_generation_ids(self, config)
+        # On its own the language model is saved in the released layout too; transformers has no rule for its class,
+        # and one for the model type would bind its own DeepSeek-V2.
+        self._weight_conversions = conversion_rules()
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding."""

@@ -6,7 +6,6 @@ L image tokens of a tile, W image tokens along a tile's side.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .checkpoint import (
-    OPTIONAL_TENSORS,
-    StoredTensors,
-    check_shapes,
-    find_files,
-    register_conversion,
-    released_shapes,
-)
+from .checkpoint import OPTIONAL_TENSORS, register_conversion
 from .configuration_deepseek import DeepseekV2Config
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
 from .generation import ChunkedGenerationMixin, set_generation_ids
@@ -53,7 +44,6 @@ register_conversion(DeepseekVLV2Config.model_type)
 
 # What a processor's batch carries beside the model's inputs; `generate(**batch)` and `forward(**batch)` ignore it.
 PROCESSOR_ONLY = ("sft_format", "seq_lens", "num_image_tokens", "target_ids")
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 IMAGE_INPUTS = ("images", "images_seq_mask", "images_spatial_crop")
 
 
@@ -76,18 +66,6 @@ class DeepSeekVLV2CausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     rope_deltas: torch.Tensor | None = None
-
-
-def hub_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return those arguments of ``from_pretrained`` that say where in a hub or a cache to look."""
-    return {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
-
-
-def goes_to_one_device(device_map: Any) -> bool:
-    """Whether a ``device_map`` puts the whole model on one device."""
-    if isinstance(device_map, dict):
-        return len(device_map) == 1 and "" in device_map and device_map[""] != "disk"
-    return device_map not in ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 
 
 def real_grids(images_spatial_crop: torch.Tensor) -> list[list[TileGrid]]:
@@ -175,6 +153,12 @@ def check_image_inputs(
         raise ValueError("input_ids and images_seq_mask disagree: image tokens stand where the mask is false, or not.")
 
 
+def check_no_image_tokens(images_seq_mask: torch.Tensor | None) -> None:
+    """Raise ``ValueError`` for a mask that marks image tokens where there are no images."""
+    if images_seq_mask is not None and bool(images_seq_mask.any()):
+        raise ValueError("images_seq_mask marks image tokens, but there are no images (images_spatial_crop).")
+
+
 class DeepseekVLV2PreTrainedModel(DeepseekV2PreTrainedModel):
     """What transformers needs to know of the whole model."""
 
@@ -236,63 +220,9 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         self.post_init()
         set_generation_ids(self, language)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint in the released layout; arguments as in transformers.
-
-        Of those, ``dtype`` (or ``torch_dtype``), ``device_map``, ``attn_implementation`` ("sdpa", "eager",
-        "flash_attention_2", ...) and ``vision_attention_backend`` ("sdpa", "eager", "xformers") are the usual ones.
-
-        Raises:
-            ValueError: tensors are missing, extra or of another shape; each is named. With
-                ``ignore_mismatched_sizes=True`` the checkpoint is not checked.
-            FileNotFoundError: the index names a shard that is not there.
-        """
-        source, options = pretrained_model_name_or_path, dict(kwargs)
-        stored = cls._open_checkpoint(source, options)
-        if stored is None or not goes_to_one_device(options.get("device_map")):
-            return super().from_pretrained(source, *model_args, **options)
-        # transformers maps the files into memory and fuses the experts in a second copy; here each tensor is read
-        # once, into its place.
-        result = super().from_pretrained(None, *model_args, state_dict=stored.fused(), **options)
-        model = result[0] if isinstance(result, tuple) else result
-        model.name_or_path = model.config.name_or_path = str(source)
-        model._weight_conversions = None  # saving then follows the registered rules, though loading did without them
-        with contextlib.suppress(OSError):  # releases ship no generation_config.json
-            model.generation_config = GenerationConfig.from_pretrained(source, **hub_options(options))
-        return result
-
-    @classmethod
-    def _open_checkpoint(cls, source: Any, options: dict[str, Any]) -> StoredTensors | None:
-        """Check a checkpoint against its config and return its tensors; put the config into ``options``.
-
-        Returns ``None`` for other formats and for special requests, which are left to transformers.
-        """
-        special = ("state_dict", "gguf_file", "variant", "tp_plan", "distributed_config", "quantization_config")
-        if source is None or any(options.get(name) is not None for name in special):
-            return None
-        if options.get("ignore_mismatched_sizes") or options.get("use_safetensors") is False:
-            return None
-        hub = hub_options(options)
-        files = find_files(source, **hub)
-        if files is None:
-            return None
-        config = options.get("config")
-        if not isinstance(config, PretrainedConfig):
-            config = DeepseekVLV2Config.from_pretrained(source if config is None else config, **hub)
-            for name in [name for name in options if hasattr(config, name) and name not in ("dtype", "torch_dtype")]:
-                setattr(config, name, options.pop(name))
-        if getattr(config, "quantization_config", None) is not None:
-            return None
-        options["config"] = config
-        stored = StoredTensors(files)
-        with torch.device("meta"):
-            model = cls(config)
-        check_shapes(released_shapes(model, config.language_config), stored.shapes, source)
-        automatic = all(options.get(name) in (None, "auto") for name in ("dtype", "torch_dtype"))
-        if automatic and config.dtype is None and stored.dtype is not None:
-            options["dtype"] = stored.dtype
-        return stored
+    def freeze_unused(self) -> None:
+        """Take the gradient from the vision tower's pooling head, which never runs."""
+        self.vision.freeze_unused()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save in the released layout; arguments as in transformers.
@@ -381,8 +311,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         """
         grids = [] if images is None or images_spatial_crop is None else real_grids(images_spatial_crop)
         if images is None or not any(grids):
-            if images_seq_mask is not None and bool(images_seq_mask.any()):
-                raise ValueError("images_seq_mask marks image tokens, but there are no images (images_spatial_crop).")
+            check_no_image_tokens(images_seq_mask)
             return self.get_input_embeddings()(input_ids)
         side = output_side(self.config.projector_config, self.vision.patch_embed.grid_size[0])
         check_image_inputs(input_ids, images, images_seq_mask, grids, side, self.config.vision_config.image_size)
@@ -547,6 +476,8 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             "prompt_lookup_num_tokens", generation_config, kwargs
         )
         images = {name: kwargs.get(name) for name in IMAGE_INPUTS}
+        if kwargs.get("inputs_embeds") is None and images["images"] is None:
+            check_no_image_tokens(images["images_seq_mask"])
         embed = chunk_size is not None or copies > 1 or assisted or (cache is not None and cache.get_seq_length() > 0)
         if kwargs.get("inputs_embeds") is None and images["images"] is not None and embed:
             kwargs["inputs_embeds"] = self.prepare_inputs_embeds(kwargs["input_ids"], **images)

@@ -6,15 +6,17 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 
 from .conversation import Conversation, get_conv_template
-from .image_loading import check_image_size, load_image
+from .image_loading import check_image_size, load_image, to_rgb
 from .tiling import (
     MAX_TILED_IMAGES,
     Size,
@@ -387,7 +389,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
 
     @staticmethod
     def _role(message: Message, conv: Conversation) -> Literal["user", "assistant", "system"]:
-        role = message["role"]
+        role = message.get("role")
         if role == conv.roles[0] or role in USER_ROLES:
             return "user"
         if role == conv.roles[1] or role in ASSISTANT_ROLES:
@@ -577,7 +579,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         for index, source in enumerate(images or []):
             if isinstance(source, Image.Image):
                 check_image_size(source, f"Image {index + 1}", **limit)
-                loaded.append(source.convert("RGB"))
+                loaded.append(to_rgb(source, f"Image {index + 1}"))
             else:
                 loaded.append(load_image(source, **limit))
         return loaded
@@ -618,6 +620,8 @@ class DeepseekVLV2Processor(ProcessorMixin):
             raise TypeError(f"Unknown arguments: {', '.join(kwargs)}.")
         if (prompt is None) == (conversations is None):
             raise ValueError("Give either prompt or conversations, not both and not neither.")
+        if conversations is not None:
+            conversations = self.messages_to_conversation(conversations)
         if conversations is not None and images is None:
             images = [image for message in conversations for image in message.get("images") or []]
         loaded = self._load_images(images, max_pixels)
@@ -769,7 +773,8 @@ class DeepseekVLV2Processor(ProcessorMixin):
         return [images[start : start + count] for start, count in zip(starts, counts, strict=True)]
 
     def _count_tags(self, source: Any) -> int:
-        texts = [source] if isinstance(source, str) else [str(message["content"]) for message in source]
+        conversation = [] if isinstance(source, str) else self.messages_to_conversation(source)
+        texts = [source] if isinstance(source, str) else [message["content"] for message in conversation]
         return sum(t.replace(IMAGE_PLACEHOLDER, self.image_token).count(self.image_token) for t in texts)
 
     def batchify(
@@ -828,8 +833,11 @@ class DeepseekVLV2Processor(ProcessorMixin):
         content = message.get("content")
         if isinstance(content, str):
             return {"content": content, "images": list(message.get("images") or [])}
-        text, images, after_image = "", [], False
-        for part in content or []:
+        if not isinstance(content, Sequence):
+            raise ValueError(f"A message needs a content, a text or a list of parts, got {content!r}: {dict(message)}.")
+        text, after_image = "", False
+        images = list(message.get("images") or [])
+        for part in content:
             kind = part.get("type")
             if kind in ("image", "image_url", "input_image"):
                 images.append(_image_source(part))
@@ -884,17 +892,13 @@ class DeepseekVLV2Processor(ProcessorMixin):
             options.pop(name, None)
         custom = chat_template is not None or self.chat_template != CHAT_TEMPLATE
         if not tokenize or custom:
-            rendered = [
-                self.tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
-                    chat_template=chat_template or self.chat_template,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=continue_final_message,
-                    **options,
-                )
-                for messages in batch
-            ]
+            settings = {
+                "chat_template": chat_template or self.chat_template,
+                "add_generation_prompt": add_generation_prompt,
+                "continue_final_message": continue_final_message,
+                **options,
+            }
+            rendered = [self._render(messages, settings) for messages in batch]
             if not tokenize:
                 return rendered[0] if single else rendered
         samples = []
@@ -909,6 +913,12 @@ class DeepseekVLV2Processor(ProcessorMixin):
                 )
         out = self.batchify(samples)
         return out if return_dict else out["input_ids"]
+
+    def _render(self, messages: Sequence[Message], settings: dict[str, Any]) -> str:
+        try:
+            return self.tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **settings)
+        except TemplateError as error:
+            raise ValueError(f"The chat template refuses the conversation: {error}") from error
 
     def _process_messages(
         self,
@@ -947,7 +957,7 @@ def _image_source(part: Message) -> Any:
 
             return download(source)
         if isinstance(source, str) and source.startswith("file://"):
-            return source.removeprefix("file://")
+            return url2pathname(source.removeprefix("file://"))
         return source
     if part.get("base64") is not None:
         return f"data:;base64,{part['base64']}"

@@ -141,11 +141,15 @@ class VisionTransformer(timm_vit.VisionTransformer):
         self.ignore_head = ignore_head
         self.num_recomputing_layers = num_recomputing_layers
         self.set_attention_backend(attention_backend)
-        if ignore_head:
-            # Unused parameters that ask for a gradient break distributed training.
-            for head in (self.attn_pool, self.fc_norm, self.head):
-                if isinstance(head, nn.Module):
-                    head.requires_grad_(False)
+        self.freeze_unused()
+
+    def freeze_unused(self) -> None:
+        """Take the gradient from the pooling head where it never runs: unused parameters break distributed training."""
+        if not self.ignore_head:
+            return
+        for head in (self.attn_pool, self.fc_norm, self.head):
+            if isinstance(head, nn.Module):
+                head.requires_grad_(False)
 
     @classmethod
     def from_config(cls, config: VisionEncoderConfig) -> VisionTransformer:

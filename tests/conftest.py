@@ -1,0 +1,79 @@
+"""Fixtures: the golden checkpoints, written once a session, and what is loaded from them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support import CHECKPOINTS, KINDS
+
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Provide the directory of a kind's golden checkpoint; it is written at the first call."""
+    root = tmp_path_factory.mktemp("golden")
+
+    def directory(kind: str) -> Path:
+        if not (root / kind).exists():
+            CHECKPOINTS.write(kind, root / kind)
+        return root / kind
+
+    yield directory
+    shutil.rmtree(root, ignore_errors=True)  # 200 MB that pytest would keep for three runs
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden_checkpoint: Callable[[str], Path]) -> Callable[..., DeepseekVLV2ForCausalLM]:
+    """Return a kind's golden model in float32, in evaluation mode. Tests share it: change nothing in it."""
+    loaded: dict[tuple[str, str], DeepseekVLV2ForCausalLM] = {}
+
+    def model(kind: str, attn: str = "sdpa") -> DeepseekVLV2ForCausalLM:
+        if (kind, attn) not in loaded:
+            loaded.clear()  # one at a time: logits of long prompts need the memory
+            loaded[kind, attn] = DeepseekVLV2ForCausalLM.from_pretrained(
+                golden_checkpoint(kind), dtype=torch.float32, attn_implementation=attn
+            ).eval()
+        return loaded[kind, attn]
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with the tokenizer's and the processor's files and no weights."""
+    out = tmp_path_factory.mktemp("tokenizer")
+    CHECKPOINTS.tokenizer_files(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def processor(tokenizer_dir: Path) -> DeepseekVLV2Processor:
+    """Return the processor of the golden checkpoints. Tests share it: change nothing in it."""
+    return DeepseekVLV2Processor.from_pretrained(tokenizer_dir)
+
+
+@pytest.fixture
+def own_processor(tokenizer_dir: Path) -> DeepseekVLV2Processor:
+    """Return a processor that the test may change."""
+    return DeepseekVLV2Processor.from_pretrained(tokenizer_dir)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Return the name of an architecture."""
+    return request.param
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run small models in one thread: they gain nothing from more, and on a busy machine lose much to waiting."""
+    threads = torch.get_num_threads()
+    if request.path.parent.name != "golden":
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

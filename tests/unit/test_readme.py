@@ -1,0 +1,60 @@
+"""Every fenced Python example of the README runs, and so does its first command's program."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def run_python(arguments: list[str], cache_home: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache_home), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_the_readme_has_examples() -> None:
+    assert len(EXAMPLES) >= 6
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.strip().splitlines()[-1][:40])
+def test_example_runs(example: str, cache_home: Path) -> None:
+    done = run_python(["-c", example], cache_home)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_inference_answers_on_a_real_picture_without_a_download(cache_home: Path) -> None:
+    done = run_python(["inference.py", "--max_new_tokens", "8", "--output", str(cache_home / "vg.jpg")], cache_home)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "random weights" in done.stdout
+    assert "The giraffe at the back." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--image", "no_such_picture.png"], "no_such_picture.png"),
+        (["--image", "README.md"], "not an image"),
+        (["--prompt", "<image> <image>", "--image", "images/table.png"], "2 <image> tags but 1 images"),
+        (["--model_path", "no/such/place"], "no/such/place"),
+        (["--chunk_size", "0"], "--chunk_size must be positive"),
+    ],
+)
+def test_inference_says_what_is_wrong(arguments: list[str], words: str, cache_home: Path) -> None:
+    done = run_python(["inference.py", *arguments], cache_home)
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
