@@ -50,7 +50,13 @@ CONVERSATION_CASES = [name for name, case in CASES.items() if "prompt" not in ca
 def case_images(case: dict[str, Any]) -> list[Image.Image]:
     """Return a case's images, opened as the original opened them."""
     names = case.get("images") or [n for m in case["conversation"] for n in m.get("images") or []]
-    return [Image.open(GOLDEN / "images" / name).convert("RGB") for name in names]
+    return [golden_image(name) for name in names]
+
+
+@cache
+def golden_image(name: str) -> Image.Image:
+    """Return a golden image as RGB."""
+    return Image.open(GOLDEN / "images" / name).convert("RGB")
 
 
 def case_inputs(case: dict[str, Any]) -> dict[str, Any]:

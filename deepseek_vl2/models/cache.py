@@ -35,22 +35,23 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _append(self, name: str, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        length = held.shape[-2] if held.dim() == 4 else 0
+        if held.numel() == 0:
+            return new.clone(memory_format=torch.contiguous_format)  # a prompt takes no more than its own room
+        length = held.shape[-2]
         total = length + new.shape[-2]
         room = getattr(self, name, None)
         # After a reordering, say, the tokens held are no longer a view of the room behind them.
         fits = (
             room is not None
-            and length > 0
             and room.data_ptr() == held.data_ptr()
             and room.shape[:2] == new.shape[:2]
             and room.shape[2] >= total
             and room.stride() == held.stride()
+            and (torch.is_inference_mode_enabled() or not room.is_inference())
         )
         if not fits:
             room = new.new_empty(*new.shape[:2], total + SPARE_TOKENS, new.shape[-1])
-            if length:
-                room[:, :, :length] = held
+            room[:, :, :length] = held
             setattr(self, name, room)
         assert room is not None
         room[:, :, length:total] = new
