@@ -6,6 +6,7 @@ D head size, R rank of the latent, P rotated part of a head.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_deepseek import DeepseekV2Config
+from .cpu import is_single_cpu_row, onednn
 from .norm import DeepseekV2RMSNorm
 from .rope import apply_rotary, split_interleaved_pairs, yarn_softmax_scale
 
@@ -39,6 +41,16 @@ def additive_mask(mask: torch.Tensor | None, scores: torch.Tensor) -> torch.Tens
     return mask[..., :keys]
 
 
+def add_mask(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the scores with a mask of any of transformers' forms applied."""
+    additive = additive_mask(mask, scores)
+    if additive is None:
+        return scores
+    masked = scores + additive
+    # In float16 the lowest number and a score may add up to minus infinity, and a row of padding to NaN.
+    return masked.clamp(min=torch.finfo(masked.dtype).min) if masked.dtype == torch.float16 else masked
+
+
 def eager_attention_forward(
     module: nn.Module,
     query_BNTD: torch.Tensor,
@@ -53,10 +65,7 @@ def eager_attention_forward(
     groups = query_BNTD.shape[1] // key_BMSD.shape[1]
     key = key_BMSD.repeat_interleave(groups, dim=1) if groups > 1 else key_BMSD
     value = value_BMSD.repeat_interleave(groups, dim=1) if groups > 1 else value_BMSD
-    scores = torch.matmul(query_BNTD, key.mT) * scaling
-    mask = additive_mask(attention_mask, scores)
-    if mask is not None:
-        scores = scores + mask
+    scores = add_mask(torch.matmul(query_BNTD, key.mT) * scaling, attention_mask)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query_BNTD.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2), weights
@@ -76,11 +85,16 @@ def one_query_attention_forward(
     groups = query_BN1D.shape[1] // key_BMSD.shape[1]
     query_BMGD = query_BN1D.squeeze(2).unflatten(1, (-1, groups))
     scores_BMGS = torch.matmul(key_BMSD, query_BMGD.mT).mT * scaling
-    mask = additive_mask(attention_mask, scores_BMGS.flatten(1, 2).unsqueeze(2))
-    if mask is not None:
-        scores_BMGS = scores_BMGS + mask
+    if attention_mask is not None:  # one query sees all keys, unless some are padding
+        scores_BMGS = add_mask(scores_BMGS, attention_mask)
     weights_BMGS = scores_BMGS.softmax(dim=-1, dtype=torch.float32).to(query_BN1D.dtype)
     return torch.matmul(weights_BMGS, value_BMSD).flatten(1, 2).unsqueeze(1)
+
+
+def is_single_cpu_query(query_BNTD: torch.Tensor) -> bool:
+    """Whether one position attends, on a CPU, outside of training and compilation."""
+    on_cpu = query_BNTD.shape[2] == 1 and query_BNTD.device.type == "cpu"
+    return on_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class DeepseekV2MultiHeadAttention(nn.Module):
@@ -123,10 +137,10 @@ class DeepseekV2MultiHeadAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         name = self.config._attn_implementation
-        if name == "sdpa" and query.shape[2] == 1 and query.device.type == "cpu" and not self.training:
-            return self.o_proj(
-                one_query_attention_forward(query, key, value, attention_mask, self.scaling).flatten(2)
-            ), None
+        if name == "sdpa" and is_single_cpu_query(query):
+            with onednn(True):
+                out = one_query_attention_forward(query, key, value, attention_mask, self.scaling)
+            return self.o_proj(out.flatten(2)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         out, weights = attend(
             self,
@@ -246,10 +260,7 @@ class DeepseekV2Attention(nn.Module):
         shape = (self.num_heads, query_rope.shape[2])
         rope_scores = torch.matmul(query_rope.flatten(1, 2), key_rope_B1SP[:, 0].mT)
         latent_scores = torch.matmul(query_latent.flatten(1, 2), latent_B1SR[:, 0].mT)
-        scores = ((rope_scores + latent_scores) * self.scaling).unflatten(1, shape)
-        mask = additive_mask(attention_mask, scores)
-        if mask is not None:
-            scores = scores + mask
+        scores = add_mask(((rope_scores + latent_scores) * self.scaling).unflatten(1, shape), attention_mask)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(query_nope.dtype)
         weights = F.dropout(weights, p=self.attention_dropout, training=self.training)
         mixed = torch.matmul(weights.flatten(1, 2), latent_B1SR[:, 0]).unflatten(1, shape)
@@ -302,7 +313,8 @@ class DeepseekV2Attention(nn.Module):
         parts = (query_nope, query_rope, key_rope, latent)
         weights: torch.Tensor | None
         if self.prefers_absorbed(hidden_BTH, attention_mask):
-            out, weights = self.attend_absorbed(*parts, attention_mask)
+            with onednn(True) if is_single_cpu_row(hidden_BTH) else nullcontext():
+                out, weights = self.attend_absorbed(*parts, attention_mask)
         else:
             out, weights = self.attend_expanded(*parts, attention_mask, **kwargs)
         return self.o_proj(out.flatten(2)), weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .attention import DeepseekV2Attention, DeepseekV2MultiHeadAttention, Rotati
 from .cache import new_cache
 from .checkpoint import conversion_rules
 from .configuration_deepseek import DeepseekV2Config
+from .cpu import is_single_cpu_row, onednn
 from .generation import ChunkedGenerationMixin, as_cache, set_generation_ids
 from .loading import CheckpointLoadingMixin
 from .moe import (
@@ -156,6 +158,10 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             return positions_from_mask(attention_mask, length)
         return (torch.arange(length, device=embeds.device) + past).expand(embeds.shape[0], -1)
 
+    def decodes_one_row(self, hidden_states: torch.Tensor) -> bool:
+        """Whether products are of a single row on a CPU; never under "eager", which keeps the original's arithmetic."""
+        return self.config._attn_implementation != "eager" and is_single_cpu_row(hidden_states)
+
     @can_return_tuple
     def forward(
         self,
@@ -210,14 +216,15 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
 
         all_hidden = [hidden_states] if output_hidden_states else None
         all_weights: list[torch.Tensor | None] | None = [] if output_attentions else None
-        for layer in self.layers:
-            hidden_states, weights = layer(
-                hidden_states, rotation, attention_mask=mask, past_key_values=past_key_values, **kwargs
-            )
-            if all_hidden is not None:
-                all_hidden.append(hidden_states)
-            if all_weights is not None:
-                all_weights.append(weights)
+        with onednn(False) if self.decodes_one_row(hidden_states) else nullcontext():
+            for layer in self.layers:
+                hidden_states, weights = layer(
+                    hidden_states, rotation, attention_mask=mask, past_key_values=past_key_values, **kwargs
+                )
+                if all_hidden is not None:
+                    all_hidden.append(hidden_states)
+                if all_weights is not None:
+                    all_weights.append(weights)
         hidden_states = self.norm(hidden_states)
         if all_hidden is not None:
             all_hidden[-1] = hidden_states
@@ -305,9 +312,10 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept, :]).float()
+        kept_states = outputs.last_hidden_state[:, kept, :]
+        with onednn(False) if self.model.decodes_one_row(kept_states) else nullcontext():
+            logits = self.lm_head(kept_states).float()
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -63,6 +63,7 @@ class Attention(timm_vit.Attention):
     """timm's attention with a choice of backend: "sdpa", "eager" or "xformers"."""
 
     backend = "sdpa"
+    quick_on_cpu = True
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Attend among all patches; [B, N, C] in and out."""
@@ -75,7 +76,8 @@ class Attention(timm_vit.Attention):
             return self.proj(out.reshape(batch, length, -1))
         qkv = qkv.permute(2, 0, 3, 1, 4)
         # In bfloat16 on a CPU, PyTorch's fused attention takes longer than three products on contiguous heads.
-        if self.backend == "eager" or (x.device.type == "cpu" and x.dtype == torch.bfloat16):
+        quick = self.quick_on_cpu and x.device.type == "cpu" and x.dtype == torch.bfloat16
+        if self.backend == "eager" or quick:
             q, k, v = qkv.contiguous().unbind(0)
             out = ((q * self.scale) @ k.mT).softmax(dim=-1) @ v
         else:
@@ -171,6 +173,9 @@ class VisionTransformer(timm_vit.VisionTransformer):
             attention_backend=config.attention_backend,
         )
         tower.set_grad_checkpointing(config.use_checkpoint)
+        # A model loaded with attn_implementation="eager" keeps the original's arithmetic throughout.
+        for block in tower.blocks:
+            block.attn.quick_on_cpu = config._attn_implementation != "eager"
         return tower
 
     def set_attention_backend(self, backend: str) -> None:
