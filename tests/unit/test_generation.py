@@ -353,6 +353,27 @@ def test_incremental_prefilling_then_generate_equals_plain(
     assert out.tolist() == plain
 
 
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_beams_after_incremental_prefilling_equal_plain_beams(
+    kind: str, inputs: Inputs, settings: dict[str, int]
+) -> None:
+    model = shared_mini_model(kind)
+    want = model.generate(**inputs, **GREEDY, **settings)
+    embeds, cache = model.incremental_prefilling(**inputs, chunk_size=16)
+    for _ in range(2):  # the caller's cache serves again
+        got = model.generate(inputs_embeds=embeds, **inputs, past_key_values=cache, **GREEDY, **settings)
+        assert torch.equal(got, want)
+
+
+def test_sampling_several_sequences_after_incremental_prefilling_equals_plain(kind: str, inputs: Inputs) -> None:
+    model, settings = shared_mini_model(kind), {**SAMPLING, "num_return_sequences": 2}
+    torch.manual_seed(3)
+    want = model.generate(**inputs, **settings)
+    embeds, cache = model.incremental_prefilling(**inputs, chunk_size=16)
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **inputs, past_key_values=cache, **settings), want)
+
+
 def test_incremental_prefilling_takes_embeddings_and_no_mask(kind: str) -> None:
     model, one = shared_mini_model(kind), mini_inputs([5, (2, 1), 9])
     given = model.prepare_inputs_embeds(**one)
