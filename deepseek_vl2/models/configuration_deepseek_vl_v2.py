@@ -33,7 +33,7 @@ class VisionEncoderConfig(PretrainedConfig):
         use_checkpoint: recompute the blocks' activations in the backward pass.
         weight_init: kept for old configs; weights come from the checkpoint.
         deterministic: kept for old configs; every backend here is deterministic in inference.
-        num_recomputing_layers: with ``use_checkpoint``, this many blocks at the top are not recomputed.
+        num_recomputing_layers: with ``use_checkpoint``, how many blocks from the bottom are recomputed; 0: all.
         attention_backend: "sdpa" (PyTorch), "eager" or "xformers" (needs that package).
 
     Raises:

@@ -108,7 +108,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         weight_init: "skip" leaves initialisation to the caller.
         num_classes: size of a classification head.
         deterministic: accepted for old callers; every backend is deterministic in inference.
-        num_recomputing_layers: with gradient checkpointing, blocks at the top that are not recomputed.
+        num_recomputing_layers: with gradient checkpointing, how many blocks from the bottom are recomputed; 0: all.
         attention_backend: "sdpa", "eager" or "xformers".
 
     Source: ``siglip_vit.py`` of the original package; timm.
@@ -203,9 +203,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
             # One tile's activations stay in the cache; those of several do not.
             return torch.cat([self.forward_features(tile) for tile in x.split(1)])
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        recomputed = len(self.blocks) - max(1, len(self.blocks) - self.num_recomputing_layers)
-        if self.num_recomputing_layers == 0:
-            recomputed = len(self.blocks)
+        recomputed = min(self.num_recomputing_layers, len(self.blocks) - 1) or len(self.blocks)
         for index, block in enumerate(self.blocks):
             if self.grad_checkpointing and torch.is_grad_enabled() and index < recomputed:
                 x = checkpoint(block, x, use_reentrant=False)
