@@ -70,7 +70,7 @@ def _starts_of(counts: Sequence[int]) -> torch.Tensor:
 def join_samples(samples: Sequence[VLChatProcessorOutput]) -> VLChatProcessorOutput:
     """Return several samples as one row, end to end; images of all of them in order."""
     shown = [sample for sample in samples if sample["num_image_tokens"]]
-    joined = {
+    joined: dict[str, Any] = {
         name: torch.cat([sample[name] for sample in samples]) for name in ("input_ids", "target_ids", "images_seq_mask")
     }
     for name in ("images", "images_spatial_crop"):
