@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,14 +71,29 @@ def split_training_mask(
 ) -> tuple[torch.Tensor | None, RoutingContext]:
     """Return what attention needs of a mask in training, and what routing needs of it.
 
-    Attention needs no mask for padding on the right, and is several times faster without one.
+    Attention needs no mask for padding on the right, and is several times faster without one. Where positions are
+    given, they then say which samples share a row: each starts anew.
     """
     if attention_mask is None or attention_mask.dim() != 2:
         return attention_mask, RoutingContext()
     routing = RoutingContext(token_mask=attention_mask.bool())
-    if position_ids is None and is_right_padded(attention_mask.bool()):
-        return None, routing
-    return attention_mask, routing
+    return (None if is_right_padded(attention_mask.bool()) else attention_mask), routing
+
+
+def flash_options(implementation: str, position_ids_BT: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Return what flash attention needs beside a mask to keep packed samples apart: their positions.
+
+    Raises:
+        ValueError: several rows hold packed samples, which it would not keep apart.
+    """
+    if "flash" not in implementation or position_ids_BT is None:
+        return {}
+    if position_ids_BT.shape[0] > 1 and bool((position_ids_BT.diff(dim=1) != 1).any()):
+        raise ValueError(
+            f"With attn_implementation={implementation!r} packed samples must share one row: pack all of a batch into "
+            "one, or choose 'sdpa'."
+        )
+    return {"position_ids": position_ids_BT}
 
 
 def balance_share(targets: Targets, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
@@ -87,6 +103,13 @@ def balance_share(targets: Targets, num_items_in_batch: torch.Tensor | int) -> t
     """
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     return (len(targets.ids) * processes / torch.as_tensor(num_items_in_batch)).clamp(max=1.0)
+
+
+@dataclass
+class DeepseekV2CausalLMOutput(CausalLMOutputWithPast):
+    """transformers' output and, where logits are skipped, ``last_hidden_state``, [B, T, H], to compute them from."""
+
+    last_hidden_state: torch.Tensor | None = None
 
 
 class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
@@ -218,7 +241,8 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         Args:
             input_ids: token ids, [B, T]; or give ``inputs_embeds``, [B, T, H].
             attention_mask: [B, S], true where a token (cached ones included) is not padding; or a 4-D mask.
-            position_ids: [B, T]; by default counted from each row's first real token.
+            position_ids: [B, T]; by default counted from each row's first real token. Without a cache, and without
+                padding on the left, samples packed in a row are kept apart where positions start anew.
             past_key_values: a cache, or a tuple of (key, value) pairs.
             use_cache: return a cache; by default as the config says, but not in training.
             routing: which tokens count as load of the experts in training; by default those of the attention mask.
@@ -237,19 +261,20 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         past_key_values = as_cache(past_key_values)
-        if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
-            past_key_values = new_cache(self.config)
-
-        if self.training and past_key_values is None and routing is None:
+        if past_key_values is None and routing is None and (self.training or position_ids is not None):
             attention_mask, routing = split_training_mask(attention_mask, position_ids)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if attention_mask is None and past_key_values is None:
+            kwargs.update(flash_options(self.config._attn_implementation, position_ids))
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values,  # not a new one: with any cache packed samples go unseen
             position_ids=position_ids,  # given ones may tell of several samples packed in a row
         )
+        if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
+            past_key_values = new_cache(self.config)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = self._positions(attention_mask, past, hidden_states)
@@ -349,7 +374,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
         routing: RoutingContext | None = None,
         skip_logits: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> DeepseekV2CausalLMOutput:
         """Predict the next token at each position.
 
         Args:
@@ -394,12 +419,13 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.vocab_size, num_items_in_batch=items
             )
-        return CausalLMOutputWithPast(
+        return DeepseekV2CausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            last_hidden_state=outputs.last_hidden_state if skip_logits else None,
         )
 
     def generate(

@@ -59,6 +59,7 @@ class DeepSeekVLV2CausalLMOutputWithPast(ModelOutput):
         hidden_states: embeddings and every layer's output, [B, T, H] each, where asked for.
         attentions: attention weights of every layer, where asked for.
         rope_deltas: always ``None``; kept for scripts that unpack it.
+        last_hidden_state: what the logits are computed from, [B, T, H], where they are skipped.
     """
 
     loss: torch.Tensor | None = None
@@ -67,6 +68,7 @@ class DeepSeekVLV2CausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     rope_deltas: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
 
 
 def real_grids(crops: list[list[list[int]]]) -> list[list[TileGrid]]:
@@ -390,7 +392,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         if labels is not None:
             labels = drop_unseen_labels(labels, attention_mask)
         routing = None
-        if self.training and past_key_values is None:
+        if past_key_values is None and (self.training or position_ids is not None):
             attention_mask, routing = split_training_mask(attention_mask, position_ids)
         targets = find_targets(labels) if skip_logits and labels is not None else labels
         if inputs_embeds is None:
@@ -420,6 +422,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            last_hidden_state=outputs.last_hidden_state,
         )
 
     def prepare_inputs_for_generation(  # type: ignore[override]

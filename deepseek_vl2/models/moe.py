@@ -335,6 +335,27 @@ def eager_experts_forward(
     return weighted_NKH.sum(dim=1).to(hidden_NH.dtype)
 
 
+def fuse_released(experts: DeepseekV2Experts, state_dict: dict[str, Any], prefix: str) -> None:
+    """Replace matrices under released names, ``<prefix>3.up_proj.weight``, by the fused ones, in place.
+
+    Experts that a state dict lacks keep their weights: the shards of a checkpoint come one by one.
+    """
+    inner = experts.gate_up_proj.shape[1] // 2
+    places = {
+        "gate_proj": ("gate_up_proj", slice(0, inner)),
+        "up_proj": ("gate_up_proj", slice(inner, 2 * inner)),
+        "down_proj": ("down_proj", slice(None)),
+    }
+    for part, (fused_name, rows) in places.items():
+        for expert in range(experts.num_experts):
+            matrix = state_dict.pop(f"{prefix}{expert}.{part}.weight", None)
+            if matrix is None:
+                continue
+            if prefix + fused_name not in state_dict:
+                state_dict[prefix + fused_name] = getattr(experts, fused_name).detach().clone()
+            state_dict[prefix + fused_name][expert, rows] = matrix
+
+
 EXPERTS_IMPLEMENTATION = "deepseek_vl2"
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
 
@@ -355,6 +376,11 @@ class DeepseekV2Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, inner))
         self.act_fn = ACT2FN[config.hidden_act]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Let ``load_state_dict`` take the released names too: transformers' Trainer resumes from such files."""
+        fuse_released(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of each token's experts, [N, H]; summed in float32."""

@@ -97,9 +97,9 @@ class ConversationCollator:
     of which nothing is left becomes one short row that takes no loss.
 
     Packing. The samples of a batch are laid end to end into as few rows of at most ``max_length`` tokens as they fit.
-    Positions then start anew with each sample, and there is no ``attention_mask``: from the positions the model sees
-    where samples end, and attention stays inside each. What is left of a row is one more sample, of padding. Ask for
-    batches of many samples: they are what is packed.
+    Positions then start anew with each sample; from them the model sees where samples end, and attention stays inside
+    each. Ask for batches of many samples: they are what is packed. The auxiliary balance loss is taken over rows, so
+    packing changes it a little; the rest of the loss stays what it is.
 
     Args:
         processor: the model's processor.
@@ -108,6 +108,8 @@ class ConversationCollator:
         labels: what takes the loss.
         packing: whether several samples share a row.
         cropping, candidate_resolutions, max_pixels: see `DeepseekVLV2Processor.process_one`.
+        skip_logits: have the model return ``last_hidden_state`` instead of logits, for trainers that compute the loss
+            themselves, as TRL's SFTTrainer does.
         image_dtype: dtype of the images; bfloat16 halves what workers hand over, and under bfloat16 autocast is
             what the vision tower makes of them anyway.
 
@@ -126,6 +128,7 @@ class ConversationCollator:
         cropping: bool | None = None,
         candidate_resolutions: Sequence[Sequence[int]] | None = None,
         max_pixels: int | None = None,
+        skip_logits: bool = False,
         image_dtype: torch.dtype = torch.float32,
     ) -> None:
         for name, value, known in (("overlong", overlong, ("drop", "cut")), ("labels", labels, ("assistant", "all"))):
@@ -145,6 +148,7 @@ class ConversationCollator:
             "candidate_resolutions": candidate_resolutions,
             "max_pixels": max_pixels,
         }
+        self.skip_logits = skip_logits
         self.image_dtype = image_dtype
         self._counts = self._new_counts()
 
@@ -227,13 +231,13 @@ class ConversationCollator:
 
     # ---------------------------------------------------------------- batches
 
-    def __call__(self, samples: Sequence[Any]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         """Return a batch.
 
         Returns:
-            ``input_ids``, ``labels`` (-100: no loss) and ``images_seq_mask``, [B, T] each; ``images``
-            [B, tiles, 3, S, S] and ``images_spatial_crop`` [B, images, 2]; ``attention_mask`` [B, T] or, when packing,
-            ``position_ids`` [B, T]. When packing, B is the number of rows.
+            ``input_ids``, ``labels`` (-100: no loss), ``attention_mask``, ``images_seq_mask``, [B, T] each; ``images``
+            [B, tiles, 3, S, S] and ``images_spatial_crop`` [B, images, 2]; when packing, ``position_ids`` [B, T], and B
+            is the number of rows.
         """
         encoded = [self.encode(sample) for sample in samples]
         kept = [sample for sample in encoded if self._fit(sample)]
@@ -247,12 +251,13 @@ class ConversationCollator:
             groups = [[kept[index] for index in row] for row in rows]
         joined = [group[0] if len(group) == 1 else join_samples(group) for group in groups]
         padded = self.processor.batchify(joined, padding="right")
-        batch = {name: padded[name] for name in MODEL_INPUTS}
+        batch: dict[str, Any] = {name: padded[name] for name in MODEL_INPUTS}
         batch["images"] = batch["images"].to(self.image_dtype)
         if self.packing:
-            del batch["attention_mask"]
             lengths = [[len(sample) for sample in group] for group in groups]
             batch["position_ids"] = self._positions(lengths, batch["input_ids"].shape[1])
+        if self.skip_logits:
+            batch["skip_logits"] = True
         return batch
 
     @staticmethod

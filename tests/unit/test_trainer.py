@@ -359,7 +359,7 @@ def test_trl_sft_trainer_works(tmp_path: Path) -> None:
     run = trl.SFTTrainer(
         mini_model("base"),
         args,
-        data_collator=ConversationCollator(processor),
+        data_collator=ConversationCollator(processor, skip_logits=True),
         train_dataset=datasets.Dataset.from_list(conversations),
         processing_class=processor,
     )
