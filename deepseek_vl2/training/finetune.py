@@ -33,11 +33,12 @@ from deepseek_vl2.utils.demo import DEMO_NAME, demo_checkpoint
 
 from .collator import ConversationCollator
 from .data import ConversationDataset
-from .trainer import PARTS, VLTrainer, VLTrainingArguments, last_complete_checkpoint
+from .trainer import PARTS, VLTrainer, VLTrainingArguments, last_complete_checkpoint, save_released
 
 LORA_LEARNING_RATE = 1e-4
 FULL_LEARNING_RATE = 2e-5  # the paper's, for the base model's third stage
 ADAPTER_DIRECTORY = "adapter"
+LORA_PARTS = ("attention", "mlp", "experts", "projector", "vision")
 
 
 class UsageError(ValueError):
@@ -81,7 +82,19 @@ def _add_method_options(parser: ArgumentParser) -> None:
     )
     group.add_argument("--lora_rank", type=int, default=16, help="rank of the adapters (default: %(default)s)")
     group.add_argument("--lora_alpha", type=float, help="scale of the adapters; default: twice the rank")
-    group.add_argument("--lora_dropout", type=float, default=0.0, help="dropout of the adapters (default: 0)")
+    group.add_argument(
+        "--lora_dropout",
+        type=float,
+        default=0.0,
+        help="dropout of the adapters (default: 0); those of experts have none",
+    )
+    group.add_argument(
+        "--lora_parts",
+        nargs="+",
+        choices=LORA_PARTS,
+        default=["attention", "mlp", "experts"],
+        help="what gets adapters (default: attention, dense and shared mlp, routed experts)",
+    )
     group.add_argument(
         "--stage",
         type=int,
@@ -205,13 +218,16 @@ def load_model(args: Namespace) -> tuple[DeepseekVLV2Processor, Any]:
     model = DeepseekVLV2ForCausalLM.from_pretrained(
         source, dtype=torch.bfloat16 if halved else torch.float32, attn_implementation=args.attention
     )
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if args.method == "full":
         return processor, model
     from .lora import add_lora
 
     torch.manual_seed(args.seed)
     alpha = 2.0 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
-    return processor, add_lora(model, rank=args.lora_rank, alpha=alpha, dropout=args.lora_dropout)
+    parts = tuple(args.lora_parts)
+    return processor, add_lora(model, rank=args.lora_rank, alpha=alpha, dropout=args.lora_dropout, parts=parts)
 
 
 def training_arguments(args: Namespace) -> VLTrainingArguments:
@@ -238,7 +254,6 @@ def training_arguments(args: Namespace) -> VLTrainingArguments:
         max_grad_norm=args.clip,
         seed=args.seed,
         bf16=args.precision == "bf16",
-        gradient_checkpointing=args.gradient_checkpointing,
         use_cpu=args.cpu,
         dataloader_num_workers=args.workers,
         dataloader_pin_memory=torch.cuda.is_available() and not args.cpu,
@@ -283,13 +298,13 @@ def save_result(trainer: VLTrainer, args: Namespace) -> None:
     if args.method == "full":
         trainer.save_model()
         return
-    output = Path(args.output)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.is_world_process_zero():
-        from .lora import merge_and_save
+    if not trainer.is_world_process_zero():
+        return
+    from .lora import merge_lora
 
-        model.save_pretrained(output / ADAPTER_DIRECTORY)
-        merge_and_save(model, trainer.processing_class, output)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.save_pretrained(Path(args.output) / ADAPTER_DIRECTORY)
+    save_released(merge_lora(model), trainer.processing_class, args.output, args.save_dtype)
 
 
 def describe(trainer: VLTrainer, args: Namespace, checkpoint: Path | None) -> str:
@@ -352,6 +367,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     parser = build_parser(prog)
     args = parser.parse_args(argv)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # those of loading and saving; the training's own stays
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are processes already
     try:
         check_options(args)
@@ -359,7 +375,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     except UsageError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"{parser.prog}: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, logging
 
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.checkpoint import StoredTensors, check_shapes, find_files, released_shapes
 
 from .collator import ConversationCollator
@@ -367,6 +367,15 @@ def name_dtype(config_file: Path, dtype: str) -> None:
             if key in part:
                 part[key] = dtype
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def save_released(
+    model: DeepseekVLV2ForCausalLM, processor: DeepseekVLV2Processor, directory: str | Path, dtype: str
+) -> None:
+    """Save a model in the released layout, its weights in ``dtype``, and its processor beside it."""
+    model.save_pretrained(directory, state_dict=cast_state(model.state_dict(), DTYPES[dtype]))
+    name_dtype(Path(directory) / CONFIG_NAME, dtype)
+    processor.save_pretrained(directory)
 
 
 def load_weights(model: DeepseekVLV2ForCausalLM, directory: Path) -> None:
