@@ -42,29 +42,24 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 def cut_sample(sample: VLChatProcessorOutput, max_length: int) -> None:
     """Keep a sample's first tokens, in place: at most ``max_length``, and each image whole or not at all."""
-    mask = sample["images_seq_mask"]
-    keep = max_length
+    counts = sample["num_image_tokens"]
     # Images may stand side by side, so where one starts is counted and not read off the mask.
-    starts = torch.nonzero(mask).flatten()[_starts_of(sample["num_image_tokens"])] if bool(mask.any()) else []
-    kept = 0
-    for start, tokens in zip((int(start) for start in starts), sample["num_image_tokens"], strict=True):
+    first = torch.tensor(counts, dtype=torch.long).cumsum(0) - torch.tensor(counts, dtype=torch.long)
+    starts = torch.nonzero(sample["images_seq_mask"]).flatten()[first].tolist()
+    kept, keep = 0, max_length
+    for start, tokens in zip(starts, counts, strict=True):
         if start + tokens > max_length:
             keep = min(keep, start)
             break
         kept += 1
     for name in ("input_ids", "target_ids", "images_seq_mask"):
         sample[name] = sample[name][:keep]
-    if kept < len(sample["num_image_tokens"]):
+    if kept < len(counts):
         grids = sample["images_spatial_crop"]
         tiles = int((1 + grids[:kept].prod(dim=1)).sum())
         sample["images"] = sample["images"][:tiles] if kept else torch.zeros_like(sample["images"][:1])
         sample["images_spatial_crop"] = grids[:kept] if kept else torch.zeros_like(grids[:1])
-        sample["num_image_tokens"] = sample["num_image_tokens"][:kept]
-
-
-def _starts_of(counts: Sequence[int]) -> torch.Tensor:
-    ends = torch.tensor(counts).cumsum(0)
-    return ends - torch.tensor(counts)
+        sample["num_image_tokens"] = counts[:kept]
 
 
 def join_samples(samples: Sequence[VLChatProcessorOutput]) -> VLChatProcessorOutput:

@@ -105,7 +105,7 @@ def _add_method_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--routing_bias_rate",
         type=float,
-        help="step of the gate's correction bias (base model); default: 0.001 with --method full, else 0",
+        help="step of the gate's correction bias (base model); default: 0.001 with --stage 2, else 0, as in the paper",
     )
 
 
@@ -234,7 +234,7 @@ def training_arguments(args: Namespace) -> VLTrainingArguments:
     """Return the options in the Trainer's terms."""
     full = args.method == "full"
     rate = FULL_LEARNING_RATE if full else LORA_LEARNING_RATE
-    bias_rate = 0.001 if full and "language" not in args.freeze else 0.0
+    bias_rate = 0.001 if args.stage == 2 else 0.0
     return VLTrainingArguments(
         output_dir=args.output,
         num_train_epochs=args.epochs,

@@ -84,7 +84,9 @@ class VLTrainingArguments(TrainingArguments):
     """transformers' TrainingArguments with what DeepSeek-VL2 needs beside, and the paper's choices as defaults.
 
     The paper's: AdamW with betas 0.9 and 0.95, weight decay 0.1, gradients clipped at 1, a tenth of the learning rate
-    for the vision tower, a bias step of 0.001 for the base model's gate.
+    for the vision tower, a bias step of 0.001 for the base model's gate (in its second stage; 0 in the others).
+
+    Source: table 2 of the DeepSeek-VL2 paper.
     """
 
     vision_lr_factor: float = field(
