@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import nn
 
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
@@ -224,3 +225,12 @@ def mini_conversation(seed: int, images: int = 1, answer: str | None = None) -> 
 
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 8}
+
+
+def released_names(directory: Path) -> set[str]:
+    """Return the names of all tensors in a directory's safetensors files."""
+    names: set[str] = set()
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            names.update(stored.keys())
+    return names

@@ -105,11 +105,17 @@ class SummedCrossEntropy(torch.autograd.Function):
         )
 
 
-def is_bare_linear(head: nn.Module) -> bool:
-    """Whether a head is no more than a matrix: not adapted, quantized, biased, offloaded or distributed."""
-    if type(head) is not nn.Linear or head.bias is not None or hasattr(head, "_hf_hook"):
-        return False
-    return type(head.weight) in (nn.Parameter, torch.Tensor)
+class OutputHead(nn.Linear):
+    """The output head: logits of hidden states, or the summed cross entropy of given labels without all their logits.
+
+    The latter is a call like any other, so that what shards or offloads the weight brings it in time, once.
+    """
+
+    def forward(self, input: torch.Tensor, ids_L: torch.Tensor | None = None, rows: int = 1) -> torch.Tensor:
+        """Return logits; or, given ids, the sum of the losses of [L, H], computed for ``rows`` positions at a time."""
+        if ids_L is None:
+            return super().forward(input)
+        return SummedCrossEntropy.apply(input, self.weight, ids_L, rows)
 
 
 def _chunk_through_module(hidden_LH: torch.Tensor, head: nn.Module, ids_L: torch.Tensor) -> torch.Tensor:
@@ -131,8 +137,8 @@ def linear_cross_entropy(
 
     Args:
         hidden_BTH: the last hidden states.
-        head: the output head; anything but a bare linear layer (an adapter, a quantized one) is called as it is, and
-            its chunks are computed again in the backward pass.
+        head: the output head; another module than `OutputHead` (an adapter around it, a quantized one) is called
+            chunk after chunk, and its chunks are computed again in the backward pass.
         vocab_size: rows of the head.
         targets: what `find_targets` returned.
         num_items_in_batch: divide the sum by this rather than by the number of labels, as gradient accumulation needs.
@@ -143,8 +149,8 @@ def linear_cross_entropy(
     hidden_LH = hidden_BTH.flatten(0, 1).index_select(0, targets.positions.to(hidden_BTH.device))
     ids_L = targets.ids.to(hidden_BTH.device)
     rows = max(1, chunk_elements // vocab_size)
-    if is_bare_linear(head):
-        total = SummedCrossEntropy.apply(hidden_LH, head.weight, ids_L, rows)
+    if isinstance(head, OutputHead):
+        total = head(hidden_LH, ids_L, rows)
     else:
         total = hidden_LH.sum().float() * 0.0
         for hidden, ids in zip(hidden_LH.split(rows), ids_L.split(rows), strict=True):

@@ -25,7 +25,7 @@ from .configuration_deepseek import DeepseekV2Config
 from .cpu import is_single_cpu_row, onednn
 from .generation import ChunkedGenerationMixin, as_cache, set_generation_ids
 from .loading import CheckpointLoadingMixin
-from .loss import Targets, compute_dtype, drop_unseen_labels, find_targets, linear_cross_entropy
+from .loss import OutputHead, Targets, compute_dtype, drop_unseen_labels, find_targets, linear_cross_entropy
 from .moe import (
     EXPERTS_IMPLEMENTATION,
     AddAuxiliaryLoss,
@@ -316,7 +316,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
         super().__init__(config)
         self.model: Any = DeepseekV2Model(config)
         self.vocab_size = config.vocab_size
-        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = OutputHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         set_generation_ids(self, config)
         # On its own the language model is saved in the released layout too; transformers has no rule for its class,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -178,6 +179,11 @@ def check_no_image_tokens(images_seq_mask: torch.Tensor | None) -> None:
         raise ValueError("images_seq_mask marks image tokens, but there are no images (images_spatial_crop).")
 
 
+def is_one_of_several_processes() -> bool:
+    """Whether this process trains together with others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class DeepseekVLV2PreTrainedModel(DeepseekV2PreTrainedModel):
     """What transformers needs to know of the whole model."""
 
@@ -320,6 +326,15 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             sequences.update(zip(group, arranged.unbind(0), strict=True))
         return torch.cat([sequences[image] for image in range(len(tiles))])
 
+    def _touch_vision(self, tile_13SS: torch.Tensor) -> torch.Tensor:
+        """Return 0 with a gradient of 0 for all that images run through.
+
+        Processes that train together must run the same parts: where they are sharded the others wait for this one's
+        share of the weights, and where they are copied for its gradients.
+        """
+        total = self.encode_tiles(tile_13SS).sum()
+        return (total + (self.image_newline.sum() + self.view_seperator.sum()).to(total.device)) * 0.0
+
     def prepare_inputs_embeds(
         self,
         input_ids: torch.Tensor,
@@ -342,7 +357,10 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         grids = [] if images is None or images_spatial_crop is None else real_grids(images_spatial_crop.tolist())
         if images is None or not any(grids):
             check_no_image_tokens(images_seq_mask)
-            return self.get_input_embeddings()(input_ids)
+            embeds = self.get_input_embeddings()(input_ids)
+            if images is not None and self.training and is_one_of_several_processes():
+                embeds = embeds + self._touch_vision(images[:1, 0]).to(embeds)
+            return embeds
         side = output_side(self.config.projector_config, self.vision.patch_embed.grid_size[0])
         check_image_shapes(input_ids, images, images_seq_mask, self.config.vision_config.image_size)
         assert images_seq_mask is not None

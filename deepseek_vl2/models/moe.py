@@ -250,10 +250,11 @@ def train_experts_forward(
     sorted_ids, order = ids_NK.reshape(-1).sort()
     restored = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     ends_E = torch.searchsorted(sorted_ids, torch.arange(experts.num_experts, device=order.device), right=True).int()
-    dtype = compute_dtype(experts.gate_up_proj)
+    gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj  # read once: adapters compute them when read
+    dtype = compute_dtype(gate_up_proj)
     rows = SortRows.apply(hidden_NH.to(dtype), order, restored, ids_NK.shape[1])
-    gate, up = F.grouped_mm(rows, experts.gate_up_proj.to(dtype).mT, offs=ends_E).chunk(2, dim=-1)
-    outputs = F.grouped_mm(experts.act_fn(gate) * up, experts.down_proj.to(dtype).mT, offs=ends_E)
+    gate, up = F.grouped_mm(rows, gate_up_proj.to(dtype).mT, offs=ends_E).chunk(2, dim=-1)
+    outputs = F.grouped_mm(experts.act_fn(gate) * up, down_proj.to(dtype).mT, offs=ends_E)
     return SumSortedRows.apply(outputs, weights_NK, order, restored).to(hidden_NH.dtype)
 
 
@@ -292,10 +293,10 @@ def cpu_experts_forward(
 MAX_BATCHED_PAIRS = 64
 
 
-def rows_are_aligned(experts: DeepseekV2Experts) -> bool:
+def rows_are_aligned(experts: DeepseekV2Experts, hidden: torch.Tensor) -> bool:
     """Whether rows of all matrices start at multiples of 16 bytes, as grouped products on a GPU need."""
-    itemsize = compute_dtype(experts.gate_up_proj).itemsize
-    return all(width * itemsize % 16 == 0 for width in (experts.gate_up_proj.shape[2], experts.down_proj.shape[2]))
+    itemsize = compute_dtype(hidden).itemsize
+    return all(width * itemsize % 16 == 0 for width in (experts.hidden_size, experts.inner_size))
 
 
 def experts_forward(
@@ -304,7 +305,7 @@ def experts_forward(
     """Run the experts in the way that suits the device and the number of tokens; [N, H]."""
     on_cpu = hidden_NH.device.type == "cpu"
     if torch.is_grad_enabled() and hasattr(F, "grouped_mm"):
-        if on_cpu or rows_are_aligned(experts):
+        if on_cpu or rows_are_aligned(experts, hidden_NH):
             return train_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
         return eager_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
     if on_cpu and hasattr(F, "grouped_mm"):
@@ -372,7 +373,7 @@ class DeepseekV2Experts(nn.Module):
         super().__init__()
         assert config.n_routed_experts is not None
         self.num_experts = config.n_routed_experts
-        inner, hidden = config.moe_intermediate_size, config.hidden_size
+        self.inner_size, self.hidden_size = inner, hidden = config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, inner))
         self.act_fn = ACT2FN[config.hidden_act]

@@ -5,6 +5,6 @@ The functions live beside the model, which uses them in training and also runs a
 
 from __future__ import annotations
 
-from deepseek_vl2.models.loss import Targets, find_targets, linear_cross_entropy
+from deepseek_vl2.models.loss import OutputHead, Targets, find_targets, linear_cross_entropy
 
-__all__ = ["Targets", "find_targets", "linear_cross_entropy"]
+__all__ = ["OutputHead", "Targets", "find_targets", "linear_cross_entropy"]

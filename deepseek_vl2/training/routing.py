@@ -111,16 +111,22 @@ class RoutingBiasUpdater:
         device = next(iter(self._load.values())).device  # layers may lie on several
         load_ME = torch.stack([self._load[name].to(device) for name in self.gates])
         logit_M = torch.stack([self._logit[name].to(device) for name in self.gates])
+        loss = (
+            torch.stack([loss.to(device) for loss in self._loss.values()]).sum() / self._calls if self._loss else None
+        )
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load_ME)
             dist.all_reduce(logit_M, op=dist.ReduceOp.MAX)
+            if loss is not None:
+                dist.all_reduce(loss)
+                loss = loss / dist.get_world_size()
         direction_ME = torch.sign(load_ME.mean(dim=1, keepdim=True) - load_ME)
         for gate, direction_E in zip(self.gates.values(), direction_ME, strict=True):
             if gate.topk_method == "noaux_tc" and self.rate > 0:
                 gate.e_score_correction_bias += self.rate * direction_E.to(gate.e_score_correction_bias.device)
         self._finished = {"load": load_ME, "logit": logit_M}
-        if self._loss:
-            self._finished["loss"] = torch.stack([loss.to(device) for loss in self._loss.values()]).sum() / self._calls
+        if loss is not None:
+            self._finished["loss"] = loss
         self._load, self._logit, self._loss, self._calls = {}, {}, {}, 0
 
     def statistics(self) -> dict[str, float]:

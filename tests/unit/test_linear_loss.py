@@ -11,7 +11,7 @@ from support import mini_inputs, mini_language, mini_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepseek_vl2.training.loss import find_targets, linear_cross_entropy
+from deepseek_vl2.training.loss import OutputHead, find_targets, linear_cross_entropy
 
 VOCABULARY, HIDDEN = 50, 16
 
@@ -20,7 +20,7 @@ def example(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, nn.Linear
     """Return hidden states [2, 9, H], a head, and labels of which some are ignored."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 9, HIDDEN, generator=generator).to(dtype).requires_grad_()
-    head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+    head = OutputHead(HIDDEN, VOCABULARY, bias=False)
     with torch.no_grad():
         head.weight.copy_(torch.randn(VOCABULARY, HIDDEN, generator=generator) * 0.3)
     labels = torch.randint(0, VOCABULARY, (2, 9), generator=generator)
