@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 from urllib.request import url2pathname
 
@@ -500,7 +500,9 @@ class DeepseekVLV2Processor(ProcessorMixin):
         cropping: bool,
         resolutions: Sequence[Size],
         add_generation_prompt: bool = True,
+        mask_prompt: bool | None = None,
     ) -> _Sample:
+        mask_prompt = self.mask_prompt if mask_prompt is None else mask_prompt
         conv = self.new_chat_template()
         template_system = conv.system_message
         texts = [str(message["content"]).replace(IMAGE_PLACEHOLDER, self.image_token) for message in messages]
@@ -529,12 +531,12 @@ class DeepseekVLV2Processor(ProcessorMixin):
             if role == "user":
                 tags = questions[index].count(self.image_token)
                 self._add_text_with_images(
-                    sample, questions[index], remaining[:tags], cropping, resolutions, masked=self.mask_prompt
+                    sample, questions[index], remaining[:tags], cropping, resolutions, masked=mask_prompt
                 )
                 del remaining[:tags]
             else:
                 ids = self.encode(text.strip(), bos=False, eos=role == "assistant")
-                masked = role == "system" and self.mask_prompt
+                masked = role == "system" and mask_prompt
                 sample.add_text(ids, [self.ignore_id] * len(ids) if masked else ids)
         return sample
 
@@ -595,6 +597,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         cropping: bool | None = None,
         candidate_resolutions: Sequence[Sequence[int]] | None = None,
         max_pixels: int | None = None,
+        mask_prompt: bool | None = None,
         **kwargs: Any,
     ) -> VLChatProcessorOutput:
         """Process one prompt or one conversation.
@@ -610,6 +613,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
             cropping: cut images into tiles; by default while there are at most two images.
             candidate_resolutions: (width, height) pairs, in pixels, instead of the processor's own.
             max_pixels: refuse larger images.
+            mask_prompt: take no loss on the system and user turns of a conversation; by default the processor's own.
 
         Raises:
             ValueError: prompt and conversations both given or neither; tags and images that differ in number;
@@ -629,7 +633,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         resolutions = self._resolutions(candidate_resolutions)
         if conversations is not None:
             conversations = self._with_system_prompt(conversations, system_prompt)
-            sample = self._encode_conversation(conversations, loaded, cropping, resolutions)
+            sample = self._encode_conversation(conversations, loaded, cropping, resolutions, mask_prompt=mask_prompt)
             skip = 1 if system_prompt else 0
             sft_format = self.format_messages(conversations[skip:], self.sft_format, system_prompt)
         else:
@@ -827,29 +831,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         Raises:
             ValueError: a part of unknown type, or an image part without a source.
         """
-        return [{**message, **self._flatten_content(message)} for message in messages]
-
-    def _flatten_content(self, message: Message) -> dict[str, Any]:
-        content = message.get("content")
-        if isinstance(content, str):
-            return {"content": content, "images": list(message.get("images") or [])}
-        if not isinstance(content, Sequence):
-            raise ValueError(f"A message needs a content, a text or a list of parts, got {content!r}: {dict(message)}.")
-        text, after_image = "", False
-        images = list(message.get("images") or [])
-        for part in content:
-            kind = part.get("type")
-            if kind in ("image", "image_url", "input_image"):
-                images.append(_image_source(part))
-                text += ("\n" if after_image else "") + self.image_token
-                after_image = True
-            elif kind in ("text", "input_text"):
-                if part["text"]:
-                    text += ("\n" if after_image and part["text"][0] not in " \t\r\n" else "") + part["text"]
-                    after_image = False
-            else:
-                raise ValueError(f"Unknown type of content part: {kind!r}; expected text, image or image_url.")
-        return {"content": text, "images": images}
+        return messages_to_conversation(messages, self.image_token)
 
     def apply_chat_template(
         self,
@@ -944,21 +926,65 @@ class DeepseekVLV2Processor(ProcessorMixin):
         return self._finish(sample, self.format_messages(turns, self.sft_format))
 
 
-def _image_source(part: Message) -> Any:
-    """Return what an OpenAI-style image part shows: a path, bytes, a data URL or a PIL image."""
+def messages_to_conversation(
+    messages: Sequence[Message], image_token: str, read_source: Callable[[Message], Any] | None = None
+) -> list[dict[str, Any]]:
+    """Turn messages with OpenAI-style content parts into a conversation with image tags.
+
+    Args:
+        messages: each with ``role`` and ``content``: a text, or a list of parts.
+        image_token: the tag that an image part becomes.
+        read_source: what an image part shows; by default `image_source`, with http addresses downloaded.
+
+    Raises:
+        ValueError: a part of unknown type, or an image part without a source.
+    """
+    return [{**message, **_flatten_content(message, image_token, read_source or _load_source)} for message in messages]
+
+
+def _flatten_content(message: Message, image_token: str, read_source: Callable[[Message], Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return {"content": content, "images": list(message.get("images") or [])}
+    if not isinstance(content, Sequence):
+        raise ValueError(f"A message needs a content, a text or a list of parts, got {content!r}: {dict(message)}.")
+    text, after_image = "", False
+    images = list(message.get("images") or [])
+    for part in content:
+        kind = part.get("type")
+        if kind in ("image", "image_url", "input_image"):
+            images.append(read_source(part))
+            text += ("\n" if after_image else "") + image_token
+            after_image = True
+        elif kind in ("text", "input_text"):
+            if part["text"]:
+                text += ("\n" if after_image and part["text"][0] not in " \t\r\n" else "") + part["text"]
+                after_image = False
+        else:
+            raise ValueError(f"Unknown type of content part: {kind!r}; expected text, image or image_url.")
+    return {"content": text, "images": images}
+
+
+def image_source(part: Message) -> Any:
+    """Return what an OpenAI-style image part names: a path, an address, bytes, a data URL or a PIL image."""
     for name in ("image", "path", "url", "image_url"):
         source = part.get(name)
         if source is None:
             continue
         if isinstance(source, Mapping):
             source = source.get("url")
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
-            from transformers.image_utils import load_image as download
-
-            return download(source)
         if isinstance(source, str) and source.startswith("file://"):
             return url2pathname(source.removeprefix("file://"))
         return source
     if part.get("base64") is not None:
         return f"data:;base64,{part['base64']}"
     raise ValueError("An image part needs its source under image, path, url, image_url or base64.")
+
+
+def _load_source(part: Message) -> Any:
+    source = image_source(part)
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        from transformers.image_utils import load_image as download
+
+        return download(source)
+    return source
