@@ -14,6 +14,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from deepseek_vl2.serve.inference import generate
+from deepseek_vl2.serve.streaming import Answer
 from deepseek_vl2.serve.web.state import Settings
 from deepseek_vl2.utils.io import load_pretrained_model
 
@@ -50,6 +51,22 @@ class Prompt:
     dropped: int = 0
 
 
+class Pieces(Protocol):
+    """An answer as it comes, such as a `TextStream`."""
+
+    @property
+    def answer(self) -> Answer:
+        """What is known of it: why it ended."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def cancel(self) -> None:
+        """Stop the model after the token at work; from any thread. The iterator then ends."""
+
+    def close(self) -> None:
+        """Stop the model and wait until it has."""
+
+
 class Backend(Protocol):
     """What the demo needs of a model."""
 
@@ -62,8 +79,8 @@ class Backend(Protocol):
     def prepare(self, messages: Sequence[Mapping[str, Any]], budget: int) -> Prompt:
         """Make a prompt of at most ``budget`` tokens. ``ValueError``: the last question alone is longer."""
 
-    def stream(self, prompt: Prompt, settings: Settings, stop: threading.Event) -> Iterator[str]:
-        """Yield the answer piece by piece; end soon after ``stop`` is set."""
+    def stream(self, prompt: Prompt, settings: Settings) -> Pieces:
+        """Return the answer, to be iterated over."""
 
 
 class _Meter:
@@ -189,10 +206,10 @@ class ModelBackend:
             "take 421 tokens each), or shorten the text."
         )
 
-    def stream(self, prompt: Prompt, settings: Settings, stop: threading.Event) -> Iterator[str]:
-        """Yield the answer piece by piece; end soon after ``stop`` is set."""
+    def stream(self, prompt: Prompt, settings: Settings) -> Pieces:
+        """Return the answer, to be iterated over."""
         tokenizer, processor, model = self._loaded
-        pieces = generate(
+        return generate(
             model,
             tokenizer,
             prompt.inputs,
@@ -202,12 +219,8 @@ class ModelBackend:
             repetition_penalty=settings.repetition_penalty,
             stop_words=processor.new_chat_template().stop_str or [],
             chunk_size=self.chunk_size,
+            seed=settings.seed,
         )
-        with contextlib.closing(pieces):  # type: ignore[type-var]
-            for piece in pieces:
-                if stop.is_set():
-                    return
-                yield piece
 
 
 def _count(number: int) -> str:

@@ -125,22 +125,27 @@ class DemoEvents:
         notes = []
         if job.dropped:
             notes.append(f"Not read, for lack of room: the oldest turns, {job.dropped} of them.")
-        if job.stage is Stage.STOPPED:
+        if job.stop.is_set():
             notes.append("Stopped.")
+        elif job.cut:
+            notes.append(f"Cut off at {job.settings.new_tokens} tokens; the settings can raise that.")
         elif job.stage is Stage.DONE and not job.text.strip():
             notes.append("The model gave an empty answer.")
         try:
-            turn.drawing = self._draw(turn.answer, chat.last_image())
+            self._draw(turn, chat.last_image())
         except (ValueError, OSError) as error:
             notes.append(f"The boxes could not be drawn: {error}")
         turn.note = " ".join(notes)
 
-    def _draw(self, answer: str, file: str | None) -> str | None:
-        """Return the file of a picture with an answer's boxes, if there is a picture and there are boxes."""
-        if file is None or "<|det|>" not in answer:
-            return None
-        drawing = rendering.draw_answer(answer, load_image(file, max_pixels=self.limits.pixels))
-        return None if drawing is None else save_pil_to_cache(drawing, get_upload_folder(), name="boxes")
+    def _draw(self, turn: Turn, file: str | None) -> None:
+        """Add the drawing of an answer's boxes, if there is a picture and there are boxes."""
+        if file is None or "<|det|>" not in turn.answer:
+            return
+        image = load_image(file, max_pixels=self.limits.pixels)
+        drawing = rendering.draw_answer(turn.answer, image)
+        if drawing is not None:
+            turn.drawing = save_pil_to_cache(drawing, get_upload_folder(), name="boxes")
+            turn.boxes = rendering.box_list(turn.answer, image.size)
 
     # ------------------------------------------------------------ after an answer
 

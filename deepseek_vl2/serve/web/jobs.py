@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from deepseek_vl2.serve.web.backend import Backend
+from deepseek_vl2.serve.web.backend import Backend, Pieces
 from deepseek_vl2.serve.web.state import Settings
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,9 @@ class Job:
         text: what is written so far.
         dropped: how many of the oldest turns did not fit into the prompt.
         error: why it failed.
-        stop: set to end it; whoever holds the model lets go after the token at work.
+        cut: whether it ended at the most tokens it may have.
+        stop: set when the visitor wants no more of it.
+        pieces: the answer at work, to be cancelled.
         version: counts changes, so that a page knows when to draw anew.
     """
 
@@ -54,13 +56,15 @@ class Job:
     text: str = ""
     dropped: int = 0
     error: str = ""
+    cut: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
+    pieces: Pieces | None = None
     version: int = 0
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more will come."""
-        return self.stage in (Stage.DONE, Stage.STOPPED, Stage.FAILED)
+        """Whether nothing more is to be shown, though the model may still be at its last token."""
+        return self.stop.is_set() or self.stage in (Stage.DONE, Stage.STOPPED, Stage.FAILED)
 
     def change(self, **values: Any) -> None:
         """Set fields, and count the change last: who sees the count sees the fields."""
@@ -112,6 +116,8 @@ class JobLine:
     def cancel(self, job: Job) -> None:
         """End a job: at once when it waits, after the token at work when it runs."""
         job.stop.set()
+        if job.pieces is not None:
+            job.pieces.cancel()
         with self._changed:
             if job in self._jobs and job is not self._jobs[0]:
                 self._jobs.remove(job)
@@ -158,5 +164,11 @@ class JobLine:
         job.change(stage=Stage.READING)
         prompt = self.backend.prepare(job.messages, job.settings.history_tokens)
         job.change(dropped=prompt.dropped)
-        for piece in self.backend.stream(prompt, job.settings, job.stop):
-            job.change(stage=Stage.WRITING, text=job.text + piece)
+        job.pieces = self.backend.stream(prompt, job.settings)
+        try:
+            for piece in () if job.stop.is_set() else job.pieces:
+                job.change(stage=Stage.WRITING, text=job.text + piece)
+            job.change(cut=job.pieces.answer.finish_reason == "length")
+        finally:
+            job.pieces.close()
+            job.pieces = None  # and with it the prompt's tensors

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -12,12 +11,13 @@ from PIL import Image
 from deepseek_vl2.serve.web.backend import LoadStatus
 from deepseek_vl2.serve.web.jobs import Job, Stage
 from deepseek_vl2.serve.web.state import Chat, Turn
-from deepseek_vl2.utils.grounding import COLORS, GroundedObject, draw_boxes, parse_grounding, to_pixels
+from deepseek_vl2.utils.drawing import color_of, draw_boxes, to_pixels
+from deepseek_vl2.utils.grounding import GroundedObject, parse_grounding, plain_text
 
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
-# the tail of an answer that is still being written: a tag, or a list of boxes, whose end has not come
-_OPEN_TAG = re.compile(r"(<\|det\|>(?:(?!<\|/det\|>).)*|<\|?[/a-z]*\|?)\Z", re.DOTALL)
-_REFERENCE_TAG = re.compile(r"<\|/?(?:ref|grounding)\|>")
+# how a tag begins whose end has not come yet
+_OPEN_TAG = re.compile(r"<(?:\|(?:/?[a-z]*\|?)?)?\Z")
+UNNAMED = "here"  # stands for boxes that the model gave no label
 
 
 def escape(text: str) -> str:
@@ -27,8 +27,8 @@ def escape(text: str) -> str:
     return "".join(parts)
 
 
-def _labels(objects: Sequence[GroundedObject]) -> list[str]:
-    return list(dict.fromkeys(found.label for found in objects))
+def _boxed(answer: str) -> list[GroundedObject]:
+    return [found for found in parse_grounding(answer) if found.boxes]
 
 
 def answer_markdown(answer: str, writing: bool = False) -> str:
@@ -38,35 +38,38 @@ def answer_markdown(answer: str, writing: bool = False) -> str:
         answer: the model's text.
         writing: more is to come, so that an unfinished tag at the end is no concern of the reader yet.
     """
-    objects = [found for found in parse_grounding(answer) if found.boxes]
-    labels = _labels(objects)
+    objects = _boxed(answer)
+    labels = list(dict.fromkeys(found.label for found in objects))
     shown, end = "", 0
     for found in objects:
         start, stop = found.span
-        number = labels.index(found.label) % len(COLORS)
+        red, green, blue = color_of(labels.index(found.label))
+        label = html.escape(found.label or UNNAMED)
         shown += escape(answer[end:start])
-        shown += f'<span class="ref ref-{number}">{html.escape(found.label)}</span>'
+        shown += f'<span class="ref" style="--box: rgb({red}, {green}, {blue})">{label}</span>'
         end = stop
     rest = answer[end:]
     if writing:
-        rest = _REFERENCE_TAG.sub("", _OPEN_TAG.sub("", rest))
+        rest = plain_text(_OPEN_TAG.sub("", rest))
     return shown + escape(rest)
 
 
 def draw_answer(answer: str, image: Image.Image) -> Image.Image | None:
     """Return the picture with an answer's boxes drawn on it, or ``None`` when the answer has none."""
-    objects = [found for found in parse_grounding(answer) if found.boxes]
+    objects = _boxed(answer)
     return draw_boxes(image, objects) if objects else None
 
 
-def box_table(answer: str, size: tuple[int, int]) -> str:
-    """Return an answer's boxes as a Markdown table, in pixels of a picture of ``size`` (width, height)."""
-    rows = ["| label | left | top | right | bottom |", "| --- | --: | --: | --: | --: |"]
-    for found in parse_grounding(answer):
-        label = escape(found.label).replace("|", "\\|")
-        for box in found.boxes:
-            rows.append(f"| {label} | " + " | ".join(str(side) for side in to_pixels(box, size)) + " |")
-    return "\n".join(rows)
+def box_list(answer: str, size: tuple[int, int]) -> str:
+    """Return an answer's boxes, in pixels of a picture of ``size`` (width, height), as HTML to be unfolded."""
+    items = [
+        f"<li>{html.escape(found.label or UNNAMED)} <code>{', '.join(map(str, to_pixels(box, size)))}</code></li>"
+        for found in _boxed(answer)
+        for box in found.boxes
+    ]
+    count = "1 box" if len(items) == 1 else f"{len(items)} boxes"
+    summary = f"{count} in pixels (left, top, right, bottom)"
+    return f'<details class="boxes"><summary>{summary}</summary><ul>{"".join(items)}</ul></details>'
 
 
 def progress_text(job: Job, loading: LoadStatus) -> str:
@@ -91,6 +94,8 @@ def _answer_messages(turn: Turn, progress: str, writing: bool) -> list[dict[str,
         content.append(f'<span class="progress">{progress}</span>')
     if turn.drawing:
         content.append({"path": turn.drawing, "alt_text": "the picture with the answer's boxes"})
+    if turn.boxes:
+        content.append(turn.boxes)
     if turn.note:
         content.append(f'<span class="note">{html.escape(turn.note)}</span>')
     if turn.error:
@@ -124,8 +129,3 @@ def status_html(status: LoadStatus) -> str:
     value = "" if status.fraction is None else f' value="{status.fraction:.3f}"'
     percent = "" if status.fraction is None else f" · {status.fraction:.0%}"
     return f'<label class="loading">{text}{percent}<progress max="1"{value}></progress></label>'
-
-
-def reference_css() -> str:
-    """Return a rule for each colour that `answer_markdown` names."""
-    return "\n".join(f".ref-{number} {{ --box: {color}; }}" for number, color in enumerate(COLORS))

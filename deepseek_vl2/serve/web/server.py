@@ -13,7 +13,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deepseek_vl2.serve.web.examples import LOGO, PICTURES
 from deepseek_vl2.serve.web.layout import theme
 from deepseek_vl2.serve.web.limits import Limits
-from deepseek_vl2.serve.web.rendering import reference_css
 
 STYLE = Path(__file__).with_name("style.css")
 # The browser itself sees to it that the page, and an answer that names a picture on the web, fetch nothing elsewhere.
@@ -73,7 +72,6 @@ def launch(
         "max_file_size": f"{limits.file_mb}mb",
         "app_kwargs": {"middleware": [Middleware(SecurityHeaders)]},
         "theme": theme(),
-        "css": reference_css(),
         "css_paths": STYLE,
         "favicon_path": LOGO,
     }

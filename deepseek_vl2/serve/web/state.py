@@ -47,6 +47,7 @@ class Turn:
         note: what the visitor should know about the answer, such as that it was stopped.
         error: why there is no answer, or no whole one.
         drawing: file of a picture with the answer's boxes.
+        boxes: the boxes in pixels, as HTML.
     """
 
     question: str
@@ -55,10 +56,11 @@ class Turn:
     note: str = ""
     error: str = ""
     drawing: str | None = None
+    boxes: str = ""
 
     def forget_answer(self) -> None:
         """Go back to the question alone."""
-        self.answer = self.note = self.error = ""
+        self.answer = self.note = self.error = self.boxes = ""
         self.drawing = None
 
 
