@@ -223,4 +223,4 @@ def requested_hosts(browser: Any) -> set[str]:
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
             urls.add(urlsplit(message["params"]["request"]["url"]))
-    return {url.hostname or "" for url in urls if url.scheme not in ("data", "blob")}
+    return {url.hostname or "" for url in urls if url.scheme in ("http", "https", "ws", "wss")}
