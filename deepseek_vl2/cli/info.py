@@ -32,11 +32,11 @@ PACKAGES = (
     "gradio",
     "fastapi",
 )
-# Parameters of the releases, and bytes of cache a token in 16 bits: (latent + rotary key) or keys and values, all layers.
+# Of the releases: parameters, and bytes of cache a token in 16 bits.
 RELEASES = {
-    "deepseek-ai/deepseek-vl2-tiny": (3_370_584_960, 61_440),
-    "deepseek-ai/deepseek-vl2-small": (16_148_290_560, 31_104),
-    "deepseek-ai/deepseek-vl2": (27_483_344_256, 34_560),
+    "deepseek-ai/deepseek-vl2-tiny": (3_370_501_440, 61_440),
+    "deepseek-ai/deepseek-vl2-small": (16_148_349_504, 31_104),
+    "deepseek-ai/deepseek-vl2": (27_480_134_248, 34_560),
 }
 # Measured peaks lie up to this far above weights and cache: activations of vision and prefill, and the allocator.
 WORKING_MEMORY = 1.3 * GB
