@@ -181,24 +181,26 @@ class SeededSampler(LogitsProcessor):
 
     Args:
         temperature, top_k, top_p: see `GenerationOptions`.
-        seed: of the random numbers.
+        seeds: of the random numbers of each row, so that a row in a batch gets what it gets alone.
     """
 
-    def __init__(self, temperature: float, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, temperature: float, top_k: int, top_p: float, seeds: Sequence[int]) -> None:
         self.warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
         if top_k > 0:
             self.warpers.append(TopKLogitsWarper(top_k))
         if top_p < 1:
             self.warpers.append(TopPLogitsWarper(top_p))
-        self.seed = seed
-        self.generator: torch.Generator | None = None
+        self.seeds = seeds
+        self.generators: list[torch.Generator] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return scores, [B, vocabulary], whose largest is the sampled token."""
-        if self.generator is None:
-            self.generator = torch.Generator(scores.device).manual_seed(self.seed)
+        if not self.generators:
+            self.generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
         warped = self.warpers(input_ids, scores.float())
-        noise = torch.empty_like(warped).exponential_(generator=self.generator)
+        noise = torch.empty_like(warped)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
         return warped - noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
 
 
@@ -325,7 +327,7 @@ class _Run:
             settings["prefill_chunk_size"] = options.prefill_chunk_size
         processors = list(options.logits_processors)
         if self.answer.seed is not None:
-            processors.append(SeededSampler(options.temperature, options.top_k, options.top_p, self.answer.seed))
+            processors.append(SeededSampler(options.temperature, options.top_k, options.top_p, [self.answer.seed]))
         if processors:
             settings["logits_processor"] = LogitsProcessorList(processors)
         return settings
