@@ -1,18 +1,16 @@
-"""Chat with DeepSeek-VL2 about images, in a browser.
+"""Chat with DeepSeek-VL2 about pictures, in a browser: the same as ``deepseek-vl2 demo``.
 
 Examples:
     python web_demo.py
-    python web_demo.py --model_path deepseek-ai/deepseek-vl2-tiny --port 8080
+    python web_demo.py --model deepseek-ai/deepseek-vl2-tiny --port 8080
+    python web_demo.py --help
 """
 
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-from deepseek_vl2.serve.web.command import add_arguments, main
+from deepseek_vl2.cli.main import main
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    sys.exit(main(parser.parse_args()))
+    sys.exit(main(["demo", *sys.argv[1:]]))

@@ -6,6 +6,7 @@ The model is a script, but for the last test: golden checkpoints answer noise, a
 from __future__ import annotations
 
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -174,21 +175,25 @@ def test_on_a_phone_nothing_sticks_out_and_nothing_is_asked_of_other_hosts(addre
                 box = button.rect
                 assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["y"] + box["height"] <= 844
             # the browser keeps the page from fetching what a message names elsewhere, and it asks for nothing else
-            blocked = [entry["message"] for entry in browser.get_log("browser") if "elsewhere.example" in entry["message"]]
+            blocked = [
+                entry["message"] for entry in browser.get_log("browser") if "elsewhere.example" in entry["message"]
+            ]
             assert blocked and all("Content Security Policy" in message for message in blocked)
             assert requested_hosts(browser) - {"elsewhere.example"} == {"127.0.0.1"}
         finally:
             browser.quit()
 
 
-def test_a_real_checkpoint(browser: Any, golden_checkpoint: Any) -> None:
+def test_a_real_checkpoint(browser: Any, golden_checkpoint: Any, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "web_demo.py"), "--model_path", str(golden_checkpoint("tiny"))]
-    server = subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment.pop("GRADIO_TEMP_DIR", None)
+    server = subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert server.stdout is not None
         line = server.stdout.readline()
         assert line.startswith("The demo is at http://127.0.0.1:"), line
-        page = DemoPage(browser, line.split()[4].rstrip(";"))
+        page = DemoPage(browser, line.split()[4])
         page.until(lambda: "parameters · bfloat16 · cpu" in page.text("#status"), seconds=60)
         page.upload(CAT, GIRAFFES)
         page.ask("What do you see?")
@@ -197,6 +202,8 @@ def test_a_real_checkpoint(browser: Any, golden_checkpoint: Any) -> None:
         page.until(lambda: page.answers()[0].endswith("Stopped."), seconds=10)
         server.send_signal(signal.SIGINT)
         assert server.wait(20) == 0
+        left = [path.name for path in tmp_path.rglob("*") if path.suffix in (".jpeg", ".webp")]
+        assert not left, "visitors' pictures stay on the disk"
     finally:
         server.kill()
         server.wait()

@@ -126,7 +126,12 @@ def test_stopping_lets_the_next_one_in_at_once() -> None:
 
 def test_an_error_reaches_its_visitor_and_no_other() -> None:
     backend = ScriptedBackend(
-        {"boom": RuntimeError("a kernel failed"), "bad": ValueError("Too long."), "gpu": torch.OutOfMemoryError(), "": "ok"}
+        {
+            "boom": RuntimeError("a kernel failed"),
+            "bad": ValueError("Too long."),
+            "gpu": torch.OutOfMemoryError(),
+            "": "ok",
+        }
     )
     line = JobLine(backend, waiting=8)
     jobs = [line.submit([{"content": word}], Settings()) for word in ("boom", "bad", "gpu", "fine")]
@@ -225,7 +230,9 @@ def test_loading_errors_are_shown(tmp_path: Path) -> None:
 
 def test_labels_take_the_place_of_tags() -> None:
     shown = rendering.answer_markdown(f"See {GIRAFFE} there.")
-    assert shown.startswith('See <span class="ref" style="--box: rgb(230, 25, 75)">The giraffe at the back.</span> there.')
+    assert shown.startswith(
+        'See <span class="ref" style="--box: rgb(230, 25, 75)">The giraffe at the back.</span> there.'
+    )
     assert "704" not in shown
 
 

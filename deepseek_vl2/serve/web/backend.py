@@ -16,7 +16,8 @@ from transformers.utils import logging as transformers_logging
 from deepseek_vl2.serve.inference import generate
 from deepseek_vl2.serve.streaming import Answer
 from deepseek_vl2.serve.web.state import Settings
-from deepseek_vl2.utils.io import load_pretrained_model
+from deepseek_vl2.utils.demo import DEMO_NAME
+from deepseek_vl2.utils.io import NANO_NAME, load_pretrained_model, nano_is_installed
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def _watch_loading(report: Callable[[float], None]) -> Iterator[None]:
     """Report transformers' progress while it loads weights, from 0 to 1."""
 
     def hook(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        items = args[0] if args else options.get("iterable")
+        items: Any = args[0] if args else options.get("iterable")
         total = options.get("total") or (len(items) if hasattr(items, "__len__") else None)
         return _Meter(factory(*args, **options), items, total, report)
 
@@ -127,12 +128,17 @@ def _watch_loading(report: Callable[[float], None]) -> Iterator[None]:
         transformers_logging.set_tqdm_hook(previous)
 
 
+def default_model() -> str:
+    """Return the name of the model to serve when none is named: nano, or the demo checkpoint without it."""
+    return NANO_NAME if nano_is_installed() else DEMO_NAME
+
+
 class ModelBackend:
     """A checkpoint, loaded in a thread of its own so that the page is up at once.
 
     Args:
         model_path: a directory, a hub id, or a name that `load_pretrained_model` knows.
-        device: where to put the model; by default a GPU where there is one.
+        device: where to put the model; by default a GPU where there is one; "auto" to spread it over all.
         dtype: dtype of the weights.
         chunk_size: tokens a chunk of the prefill; -1 for all at once.
     """
@@ -155,20 +161,23 @@ class ModelBackend:
 
     def _load(self) -> None:
         begin = time.monotonic()
+        where = {"device_map": "auto"} if self.device == "auto" else {"device": self.device}
         try:
             with _watch_loading(self._report):
-                self._loaded = load_pretrained_model(self.model_path, device=self.device, dtype=self.dtype)
-            model = self._loaded[2]
-            size = sum(parameter.numel() for parameter in model.parameters())
-            name = str(model.dtype).removeprefix("torch.")
-            text = f"{self.model_path} · {_count(size)} parameters · {name} · {model.device}"
-            self._status = LoadStatus(ready=True, text=text, fraction=1.0)
-            logger.info("loaded %s in %.1f s", text, time.monotonic() - begin)
+                self._loaded = load_pretrained_model(self.model_path, dtype=self.dtype, **where)
+            self._status = LoadStatus(ready=True, text=self._describe(self._loaded[2]), fraction=1.0)
+            logger.info("loaded %s in %.1f s", self._status.text, time.monotonic() - begin)
         except Exception as error:  # shown on the page, where whoever waits for the model looks
             logger.exception("loading %s failed", self.model_path)
             self._status = LoadStatus(failed=True, text=f"{self.model_path} could not be loaded: {error}")
         finally:
             self._settled.set()
+
+    def _describe(self, model: Any) -> str:
+        size = sum(parameter.numel() for parameter in model.parameters())
+        dtype = str(model.dtype).removeprefix("torch.")
+        noise = " · random weights: the answers are noise" if self.model_path == DEMO_NAME else ""
+        return f"{self.model_path} · {_count(size)} parameters · {dtype} · {model.device}{noise}"
 
     def _report(self, fraction: float) -> None:
         self._status = LoadStatus(text=f"Loading the weights of {self.model_path}", fraction=fraction)

@@ -83,6 +83,9 @@ class DemoEvents:
         request: gr.Request,
     ) -> AsyncIterator[tuple[Any, ...]]:
         """Write the answer to the last question, as it comes."""
+        self._check_idle(request)
+        if not chat.turns:
+            return
         settings = Settings(
             temperature,
             top_p,

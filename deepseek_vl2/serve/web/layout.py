@@ -18,12 +18,20 @@ from deepseek_vl2.serve.web.state import Chat, Settings
 TITLE = "DeepSeek-VL2"
 FILE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"]
 CACHE_SECONDS = 24 * 3600  # how long uploaded pictures and drawings stay on the disk
-HELP = (
-    "### How to ask\n\n**For boxes**: put `<|ref|>` and `<|/ref|>` around what to find, or begin with `<|grounding|>` for an answer "
-    "that points at what it speaks of. Boxes are drawn on the picture sent last.\n\n"
-    "**About several pictures**: `<image>` marks where each stands in the text; without it they stand in front. Up to two "
-    "are read in detail, more at 384 pixels each."
-)
+LATEX: list[dict[str, str | bool]] = [
+    {"left": "$$", "right": "$$", "display": True},
+    {"left": "\\[", "right": "\\]", "display": True},
+    {"left": "\\(", "right": "\\)", "display": False},
+]
+HELP = """\
+### How to ask
+
+**For boxes**: put `<|ref|>` and `<|/ref|>` around what to find, or begin with `<|grounding|>` for an answer that points
+at what it speaks of. Boxes are drawn on the picture sent last.
+
+**About several pictures**: `<image>` marks where each stands in the text; without it they stand in front. Up to two are
+read in detail, more at 384 pixels each.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,10 +65,7 @@ def theme() -> gr.themes.Base:
 
 
 def _chat_examples() -> list[Any]:
-    return [
-        {"text": example.question, "display_text": example.title, "files": example.files}
-        for example in EXAMPLES
-    ]
+    return [{"text": example.question, "display_text": example.title, "files": example.files} for example in EXAMPLES]
 
 
 def _settings(limits: Limits) -> list[Any]:
@@ -92,6 +97,7 @@ def _controls(limits: Limits) -> Controls:
         gr.Markdown(HELP)
     chatbot = gr.Chatbot(
         elem_id="chat",
+        label="Conversation",
         show_label=False,
         container=False,
         scale=1,
@@ -100,11 +106,13 @@ def _controls(limits: Limits) -> Controls:
         layout="bubble",
         buttons=["copy"],
         feedback_options=None,
+        latex_delimiters=LATEX,
         examples=_chat_examples(),
         placeholder="### Ask about pictures\nAttach, paste or drop some, or begin with an example.",
     )
     box = gr.MultimodalTextbox(
         elem_id="box",
+        label="Message",
         show_label=False,
         placeholder="Ask about pictures",
         file_types=FILE_TYPES,
@@ -150,12 +158,10 @@ def build_page(backend: Backend, limits: Limits | None = None) -> gr.Blocks:
     """
     limits = limits or Limits()
     events = DemoEvents(backend, JobLine(backend, limits.waiting), limits)
-    with gr.Blocks(
-        title=TITLE, analytics_enabled=False, fill_height=True, delete_cache=(3600, CACHE_SECONDS)
-    ) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_height=True, delete_cache=(3600, CACHE_SECONDS)) as page:
         with gr.Row(elem_id="header"):
-            gr.HTML(f'<h1>{LOGO.read_text(encoding="utf-8")}{TITLE}</h1>', padding=False)
-            status = gr.HTML(status_html(backend.status()), elem_id="status", padding=False)
+            gr.HTML(f"<h1>{LOGO.read_text(encoding='utf-8')}{TITLE}</h1>", padding=False)
+            status = gr.HTML(lambda: status_html(backend.status()), elem_id="status", padding=False)
         controls = _controls(limits)
         _connect(controls, events)
         timer = gr.Timer(0.5)

@@ -77,7 +77,12 @@ def launch(
     }
     # Each would listen, record or fetch more than the page needs, and some follow environment variables by default.
     quiet = dict.fromkeys(("enable_monitoring", "run_history", "ssr_mode", "pwa", "mcp_server"), False)
-    _, local, shared = page.launch(
-        prevent_thread_lock=True, quiet=True, show_error=True, footer_links=[], **options, **quiet
-    )
+    try:
+        _, local, shared = page.launch(
+            prevent_thread_lock=True, quiet=True, show_error=True, footer_links=[], **options, **quiet
+        )
+    except OSError as error:
+        if port is None:
+            raise
+        raise OSError(f"Port {port} of {host} cannot be had: name another one, or none for the first free.") from error
     return shared or local
