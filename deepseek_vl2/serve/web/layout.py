@@ -73,7 +73,7 @@ def _settings(limits: Limits) -> list[Any]:
     default = Settings()
     return [
         gr.Slider(0, 2, default.temperature, step=0.05, label="Temperature", info="0: always the likeliest word"),
-        gr.Slider(0.05, 1, default.top_p, step=0.05, label="Top-p", info="Words to choose from, by probability"),
+        gr.Slider(0.05, 1, default.top_p, step=0.05, label="Top-p", info="Share of the likeliest words to choose from"),
         gr.Slider(1, 2, default.repetition_penalty, step=0.05, label="Repetition penalty"),
         gr.Slider(8, limits.new_tokens, default.new_tokens, step=8, label="Answer tokens", info="At most"),
         gr.Slider(
@@ -91,7 +91,7 @@ def _settings(limits: Limits) -> list[Any]:
 def _controls(limits: Limits) -> Controls:
     """Add the components."""
     chat = gr.State(Chat())
-    with gr.Sidebar(position="right", open=False, width=300, elem_id="settings"):
+    with gr.Sidebar(position="right", open=False, width=340, elem_id="settings"):
         gr.Markdown("### Settings")
         settings = _settings(limits)
         gr.Markdown(HELP)

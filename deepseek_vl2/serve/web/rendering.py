@@ -68,8 +68,10 @@ def box_list(answer: str, size: tuple[int, int]) -> str:
         for box in found.boxes
     ]
     count = "1 box" if len(items) == 1 else f"{len(items)} boxes"
-    summary = f"{count} in pixels (left, top, right, bottom)"
-    return f'<details class="boxes"><summary>{summary}</summary><ul>{"".join(items)}</ul></details>'
+    return (
+        f'<details class="boxes"><summary>{count} in pixels</summary>left, top, right, bottom'
+        f"<ul>{''.join(items)}</ul></details>"
+    )
 
 
 def progress_text(job: Job, loading: LoadStatus) -> str:
