@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import runpy
+import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -290,5 +294,39 @@ def test_examples_ship_with_the_package() -> None:
     shown = {name for example in EXAMPLES for name in example.pictures}
     assert shown == {path.name for path in PICTURES.iterdir()}
     assert sum(path.stat().st_size for path in PICTURES.iterdir()) < 300_000
+    copies = runpy.run_path(str(IMAGES / "examples.py"))["COPIES"]
+    assert set(copies) == shown
+    for name, source in copies.items():  # boxes are parts of width and height: they must not be distorted
+        with Image.open(PICTURES / name) as copy, Image.open(IMAGES / source) as original:
+            assert copy.width / copy.height == pytest.approx(original.width / original.height, abs=0.01)
     for example in EXAMPLES:
         Chat().ask(example.question, example.files, Limits())
+
+
+def test_the_server_asks_no_host_and_lets_the_browser_ask_none(
+    backend: ScriptedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gradio", reason='needs Gradio: pip install "deepseek_vl2[gradio]"')
+    from deepseek_vl2.serve.web.layout import build_page
+    from deepseek_vl2.serve.web.server import launch
+
+    asked: set[str] = set()
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *rest, **more: asked.add(host) or look_up(host, *rest, **more)
+    )
+    page = build_page(backend)
+    address = launch(page, Limits())
+    try:
+        with urllib.request.urlopen(address) as response:
+            assert "default-src 'self'" in response.headers["Content-Security-Policy"]
+        with urllib.request.urlopen(address + "config") as response:
+            config = json.load(response)
+        port = int(address.rstrip("/").rpartition(":")[2])
+        with pytest.raises(OSError, match=f"Port {port} of 127.0.0.1 cannot be had"):
+            launch(build_page(backend), Limits(), port=port)
+    finally:
+        page.close(verbose=False)
+    assert asked <= {"127.0.0.1", "localhost"}
+    assert not config["analytics_enabled"] and not config["run_history"]
+    assert not [entry["api_name"] for entry in config["dependencies"] if entry["api_visibility"] == "public"]

@@ -161,11 +161,12 @@ def build_page(backend: Backend, limits: Limits | None = None) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_height=True, delete_cache=(3600, CACHE_SECONDS)) as page:
         with gr.Row(elem_id="header"):
             gr.HTML(f"<h1>{LOGO.read_text(encoding='utf-8')}{TITLE}</h1>", padding=False)
-            status = gr.HTML(lambda: status_html(backend.status()), elem_id="status", padding=False)
+            status = gr.HTML(status_html(backend.status()), elem_id="status", padding=False)
         controls = _controls(limits)
         _connect(controls, events)
         timer = gr.Timer(0.5)
-        timer.tick(events.show_status, None, [status, timer], show_progress="hidden", api_visibility="private")
+        for look in (page.load, timer.tick):
+            look(events.show_status, None, [status, timer], show_progress="hidden", api_visibility="private")
         page.unload(events.stop)
     # The line in front of the model is ours; Gradio's own would hide a waiting visitor's question.
     page.queue(default_concurrency_limit=None, api_open=False)

@@ -10,7 +10,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deepseek_vl2.serve.web.examples import LOGO, PICTURES
+from deepseek_vl2.serve.web.examples import LOGO
 from deepseek_vl2.serve.web.layout import theme
 from deepseek_vl2.serve.web.limits import Limits
 
@@ -68,7 +68,6 @@ def launch(
         "server_port": port,
         "share": share,
         "root_path": root_path,
-        "allowed_paths": [str(PICTURES)],
         "max_file_size": f"{limits.file_mb}mb",
         "app_kwargs": {"middleware": [Middleware(SecurityHeaders)]},
         "theme": theme(),
