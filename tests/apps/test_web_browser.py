@@ -147,7 +147,12 @@ def test_errors_and_limits_are_shown(browser: Any, address: str, backend: Script
     page.ask("Too many?")
     assert "3 pictures; the limit is 2" in page.toast()
     assert page.all("#box textarea")[0].get_attribute("value") == "Too many?"  # to be mended and sent again
-    assert len(page.questions()) == 1
+    assert page.questions() == ["boom"] and page.answers() == ["The model failed with RuntimeError: a fuse"]
+    page.press("New conversation")
+    page.until(lambda: not page.questions())
+    page.ask("<image>")
+    assert "1 <image> tags and 0 pictures" in page.toast()
+    assert page.all("#chat .example") and not page.all("#chat .error")
 
 
 def test_examples(browser: Any, address: str, backend: ScriptedBackend) -> None:

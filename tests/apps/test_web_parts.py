@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import urllib.request
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import torch
 from PIL import Image
 from web_support import GIRAFFE, ScriptedBackend
 
-from deepseek_vl2.serve.web import rendering
+from deepseek_vl2.cli.main import main as cli_main
+from deepseek_vl2.serve.web import command, rendering
 from deepseek_vl2.serve.web.backend import LoadStatus, ModelBackend
 from deepseek_vl2.serve.web.examples import EXAMPLES, LOGO, PICTURES
 from deepseek_vl2.serve.web.jobs import Job, JobLine, Stage
@@ -330,3 +332,21 @@ def test_the_server_asks_no_host_and_lets_the_browser_ask_none(
     assert asked <= {"127.0.0.1", "localhost"}
     assert not config["analytics_enabled"] and not config["run_history"]
     assert not [entry["api_name"] for entry in config["dependencies"] if entry["api_visibility"] == "public"]
+
+
+def test_without_gradio_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert cli_main(["demo"]) == 1
+    assert capsys.readouterr().err == (
+        'deepseek-vl2 demo: demo needs the package gradio: pip install "deepseek_vl2[gradio]"\n'
+    )
+
+
+def test_options_of_the_original_script_are_understood() -> None:
+    parser = ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args(["--model_name", "x", "--ip", "0.0.0.0", "--port", "37913", "--chunk_size", "512"])
+    assert (args.model, args.host, args.port, args.chunk_size) == ("x", "0.0.0.0", 37913, 512)
+    assert parser.parse_args([]).host == "127.0.0.1" and not parser.parse_args([]).share

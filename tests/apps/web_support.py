@@ -179,7 +179,7 @@ class DemoPage:
     def ask(self, question: str) -> None:
         """Write a question and send it."""
         self.all("#box textarea")[0].send_keys(question)
-        self.all("#box .submit-button")[0].click()
+        self.until(lambda: self.all("#box .submit-button"))[0].click()
 
     def press(self, name: str) -> None:
         """Press one of the buttons below the input, once it can be pressed."""

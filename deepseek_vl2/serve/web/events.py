@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -23,9 +24,9 @@ logger = logging.getLogger(__name__)
 REDRAW_SECONDS = 0.08  # a page is sent at most this often: faster is no smoother to read
 
 
-def refuse(message: object) -> gr.Error:
-    """Return what tells the visitor that a request is not carried out, and why."""
-    return gr.Error(str(message), title="Not sent", duration=12, print_exception=False)
+def refuse(message: object) -> None:
+    """Tell the visitor that a request is not carried out, and why; the page stays as it is."""
+    gr.Warning(html.escape(str(message)), title="Not sent", duration=12)
 
 
 class DemoEvents:
@@ -44,29 +45,36 @@ class DemoEvents:
     # ------------------------------------------------------------ before an answer
 
     def ask(self, message: dict[str, Any], chat: Chat, request: gr.Request) -> tuple[Any, ...]:
-        """Take a question into the conversation; the input is kept when it is refused."""
-        self._check_idle(request)
+        """Take a question into the conversation; when it is refused, the input is kept to be mended."""
         try:
+            self._check_idle(request)
             chat.ask(message["text"] or "", message["files"], self.limits)
         except ValueError as error:
-            raise refuse(error) from error
+            refuse(error)
+            return gr.skip(), gr.skip(), gr.skip()
         return chat, rendering.chat_messages(chat, "Starting"), {"text": "", "files": []}
 
     def ask_again(self, chat: Chat, request: gr.Request) -> tuple[Any, ...]:
         """Forget the last answer, to have it made again."""
-        self._check_idle(request)
-        if not chat.turns:
-            raise refuse("There is no answer to make again yet.")
+        try:
+            self._check_idle(request)
+            if not chat.turns:
+                raise ValueError("There is no answer to make again yet.")
+        except ValueError as error:
+            refuse(error)
+            return gr.skip(), gr.skip()
         chat.turns[-1].forget_answer()
         return chat, rendering.chat_messages(chat, "Starting")
 
     def _check_idle(self, request: gr.Request) -> None:
         if request.session_hash in self._running:
-            raise refuse("The last answer is still being written: wait for its end, or stop it.")
+            raise ValueError("The last answer is still being written: wait for its end, or stop it.")
 
     @staticmethod
-    def busy() -> tuple[Any, ...]:
+    def busy(chat: Chat) -> tuple[Any, ...]:
         """Show the controls as they are while an answer is made: a stop button, and nothing that changes the past."""
+        if not chat.open:
+            return (gr.skip(),) * 4
         return gr.update(submit_btn=False, stop_btn=True), *(gr.update(interactive=False) for _ in range(3))
 
     # ------------------------------------------------------------ the answer
@@ -83,8 +91,8 @@ class DemoEvents:
         request: gr.Request,
     ) -> AsyncIterator[tuple[Any, ...]]:
         """Write the answer to the last question, as it comes."""
-        self._check_idle(request)
-        if not chat.turns:
+        if not chat.open or request.session_hash in self._running:  # what came before was refused
+            yield gr.skip(), gr.skip()
             return
         settings = Settings(
             temperature,
@@ -98,7 +106,7 @@ class DemoEvents:
         try:
             job = self.line.submit(chat.messages(), settings)
         except ValueError as error:
-            turn.error = str(error)
+            turn.error, turn.open = str(error), False
             yield chat, rendering.chat_messages(chat)
             return
         self._running[session] = job
@@ -124,7 +132,7 @@ class DemoEvents:
 
     def _finish(self, chat: Chat, turn: Turn, job: Job) -> None:
         """Write down what became of a job."""
-        turn.answer, turn.error = job.text, job.error
+        turn.answer, turn.error, turn.open = job.text, job.error, False
         notes = []
         if job.dropped:
             notes.append(f"Not read, for lack of room: the oldest turns, {job.dropped} of them.")
@@ -152,9 +160,10 @@ class DemoEvents:
 
     # ------------------------------------------------------------ after an answer
 
-    @staticmethod
-    def idle(chat: Chat) -> tuple[Any, ...]:
+    def idle(self, chat: Chat, request: gr.Request) -> tuple[Any, ...]:
         """Show the controls as they are between answers."""
+        if request.session_hash in self._running:
+            return (gr.skip(),) * 4
         some = bool(chat.turns)
         return gr.update(submit_btn=True, stop_btn=False), *(gr.update(interactive=some) for _ in range(3))
 

@@ -136,7 +136,7 @@ def _connect(controls: Controls, events: DemoEvents) -> None:
     sent = box.submit(events.ask, [box, chat], [chat, chatbot, box], **quick)
     again = controls.regenerate.click(events.ask_again, [chat], [chat, chatbot], **quick)
     for begun in (sent, again):
-        begun.success(events.busy, None, controls.buttons, **quick).then(
+        begun.then(events.busy, [chat], controls.buttons, **quick).then(
             events.answer, [chat, *controls.settings], [chat, chatbot], **quick
         ).then(events.idle, [chat], controls.buttons, **quick)
     box.stop(events.stop, None, None, queue=False, **quick)

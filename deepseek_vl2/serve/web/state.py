@@ -48,6 +48,7 @@ class Turn:
         error: why there is no answer, or no whole one.
         drawing: file of a picture with the answer's boxes.
         boxes: the boxes in pixels, as HTML.
+        open: nothing has come of it yet.
     """
 
     question: str
@@ -57,11 +58,12 @@ class Turn:
     error: str = ""
     drawing: str | None = None
     boxes: str = ""
+    open: bool = True
 
     def forget_answer(self) -> None:
         """Go back to the question alone."""
         self.answer = self.note = self.error = self.boxes = ""
-        self.drawing = None
+        self.drawing, self.open = None, True
 
 
 @dataclass
@@ -88,6 +90,11 @@ class Chat:
         for file in images:
             _check_image(file, limits)
         self.turns.append(Turn(question, list(images)))
+
+    @property
+    def open(self) -> bool:
+        """Whether a question waits for its answer."""
+        return bool(self.turns) and self.turns[-1].open
 
     def last_image(self) -> str | None:
         """Return the file of the picture shown last: the one that boxes speak of."""
