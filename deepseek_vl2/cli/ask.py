@@ -55,15 +55,20 @@ def run(args: Namespace) -> int:
     if args.output is not None:
         check_drawing(args.output, images)
     loaded = load(args)
-    from deepseek_vl2.utils.prompts import question_about
-
-    conversation = with_system(question_about(images, prompt), args.system_prompt)
+    conversation = question(images, prompt, args.system_prompt)
     answer = stream(loaded, conversation, args, show=not args.json)
     if args.json:
         print(json.dumps(report(loaded, prompt, args.image, images, answer), ensure_ascii=False))
     if args.output is not None:
         draw_answer(answer.text, images[-1], args.output)
     return 0
+
+
+def question(images: list[Image.Image], prompt: str, system_prompt: str) -> list[dict[str, Any]]:
+    """Return the conversation of one question."""
+    from deepseek_vl2.utils.prompts import question_about
+
+    return with_system(question_about(images, prompt), system_prompt)
 
 
 def with_system(conversation: list[dict[str, Any]], system_prompt: str) -> list[dict[str, Any]]:

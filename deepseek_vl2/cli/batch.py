@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -40,8 +43,10 @@ examples:
   deepseek-vl2 batch questions.jsonl answers.jsonl --processes 4
   accelerate launch -m deepseek_vl2.cli batch questions.jsonl answers.jsonl
 
-Several processes take a GPU each and every so-manieth line. Images are named relative to the working directory.
+Several processes take a GPU and a share of the lines. Images are named relative to the working directory.
 """
+
+LAUNCHED = "DEEPSEEK_VL2_BATCH_LAUNCHED"  # in the environment of processes that must not launch others
 
 
 @dataclass
@@ -88,8 +93,8 @@ def run(args: Namespace) -> int:
     if not output.parent.is_dir():
         raise FileNotFoundError(f"There is no directory {output.parent} to write {output.name} into.")
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if world == 1 and args.processes > 1:
-        return launch(args)
+    if world == 1 and args.processes > 1 and LAUNCHED not in os.environ:
+        return launch(args) or finish(output, len(jobs))
     if args.overwrite and rank == 0:
         for file in (output, errors_file(output), *part_files(output)):
             file.unlink(missing_ok=True)
@@ -107,26 +112,48 @@ def run(args: Namespace) -> int:
             write_answers(output)
     if world > 1 and rank == 0:
         write_answers(output)
-    return finish(output, len(jobs)) if rank == 0 else 0
+    # Launchers take a worker's exit code for a crash.
+    return finish(output, len(jobs)) if world == 1 else 0
 
 
 def launch(args: Namespace) -> int:
-    """Run this command in several processes through accelerate; return the exit code."""
+    """Run this command in several processes; return the exit code.
+
+    Raises:
+        ValueError: there are GPUs, but fewer than processes.
+    """
     import torch
 
-    kind = ["--multi_gpu"] if torch.cuda.device_count() > 1 else ["--cpu"]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
-    processes = ["--num_processes", str(args.processes), "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*accelerate, *processes, *kind, "-m", "deepseek_vl2.cli", "batch", *args.argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return subprocess.run(command, env=environment, check=False).returncode
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < args.processes and args.device != "cpu":
+        raise ValueError(f"{args.processes} processes need a GPU each, but torch sees {gpus}; --device cpu needs none.")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(args.processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), LAUNCHED: "1"}
+    shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+    command = [sys.executable, "-m", "deepseek_vl2.cli", "batch", *args.argv]
+    workers = [
+        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(args.processes)
+    ]
+    try:
+        while None in (codes := [worker.poll() for worker in workers]) and not any(codes):
+            time.sleep(0.2)
+    finally:  # when one has failed, or the user interrupts, the others end too
+        for worker in workers:
+            if worker.poll() is None:
+                worker.terminate()
+        for worker in workers:
+            worker.wait()
+    return next((code for code in codes if code), 0)
 
 
 def meet_others(args: Namespace) -> Any:
     """Join the other processes, take this one's GPU, and return what waits for all of them."""
     from accelerate import PartialState
 
-    state = PartialState(cpu=args.device == "cpu" or os.environ.get("ACCELERATE_USE_CPU") == "true")
+    state = PartialState(cpu=args.device == "cpu")
     if args.device is None:
         args.device = str(state.device)
     return state.wait_for_everyone
@@ -159,7 +186,7 @@ def read_jobs(path: Path) -> list[Job]:
 
 def part_files(output: Path) -> list[Path]:
     """Return what processes have written and nobody has gathered."""
-    return sorted(output.parent.glob(f"{output.name}.part*"))
+    return sorted(output.parent.glob(f"{glob.escape(output.name)}.part[0-9]*"))
 
 
 def errors_file(output: Path) -> Path:

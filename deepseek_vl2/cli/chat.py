@@ -206,12 +206,13 @@ class Chat:
 
     def messages(self, turns: list[Turn]) -> list[dict[str, Any]]:
         """Return turns as the processor takes them."""
+        from deepseek_vl2.models.messages import CHAT_TOKENS
         from deepseek_vl2.utils.prompts import question_about
 
-        conversation = []
+        conversation: list[dict[str, Any]] = []
         for turn in turns:
             conversation += question_about(turn.images, turn.question)
-            conversation.append({"role": "assistant", "content": turn.answer})
+            conversation.append({"role": CHAT_TOKENS[1], "content": turn.answer})
         return with_system(conversation, self.args.system_prompt)
 
     def warn_of_length(self, prompt_tokens: int) -> None:
@@ -299,10 +300,10 @@ class Chat:
 
     def as_json(self) -> str:
         """Return the conversation as messages, images by their sources."""
-        messages = self.messages(self.turns)
-        questions = [message for message in messages if message["role"] == "user"]
-        for message, turn in zip(questions, self.turns, strict=True):
-            message["images"] = turn.sources
+        messages = with_system([], self.args.system_prompt)
+        for turn in self.turns:
+            messages.append({"role": "user", "content": turn.question, "images": turn.sources})
+            messages.append({"role": "assistant", "content": turn.answer})
         content = {"model": self.loaded.name, "messages": messages}
         return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 

@@ -140,9 +140,9 @@ def model_facts(name: str, dtype: str, context: int) -> dict[str, Any]:
 
 
 def count_parameters(shapes: dict[str, tuple[int, ...]], language: Any) -> dict[str, int]:
-    """Count a model's parameters by part, and those that one token meets."""
+    """Count a model's parameters by part, and those that one token meets: of tables a row, of experts the chosen."""
     counts = {"vision": 0, "projector": 0, "language": 0}
-    experts = 0
+    idle = experts = 0
     for name, shape in shapes.items():
         size = 1
         for side in shape:
@@ -150,10 +150,10 @@ def count_parameters(shapes: dict[str, tuple[int, ...]], language: Any) -> dict[
         part = name.partition(".")[0]
         counts[part if part in counts else "projector"] += size
         experts += size if ".mlp.experts." in name else 0
+        idle += size if name.endswith("embed_tokens.weight") or name.startswith("vision.attn_pool.") else 0
     total = sum(counts.values())
-    idle = 0
     if language.n_routed_experts:
-        idle = round(experts * (1 - language.num_experts_per_tok / language.n_routed_experts))
+        idle += round(experts * (1 - language.num_experts_per_tok / language.n_routed_experts))
     return {**counts, "total": total, "activated": total - idle}
 
 

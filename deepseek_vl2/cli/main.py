@@ -11,6 +11,7 @@ import inspect
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple
 
@@ -125,29 +126,36 @@ def first_lines(error: BaseException) -> str:
     return str(error).strip().partition("\n\n")[0] or type(error).__name__
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program and return its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+def run_guarded(program: str, work: Callable[[], int], show_traceback: bool = False) -> int:
+    """Do the work of a program and return its exit code; a user's mistake becomes one line on the error stream."""
     for stream in (sys.stdout, sys.stderr):  # a console that lacks a character shows another, rather than an error
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    own = next((index for index, argument in enumerate(argv) if not argument.startswith("-")), len(argv) - 1) + 1
-    args = build_parser().parse_args(argv[:own])
     try:
-        return run_command(args.command, argv[own:])
+        return work()
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted.\n")
         return 130
     except BrokenPipeError:  # the reader, such as head, has had enough
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, RuntimeError) as error:
-        if args.traceback or not (isinstance(error, (ValueError, OSError)) or is_out_of_memory(error)):
+        if show_traceback or not (isinstance(error, (ValueError, OSError)) or is_out_of_memory(error)):
             raise
         hint = " Try --dtype bfloat16, --chunk_size 512, fewer images or another --device." * is_out_of_memory(error)
-        sys.stderr.write(f"{PROGRAM} {args.command}: {first_lines(error)}{hint}\n")
+        sys.stderr.write(f"{program}: {first_lines(error)}{hint}\n")
         return 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    own = next((index for index, argument in enumerate(argv) if not argument.startswith("-")), len(argv) - 1) + 1
+    args = build_parser().parse_args(argv[:own])
+    return run_guarded(
+        f"{PROGRAM} {args.command}", lambda: run_command(args.command, argv[own:]), show_traceback=args.traceback
+    )
 
 
 if __name__ == "__main__":

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +70,10 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 def chunk_size(text: str) -> int:
     """Convert the option ``--chunk_size``."""
-    return -1 if text == "-1" else whole_number(1)(text)
+    try:
+        return -1 if text == "-1" else whole_number(1)(text)
+    except ArgumentTypeError:
+        raise ArgumentTypeError(f"--chunk_size must be positive, or -1 for no chunks, not {text}") from None
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
@@ -119,8 +126,8 @@ def generation_options(args: Namespace) -> GenerationOptions:
     )
 
 
-def load(args: Namespace) -> Loaded:
-    """Load the model that the options name.
+def load(args: Namespace, tell: Callable[[str], None] = note) -> Loaded:
+    """Load the model that the options name; ``tell`` is told when its weights are random.
 
     Without ``--model`` that is nano, or the demo checkpoint where nano is not installed.
 
@@ -137,11 +144,36 @@ def load(args: Namespace) -> Loaded:
     logging.disable_progress_bar()
     name = args.model or (NANO_NAME if nano_is_installed() else DEMO_NAME)
     check_device(args.device)
+    check_reachable(name)
     if name == DEMO_NAME:
-        note(RANDOM_WEIGHTS)
+        tell(RANDOM_WEIGHTS)
     where = {"device_map": "auto"} if args.device == "auto" else {"device": args.device}
     loaded = load_pretrained_model(name, dtype=getattr(torch, args.dtype), **where)
     return Loaded(name, *loaded)
+
+
+def check_reachable(name: str) -> None:
+    """Raise ``FileNotFoundError`` for a hub id that is not in the cache while the hub cannot be reached.
+
+    The hub's own library would try again and again, for minutes.
+    """
+    from transformers.utils import cached_file
+
+    from deepseek_vl2.utils.io import resolve_model_path
+
+    source = resolve_model_path(name)
+    if isinstance(source, Path) or any(os.environ.get(proxy) for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
+    if cached_file(source, "config.json", local_files_only=True, **quiet) is not None:
+        return
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"There is no directory {name}, and the hub ({host}) cannot be reached: {error.strerror or error}."
+        ) from error
 
 
 def check_device(device: str | None) -> None:
