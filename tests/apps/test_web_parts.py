@@ -264,7 +264,9 @@ def test_boxes_are_drawn_and_listed_in_pixels() -> None:
     image = Image.new("RGB", (999, 999), "white")
     drawing = rendering.draw_answer(GIRAFFE, image)
     assert drawing is not None and drawing.getpixel((704, 600)) == (230, 25, 75)
-    assert "<code>704, 438, 917, 686</code>" in rendering.box_list(GIRAFFE, image.size)
+    listed = rendering.box_list(f"{GIRAFFE}\n\nThere.", image.size)
+    assert "<code>704, 438, 917, 686</code>" in listed
+    assert "&lt;|det|&gt;[[704, 438, 917, 686]]&lt;|/det|&gt;<br><br>There." in listed
     assert rendering.draw_answer("no boxes", image) is None
 
 

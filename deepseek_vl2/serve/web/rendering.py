@@ -61,16 +61,22 @@ def draw_answer(answer: str, image: Image.Image) -> Image.Image | None:
 
 
 def box_list(answer: str, size: tuple[int, int]) -> str:
-    """Return an answer's boxes, in pixels of a picture of ``size`` (width, height), as HTML to be unfolded."""
+    """Return an answer's boxes and its text with all tags, as HTML to be unfolded.
+
+    Args:
+        answer: the model's text.
+        size: (width, height) of the picture, in whose pixels the boxes are listed.
+    """
     items = [
         f"<li>{html.escape(found.label or UNNAMED)} <code>{', '.join(map(str, to_pixels(box, size)))}</code></li>"
         for found in _boxed(answer)
         for box in found.boxes
     ]
     count = "1 box" if len(items) == 1 else f"{len(items)} boxes"
+    raw = html.escape(answer).replace("\n", "<br>")  # an empty line would end the HTML for Markdown
     return (
-        f'<details class="boxes"><summary>{count} in pixels</summary>left, top, right, bottom'
-        f"<ul>{''.join(items)}</ul></details>"
+        f'<details class="boxes"><summary>{count} in pixels</summary>Left, top, right, bottom:'
+        f"<ul>{''.join(items)}</ul>The answer with its tags:<br><code>{raw}</code></details>"
     )
 
 
