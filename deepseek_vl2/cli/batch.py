@@ -261,7 +261,7 @@ def finish(output: Path, total: int) -> int:
         note(f"  line {record['line']}: {record['error']}")
     if failed:
         note(f"{len(failed)} lines could not be answered: {errors_file(output)} lists them.")
-    return 1 if failed else 0
+    return 0 if answered == total else 1
 
 
 # ---------------------------------------------------------------- answering
@@ -275,6 +275,8 @@ def work(args: Namespace, jobs: list[Job], part: Path, share: int, show: bool) -
     seed = secrets.randbits(32) if args.seed is None else args.seed
     bar = tqdm(total=share, initial=share - len(jobs), unit="line", disable=args.quiet or not show)
     with bar, open(part, "a", encoding="utf-8") as file:
+        if part.stat().st_size:
+            file.write("\n")  # a killed process may have left its last line unfinished
         for start in range(0, len(jobs), args.batch_size):
             batch = jobs[start : start + args.batch_size]
             for record in answer_batch(loaded, batch, args, seed):
