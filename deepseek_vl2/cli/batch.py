@@ -14,6 +14,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,10 @@ def run(args: Namespace) -> int:
     finally:
         if world == 1:
             write_answers(output)
-    if world > 1 and rank == 0:
-        write_answers(output)
+    if world > 1:
+        if rank == 0:
+            write_answers(output)
+        leave_others()
     # Launchers take a worker's exit code for a crash.
     return finish(output, len(jobs)) if world == 1 else 0
 
@@ -151,12 +154,23 @@ def launch(args: Namespace) -> int:
 
 def meet_others(args: Namespace) -> Any:
     """Join the other processes, take this one's GPU, and return what waits for all of them."""
+    import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=args.device == "cpu")
+    # Shares take unequal times: whoever is done first waits, as long as it takes.
+    on_cpu = args.device == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
     if args.device is None:
         args.device = str(state.device)
     return state.wait_for_everyone
+
+
+def leave_others() -> None:
+    """End what `meet_others` began."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------- files
@@ -261,7 +275,7 @@ def finish(output: Path, total: int) -> int:
         note(f"  line {record['line']}: {record['error']}")
     if failed:
         note(f"{len(failed)} lines could not be answered: {errors_file(output)} lists them.")
-    return 1 if failed else 0
+    return 0 if answered == total else 1
 
 
 # ---------------------------------------------------------------- answering
@@ -275,6 +289,8 @@ def work(args: Namespace, jobs: list[Job], part: Path, share: int, show: bool) -
     seed = secrets.randbits(32) if args.seed is None else args.seed
     bar = tqdm(total=share, initial=share - len(jobs), unit="line", disable=args.quiet or not show)
     with bar, open(part, "a", encoding="utf-8") as file:
+        if part.stat().st_size:
+            file.write("\n")  # a killed process may have left its last line unfinished
         for start in range(0, len(jobs), args.batch_size):
             batch = jobs[start : start + args.batch_size]
             for record in answer_batch(loaded, batch, args, seed):
