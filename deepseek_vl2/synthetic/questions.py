@@ -143,7 +143,7 @@ def locate(scene: Scene, rng: Random) -> Turn | None:
 
 def locate_all(scene: Scene, rng: Random) -> Turn | None:
     """Ask for all things of a kind."""
-    candidates = [(None, colour, None) for colour in COLOURS] + [(None, None, shape) for shape in PLURALS]
+    candidates: list[Parts] = [(None, colour, None) for colour in COLOURS] + [(None, None, shape) for shape in PLURALS]
     candidates += [(None, thing.kind.colour, thing.kind.shape) for thing in scene.things]
     several = [p for p in dict.fromkeys(candidates) if 2 <= sum(fits(thing.kind, p) for thing in scene.things) <= 6]
     if not several:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from random import Random
 
@@ -64,7 +65,7 @@ def outline(shape: str) -> tuple[Point, ...]:
     Raises:
         ValueError: an unknown shape.
     """
-    outlines = {
+    outlines: dict[str, Callable[[], list[Point]]] = {
         "circle": lambda: _arc(1.0, 0, 2 * math.pi, steps=48),
         "ring": lambda: _arc(1.0, 0, 2 * math.pi, steps=48),
         "square": lambda: [(-1, -1), (1, -1), (1, 1), (-1, 1)],
