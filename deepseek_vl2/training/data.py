@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from deepseek_vl2.models.image_loading import MAX_IMAGE_PIXELS, load_image
-from deepseek_vl2.models.processing_deepseek_vl_v2 import (
+from deepseek_vl2.models.messages import (
     ASSISTANT_ROLES,
     IMAGE_PLACEHOLDER,
     SYSTEM_ROLES,
