@@ -21,6 +21,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
@@ -370,6 +371,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     parser = build_parser(prog)
     args = parser.parse_args(with_underscores(sys.argv[1:] if argv is None else argv))
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # what the libraries plan is not the user's concern
     logging.disable_progress_bar()  # those of loading and saving; the training's own stays
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are processes already
     try:
