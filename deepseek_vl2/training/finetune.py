@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from deepseek_vl2.cli.main import with_underscores
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
-from deepseek_vl2.utils.demo import DEMO_NAME, demo_checkpoint
+from deepseek_vl2.utils.io import NANO_NAME, resolve_model_path
 
 from .collator import ConversationCollator
 from .data import ConversationDataset
@@ -50,7 +51,9 @@ class UsageError(ValueError):
 
 def _add_data_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("model and data")
-    group.add_argument("--model", required=True, help="directory or hub id of a checkpoint, or 'demo'")
+    group.add_argument(
+        "--model", default=NANO_NAME, help="directory or hub id of a checkpoint, nano or demo (default: %(default)s)"
+    )
     group.add_argument("--data", required=True, nargs="+", help="JSON Lines files of conversations to train on")
     group.add_argument("--eval_data", nargs="+", help="JSON Lines files to measure the loss on, and not to train on")
     group.add_argument("--image_root", help="where relative image paths start; default: each data file's directory")
@@ -212,7 +215,7 @@ def load_model(args: Namespace) -> tuple[DeepseekVLV2Processor, Any]:
 
     Weights that are trained are float32; under adapters the rest is bfloat16 when products are.
     """
-    source = demo_checkpoint() if args.model == DEMO_NAME else args.model
+    source = resolve_model_path(args.model)
     processor = DeepseekVLV2Processor.from_pretrained(source)
     halved = args.method == "lora" and args.precision == "bf16"
     model = DeepseekVLV2ForCausalLM.from_pretrained(
@@ -365,7 +368,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         0; 1 when something went wrong, 2 when options do not go together, 130 when interrupted.
     """
     parser = build_parser(prog)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_underscores(sys.argv[1:] if argv is None else argv))
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # those of loading and saving; the training's own stays
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are processes already

@@ -25,7 +25,8 @@ collator = ConversationCollator(mini_processor())
 batch = collator([mini_conversation(1, images=rank)])
 model = mini_model("base", aux_loss_alpha=0.0).train()
 model.freeze_unused()
-loss = DistributedDataParallel(model)(**batch).loss
+wrapped = DistributedDataParallel(model)  # held until the backward pass is over
+loss = wrapped(**batch).loss
 loss.backward()
 shared = {{name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}}
 dist.barrier()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from support import TESTS, mini_conversation, mini_model, mini_processor
 
+from deepseek_vl2.cli.main import run_command
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.training.finetune import build_parser, main
 
@@ -170,6 +171,11 @@ def test_unknown_options_end_with_usage(capsys: Any) -> None:
         main(["--model", "x", "--data", "y", "--output", "z", "--method", "magic"], prog="deepseek-vl2 finetune")
     assert caught.value.code == 2
     assert "deepseek-vl2 finetune: error: argument --method: invalid choice: 'magic'" in capsys.readouterr().err
+
+
+def test_the_program_runs_it_with_either_spelling_of_options(capsys: Any) -> None:
+    assert run_command("finetune", ["--data", "x", "--output", "y", "--max-length", "0"]) == 2
+    assert "deepseek-vl2 finetune: --max_length must be positive" in capsys.readouterr().err
 
 
 def test_every_option_is_explained() -> None:
