@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import import_module
 from typing import NamedTuple
 
@@ -76,14 +76,20 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def with_underscores(argv: list[str]) -> list[str]:
-    """Return arguments with options spelled as they are declared: ``--max-new-tokens`` is ``--max_new_tokens``."""
+def as_declared(argv: list[str], declared: Collection[str]) -> list[str]:
+    """Return arguments with options spelled as they are declared: ``--max-new-tokens`` for ``--max_new_tokens``.
+
+    Some commands' options have underscores, as the original's scripts, and some hyphens, as other servers.
+    """
+    spellings = {name.replace("_", "-"): name for name in declared}
     spelled: list[str] = []
     for index, argument in enumerate(argv):
         if argument == "--":
             return spelled + argv[index:]
         name, equals, value = argument.partition("=")
-        spelled.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument)
+        if name.startswith("--") and name not in declared:
+            name = spellings.get(name.replace("_", "-"), name)
+        spelled.append(f"{name}{equals}{value}")
     return spelled
 
 
@@ -108,7 +114,7 @@ def run_command(name: str, argv: list[str]) -> int:
         formatter_class=RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    args = parser.parse_args(with_underscores(argv))
+    args = parser.parse_args(as_declared(argv, parser._option_string_actions))
     args.argv = argv  # batch hands them to its processes
     return int((module.run if hasattr(module, "run") else module.main)(args) or 0)
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from deepseek_vl2.cli import images as cli_images
 from deepseek_vl2.cli import main as front
-from deepseek_vl2.cli.main import COMMANDS, main, with_underscores
+from deepseek_vl2.cli.main import COMMANDS, as_declared, main
 from deepseek_vl2.utils import io as package_io
 from deepseek_vl2.utils.demo import write_demo_checkpoint
 
@@ -188,9 +188,21 @@ def test_commands_of_other_modules_are_mounted(monkeypatch: pytest.MonkeyPatch) 
     assert seen[1] == (["--rate", "1"], "deepseek-vl2 finetune")
 
 
-def test_options_may_be_spelled_with_hyphens() -> None:
-    spelled = with_underscores(["--max-new-tokens", "-3", "a-b", "--stop-word=x-y", "--", "--as-it-is"])
-    assert spelled == ["--max_new_tokens", "-3", "a-b", "--stop_word=x-y", "--", "--as-it-is"]
+def test_options_may_be_spelled_with_hyphens_or_underscores() -> None:
+    declared = ("--max_new_tokens", "--api-key", "--stop")
+    given = ["--max-new-tokens", "-3", "a-b", "--api_key=x-y", "--api-key", "--stop", "--un-known", "--", "--api_key"]
+    expected = [
+        "--max_new_tokens",
+        "-3",
+        "a-b",
+        "--api-key=x-y",
+        "--api-key",
+        "--stop",
+        "--un-known",
+        "--",
+        "--api_key",
+    ]
+    assert as_declared(given, declared) == expected
 
 
 # ---------------------------------------------------------------- ask
