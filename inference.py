@@ -17,8 +17,8 @@ from deepseek_vl2.cli.images import open_image
 from deepseek_vl2.cli.main import run_guarded
 from deepseek_vl2.cli.options import add_generation_arguments, add_model_arguments, load
 
-DEFAULT_IMAGE = Path(__file__).resolve().parent / "images" / "visual_grounding_1.jpeg"
-DEFAULT_PROMPT = "<|ref|>The giraffe at the back.<|/ref|>."
+DEFAULT_IMAGE = Path(__file__).resolve().parent / "images" / "shapes.png"
+DEFAULT_PROMPT = "Locate <|ref|>the large red diamond<|/ref|> in the given image."
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:

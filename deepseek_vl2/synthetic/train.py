@@ -19,6 +19,7 @@ import torch
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.training.collator import ConversationCollator
 from deepseek_vl2.training.trainer import VLTrainer, VLTrainingArguments
+from deepseek_vl2.utils.io import resolve_model_path
 
 from .nano import nano_processor, new_nano
 from .samples import MIXTURES, SyntheticConversations
@@ -32,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """Read the command line."""
     parser = ArgumentParser(prog="train", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory for checkpoints, log and model")
-    parser.add_argument("--init", type=Path, help="a nano checkpoint to start from (default: random weights)")
+    parser.add_argument("--init", help="nano, or a checkpoint of its kind, to start from (default: random weights)")
     parser.add_argument("--mixture", choices=MIXTURES, default="first", help="what is drawn and asked (default: first)")
     parser.add_argument(
         "--schedule",
@@ -70,8 +71,9 @@ def starting_point(args: Namespace) -> tuple[DeepseekVLV2Processor, DeepseekVLV2
     if args.init is None:
         processor = nano_processor()
         return processor, new_nano(processor, args.seed)
-    processor = DeepseekVLV2Processor.from_pretrained(args.init)
-    return processor, DeepseekVLV2ForCausalLM.from_pretrained(args.init, dtype=torch.float32)
+    source = resolve_model_path(args.init)
+    processor = DeepseekVLV2Processor.from_pretrained(source)
+    return processor, DeepseekVLV2ForCausalLM.from_pretrained(source, dtype=torch.float32)
 
 
 def compile_layers(model: DeepseekVLV2ForCausalLM) -> None:

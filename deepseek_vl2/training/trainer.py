@@ -107,6 +107,9 @@ class VLTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "dtype of the finished model's files; checkpoints to resume from keep the weights' own"},
     )
+    use_cache: bool = field(
+        default=True, metadata={"help": "what the saved config says; training itself keeps no cache either way"}
+    )
     adam_beta2: float = field(default=0.95, metadata={"help": "beta2 of AdamW"})
     weight_decay: float = field(default=0.1, metadata={"help": "weight decay"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must be false: samples are conversations"})
