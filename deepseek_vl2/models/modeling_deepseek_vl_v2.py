@@ -7,6 +7,7 @@ L image tokens of a tile, W image tokens along a tile's side.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -278,17 +279,25 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         device = weight.device if weight.device.type != "meta" else tiles_V3SS.device
         return self.projector(self.vision(tiles_V3SS.to(device=device, dtype=weight.dtype)))
 
-    def _image_sequences(self, images: torch.Tensor, grids: list[list[TileGrid]]) -> torch.Tensor:
-        """Return the embeddings of all image tokens of a batch, in order, [tokens, H]."""
-        tiles = [images[row, : sum(grid.views for grid in row_grids)] for row, row_grids in enumerate(grids)]
-        views_VLH = self.encode_tiles(torch.cat(tiles))
+    def arrange_views(self, views_VLH: torch.Tensor, grids: Sequence[TileGrid]) -> torch.Tensor:
+        """Return the embeddings of all image tokens, in order, [tokens, H].
+
+        Args:
+            views_VLH: what `encode_tiles` gave for the images, each image's global view first.
+            grids: the tile grid of each image.
+        """
         newline, separator = (p.to(views_VLH.device) for p in (self.image_newline, self.view_seperator))
         sequences, start = [], 0
-        for grid in (grid for row_grids in grids for grid in row_grids):
+        for grid in grids:
             views = views_VLH[start : start + grid.views]
             sequences.append(arrange_image(views, grid, newline, separator, self.global_view_pos == "head"))
             start += grid.views
         return torch.cat(sequences)
+
+    def _image_sequences(self, images: torch.Tensor, grids: list[list[TileGrid]]) -> torch.Tensor:
+        """Return the embeddings of all image tokens of a batch, in order, [tokens, H]."""
+        tiles = [images[row, : sum(grid.views for grid in row_grids)] for row, row_grids in enumerate(grids)]
+        return self.arrange_views(self.encode_tiles(torch.cat(tiles)), [grid for row in grids for grid in row])
 
     def prepare_inputs_embeds(
         self,

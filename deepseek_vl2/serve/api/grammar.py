@@ -1,0 +1,112 @@
+"""Answers that follow a JSON schema or a regular expression, through llguidance.
+
+That library was chosen among its kind because it refuses what it cannot enforce (others drop parts of a schema in
+silence), bounds the work that a grammar may cause, and installs everywhere, without a GPU and without dependencies.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import llguidance
+import llguidance.hf
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+MAX_GRAMMAR_CHARACTERS = 100_000
+
+
+class Constraint:
+    """Where one answer stands in its grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocabulary: int) -> None:
+        self.matcher = matcher
+        self.vocabulary = vocabulary
+
+    def allowed(self) -> torch.Tensor:
+        """Return which tokens may come next, bool [vocabulary].
+
+        Raises:
+            RuntimeError: none may, or the grammar takes more work than its bounds allow.
+        """
+        bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        allowed = np.unpackbits(bits, bitorder="little", count=self.vocabulary).astype(bool)
+        if not allowed.any():
+            raise RuntimeError("The grammar leaves no token to go on with.")
+        return torch.from_numpy(allowed)
+
+    def advance(self, token: int) -> None:
+        """Go on by one token.
+
+        Raises:
+            RuntimeError: the token is not allowed.
+        """
+        self.matcher.consume_token(token)
+        self._check()
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing can follow."""
+        return self.matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self.matcher.is_error():
+            reason = self.matcher.get_error().split("\n<state>")[0]
+            raise RuntimeError(f"The grammar could not be followed: {reason}")
+
+
+class GrammarCompiler:
+    """Makes constraints for one tokenizer.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        vocabulary: the number of the model's logits.
+        eos_ids: what may end an answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos_ids: list[int]) -> None:
+        self.vocabulary = vocabulary
+        self.tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=eos_ids)
+
+    def json_schema(self, schema: Any) -> Constraint:
+        """Return a constraint to JSON of a schema.
+
+        Raises:
+            ValueError: the schema is not one, or asks for what cannot be enforced.
+        """
+        text = json.dumps(schema)
+        self._check_length(text, "JSON schema")
+        return self._constraint(lambda: llguidance.LLMatcher.grammar_from_json_schema(text), "json_schema")
+
+    def json_object(self) -> Constraint:
+        """Return a constraint to any JSON object."""
+        return self.json_schema({"type": "object"})
+
+    def regex(self, pattern: str) -> Constraint:
+        """Return a constraint to a whole answer that matches a pattern, in the syntax of Rust's regex crate.
+
+        Raises:
+            ValueError: the pattern is not valid, or uses what a finite automaton cannot (look-around, back-references).
+        """
+        self._check_length(pattern, "regular expression")
+        return self._constraint(lambda: llguidance.LLMatcher.grammar_from_regex(pattern), "regex")
+
+    @staticmethod
+    def _check_length(text: str, name: str) -> None:
+        if len(text) > MAX_GRAMMAR_CHARACTERS:
+            raise ValueError(f"The {name} has {len(text):,} characters, more than the {MAX_GRAMMAR_CHARACTERS:,} allowed.")
+
+    def _constraint(self, write: Any, name: str) -> Constraint:
+        try:
+            grammar = write()
+            problem = llguidance.LLMatcher.validate_grammar(grammar, self.tokenizer)
+            if problem:
+                raise ValueError(problem)
+            constraint = Constraint(llguidance.LLMatcher(self.tokenizer, grammar, log_level=0), self.vocabulary)
+            constraint.allowed()  # what is too large shows when the first mask is computed
+        except (ValueError, RuntimeError, RecursionError) as error:
+            raise ValueError(f"This {name} cannot be used: {error}") from error
+        return constraint
