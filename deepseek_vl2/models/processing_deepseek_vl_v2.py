@@ -6,7 +6,6 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
-from urllib.request import url2pathname
 
 import numpy as np
 import torch
@@ -17,6 +16,16 @@ from transformers.processing_utils import ProcessorMixin
 
 from .conversation import Conversation, get_conv_template
 from .image_loading import check_image_size, load_image, to_rgb
+from .messages import (
+    CHAT_TEMPLATE,
+    CHAT_TOKENS,
+    GROUNDING_TOKENS,
+    IMAGE_PLACEHOLDER,
+    SYSTEM_ROLES,
+    Message,
+    message_role,
+    messages_to_conversation,
+)
 from .tiling import (
     MAX_TILED_IMAGES,
     Size,
@@ -27,58 +36,6 @@ from .tiling import (
     tile_grid,
     tokens_per_side,
 )
-
-Message = Mapping[str, Any]
-
-IMAGE_PLACEHOLDER = "<image_placeholder>"  # what older examples of the model card write instead of <image>
-GROUNDING_TOKENS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
-CHAT_TOKENS = ("<|User|>", "<|Assistant|>")
-SYSTEM_ROLES = ("system", "deepseekapi-sys")
-USER_ROLES = ("user", "User", "<|User|>")
-ASSISTANT_ROLES = ("assistant", "Assistant", "<|Assistant|>")
-
-# The same prompt as `DeepseekVLV2Processor._encode_conversation` writes. An image part becomes <image>, and a newline
-# follows it unless white space or nothing does: that is how the model's own prompts look.
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-  {%- set role = message['role'] -%}
-  {%- if message['content'] is string -%}
-    {%- set content = message['content'] -%}
-  {%- else -%}
-    {%- set parts = namespace(text='', after_image=false) -%}
-    {%- for part in (message['content'] or []) -%}
-      {%- if part['type'] in ('image', 'image_url', 'input_image') -%}
-        {%- set parts.text = parts.text + ('\\n' if parts.after_image else '') + '<image>' -%}
-        {%- set parts.after_image = true -%}
-      {%- elif part['type'] in ('text', 'input_text') -%}
-        {%- if part['text'] -%}
-          {%- set glue = '\\n' if parts.after_image and part['text'][0] not in ' \\t\\r\\n' else '' -%}
-          {%- set parts.text = parts.text + glue + part['text'] -%}
-          {%- set parts.after_image = false -%}
-        {%- endif -%}
-      {%- else -%}
-        {{- raise_exception('Unknown type of content part: ' + part['type']) -}}
-      {%- endif -%}
-    {%- endfor -%}
-    {%- set content = parts.text -%}
-  {%- endif -%}
-  {%- set content = content.replace('<image_placeholder>', '<image>').strip() -%}
-  {%- if role in ('system', 'deepseekapi-sys') -%}
-    {%- if not loop.first -%}{{- raise_exception('A system message must come first.') -}}{%- endif -%}
-    {{- content -}}
-  {%- elif role in ('user', 'User', '<|User|>') -%}
-    {{- '<|User|>: ' + content + '\\n\\n' if content else '<|User|>:' -}}
-    {%- if add_generation_prompt or not loop.last -%}{{- '<|Assistant|>:' -}}{%- endif -%}
-  {%- elif role in ('assistant', 'Assistant', '<|Assistant|>') -%}
-    {%- if '<image>' in content -%}{{- raise_exception('An assistant turn cannot show images.') -}}{%- endif -%}
-    {{- content -}}
-    {%- if not loop.last or (content and not add_generation_prompt) -%}{{- eos_token -}}{%- endif -%}
-  {%- else -%}
-    {{- raise_exception('Unknown role: ' + role) -}}
-  {%- endif -%}
-{%- endfor -%}
-"""
 
 
 class VLChatProcessorOutput(BatchFeature):
@@ -376,7 +333,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         conv = get_conv_template(sft_format)
         for message in conversations:
             conv.append_message(message["role"], str(message["content"]).strip())
-        if conversations and self._role(conversations[-1], conv) == "user":
+        if conversations and message_role(conversations[-1], conv.roles) == "user":
             conv.append_message(conv.roles[1], "")
         return (system_prompt.strip() + conv.get_prompt()).strip()
 
@@ -386,17 +343,6 @@ class DeepseekVLV2Processor(ProcessorMixin):
         conv.append_message(conv.roles[0], prompts.strip())
         conv.append_message(conv.roles[1], "")
         return (system_prompt.strip() + conv.get_prompt()).strip()
-
-    @staticmethod
-    def _role(message: Message, conv: Conversation) -> Literal["user", "assistant", "system"]:
-        role = message.get("role")
-        if role == conv.roles[0] or role in USER_ROLES:
-            return "user"
-        if role == conv.roles[1] or role in ASSISTANT_ROLES:
-            return "assistant"
-        if role in SYSTEM_ROLES:
-            return "system"
-        raise ValueError(f"Unknown role {role!r}: expected user, assistant or system (or {conv.roles}).")
 
     # ---------------------------------------------------------------- images
 
@@ -504,7 +450,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         conv = self.new_chat_template()
         template_system = conv.system_message
         texts = [str(message["content"]).replace(IMAGE_PLACEHOLDER, self.image_token) for message in messages]
-        roles = [self._role(message, conv) for message in messages]
+        roles = [message_role(message, conv.roles) for message in messages]
         questions: dict[int, str] = {}
         for index, (role, text) in enumerate(zip(roles, texts, strict=True)):
             if role == "system" and index > 0:
@@ -827,29 +773,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         Raises:
             ValueError: a part of unknown type, or an image part without a source.
         """
-        return [{**message, **self._flatten_content(message)} for message in messages]
-
-    def _flatten_content(self, message: Message) -> dict[str, Any]:
-        content = message.get("content")
-        if isinstance(content, str):
-            return {"content": content, "images": list(message.get("images") or [])}
-        if not isinstance(content, Sequence):
-            raise ValueError(f"A message needs a content, a text or a list of parts, got {content!r}: {dict(message)}.")
-        text, after_image = "", False
-        images = list(message.get("images") or [])
-        for part in content:
-            kind = part.get("type")
-            if kind in ("image", "image_url", "input_image"):
-                images.append(_image_source(part))
-                text += ("\n" if after_image else "") + self.image_token
-                after_image = True
-            elif kind in ("text", "input_text"):
-                if part["text"]:
-                    text += ("\n" if after_image and part["text"][0] not in " \t\r\n" else "") + part["text"]
-                    after_image = False
-            else:
-                raise ValueError(f"Unknown type of content part: {kind!r}; expected text, image or image_url.")
-        return {"content": text, "images": images}
+        return messages_to_conversation(messages, self.image_token)
 
     def apply_chat_template(
         self,
@@ -937,28 +861,8 @@ class DeepseekVLV2Processor(ProcessorMixin):
         sample = self._encode_conversation(
             turns, loaded, cropping, self._resolutions(candidate_resolutions), add_generation_prompt
         )
-        answering = self._role(turns[-1], self.new_chat_template()) == "assistant"
+        answering = message_role(turns[-1], self.new_chat_template().roles) == "assistant"
         unfinished = add_generation_prompt or continue_final_message or not str(turns[-1]["content"]).strip()
         if answering and unfinished:
             sample.drop_last(self.eos_id)
         return self._finish(sample, self.format_messages(turns, self.sft_format))
-
-
-def _image_source(part: Message) -> Any:
-    """Return what an OpenAI-style image part shows: a path, bytes, a data URL or a PIL image."""
-    for name in ("image", "path", "url", "image_url"):
-        source = part.get(name)
-        if source is None:
-            continue
-        if isinstance(source, Mapping):
-            source = source.get("url")
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
-            from transformers.image_utils import load_image as download
-
-            return download(source)
-        if isinstance(source, str) and source.startswith("file://"):
-            return url2pathname(source.removeprefix("file://"))
-        return source
-    if part.get("base64") is not None:
-        return f"data:;base64,{part['base64']}"
-    raise ValueError("An image part needs its source under image, path, url, image_url or base64.")

@@ -5,18 +5,32 @@ Source of the function names: ``serve/inference.py`` of the original package.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import PreTrainedTokenizerBase
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.conversation import Conversation
+from deepseek_vl2.serve.streaming import AsyncTextStream, GenerationOptions, StopWordFilter, TextStream
 from deepseek_vl2.utils.io import load_pretrained_model
+
+__all__ = [
+    "AsyncTextStream",
+    "GenerationOptions",
+    "StopWordFilter",
+    "TextStream",
+    "agenerate",
+    "convert_conversation_to_prompts",
+    "deepseek_generate",
+    "generate",
+    "load_model",
+]
+
+ORIGINAL_TOP_K = 50  # what transformers sampled among when the original ran, unless told otherwise
 
 
 def load_model(
@@ -48,44 +62,27 @@ def convert_conversation_to_prompts(conversation: Conversation) -> tuple[list[di
     return messages, last_image
 
 
-class StopWordFilter:
-    """Pass a stream of text on up to the first stop word, holding back what may be the beginning of one."""
-
-    def __init__(self, stop_words: Sequence[str]) -> None:
-        self.stop_words = [word for word in stop_words if word]
-        self.pending = ""
-        self.stopped = False
-
-    def push(self, text: str) -> str:
-        """Add text to the stream; return what can be shown."""
-        self.pending += text
-        starts = [self.pending.index(word) for word in self.stop_words if word in self.pending]
-        if starts:
-            self.stopped = True
-            shown, self.pending = self.pending[: min(starts)], ""
-            return shown
-        held = max((self._overlap(word) for word in self.stop_words), default=0)
-        cut = len(self.pending) - held
-        shown, self.pending = self.pending[:cut], self.pending[cut:]
-        return shown
-
-    def flush(self) -> str:
-        """Return what was held back, at the end of the stream."""
-        shown, self.pending = self.pending, ""
-        return shown
-
-    def _overlap(self, word: str) -> int:
-        """Return how many characters at the end of the pending text begin ``word``."""
-        longest = min(len(word) - 1, len(self.pending))
-        return next((n for n in range(longest, 0, -1) if self.pending.endswith(word[:n])), 0)
-
-
-class _StopWhenSet(StoppingCriteria):
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+def _options(
+    max_gen_len: int,
+    temperature: float,
+    repetition_penalty: float,
+    top_p: float,
+    stop_words: Sequence[str],
+    chunk_size: int,
+    seed: int | None,
+) -> GenerationOptions:
+    """Return the original's arguments as options: the penalty counts only while sampling, and eos is shown."""
+    return GenerationOptions(
+        max_new_tokens=max_gen_len,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=ORIGINAL_TOP_K,
+        repetition_penalty=repetition_penalty if temperature > 0 else 1.0,
+        seed=seed,
+        stop=tuple(stop_words),
+        prefill_chunk_size=None if chunk_size == -1 else chunk_size,
+        keep_eos=True,
+    )
 
 
 def generate(
@@ -98,10 +95,12 @@ def generate(
     top_p: float = 0.95,
     stop_words: Sequence[str] = (),
     chunk_size: int = -1,
-) -> Iterator[str]:
-    """Yield the answer to a processed prompt, piece by piece.
+    seed: int | None = None,
+) -> TextStream:
+    """Return the answer to a processed prompt as an iterator over its pieces.
 
-    Closing the iterator stops the generation after the token at work.
+    Closing the iterator stops the generation after the token at work. The text of the end token is part of the stream,
+    as in the original; name it in ``stop_words``, or build a `TextStream` with `GenerationOptions`, to leave it out.
 
     Args:
         vl_gpt: the model.
@@ -113,56 +112,31 @@ def generate(
         top_p: used while sampling.
         stop_words: texts that end the answer; they are not yielded, nor any part of them.
         chunk_size: tokens a chunk of the prefill; -1 for all at once.
+        seed: of this answer's own random numbers; by default drawn from torch's global generator.
 
     Raises:
-        Whatever the generation raised.
+        ValueError: an argument out of its range, or a batch of several conversations.
+        Whatever the generation raised, while iterating.
     """
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
-    stop = threading.Event()
-    errors: list[BaseException] = []
-    options: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        options = {
-            "do_sample": True,
-            "temperature": temperature,
-            "top_p": top_p,
-            "repetition_penalty": repetition_penalty,
-        }
-    if chunk_size != -1:
-        options["prefill_chunk_size"] = chunk_size
+    options = _options(max_gen_len, temperature, repetition_penalty, top_p, stop_words, chunk_size, seed)
+    return TextStream(vl_gpt, tokenizer, prepare_inputs, options)
 
-    def work() -> None:
-        try:
-            vl_gpt.generate(
-                **prepare_inputs,
-                max_new_tokens=max_gen_len,
-                streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([_StopWhenSet(stop)]),
-                **options,
-            )
-        except BaseException as error:  # handed to the reader below
-            errors.append(error)
-        finally:
-            streamer.text_queue.put(streamer.stop_signal)
 
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    words = StopWordFilter(stop_words)
-    try:
-        for piece in streamer:
-            shown = words.push(piece)
-            if shown:
-                yield shown
-            if words.stopped:
-                return
-        rest = words.flush()
-        if rest:
-            yield rest
-    finally:
-        stop.set()
-        worker.join()
-    if errors:
-        raise errors[0]
+def agenerate(
+    vl_gpt: DeepseekVLV2ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prepare_inputs: Mapping[str, Any],
+    max_gen_len: int = 256,
+    temperature: float = 0,
+    repetition_penalty: float = 1.1,
+    top_p: float = 0.95,
+    stop_words: Sequence[str] = (),
+    chunk_size: int = -1,
+    seed: int | None = None,
+) -> AsyncTextStream:
+    """Return the answer as an asynchronous iterator, for ``async for``; arguments and errors as in `generate`."""
+    options = _options(max_gen_len, temperature, repetition_penalty, top_p, stop_words, chunk_size, seed)
+    return AsyncTextStream(vl_gpt, tokenizer, prepare_inputs, options)
 
 
 def deepseek_generate(
@@ -176,8 +150,9 @@ def deepseek_generate(
     top_p: float = 1.0,
     repetition_penalty: float = 1.1,
     chunk_size: int = -1,
-) -> Iterator[str]:
-    """Yield the answer to a conversation, piece by piece; arguments as in `generate`.
+    seed: int | None = None,
+) -> TextStream:
+    """Return the answer to a conversation as an iterator over its pieces; arguments as in `generate`.
 
     Args:
         conversations: messages, whose ``images`` are PIL images or paths.
@@ -186,7 +161,7 @@ def deepseek_generate(
         others: see `generate`.
 
     Raises:
-        ValueError, FileNotFoundError: see the processor.
+        ValueError, FileNotFoundError: see the processor and `generate`.
     """
     prepare_inputs = vl_chat_processor(conversations=conversations).to(vl_gpt.device)
     return generate(
@@ -199,4 +174,5 @@ def deepseek_generate(
         top_p=top_p,
         stop_words=stop_words,
         chunk_size=chunk_size,
+        seed=seed,
     )

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
-from deepseek_vl2.models.processing_deepseek_vl_v2 import CHAT_TOKENS, GROUNDING_TOKENS
+from deepseek_vl2.models.messages import CHAT_TOKENS, GROUNDING_TOKENS
 
 DEMO_NAME = "demo"
 DEMO_VERSION = 1  # part of the directory's name: raise it when what is written changes

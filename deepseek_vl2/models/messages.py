@@ -1,0 +1,134 @@
+"""Messages: the roles they may have, OpenAI-style content as text with image tags, and the Jinja chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+from urllib.request import url2pathname
+
+Message = Mapping[str, Any]
+
+IMAGE_PLACEHOLDER = "<image_placeholder>"  # what older examples of the model card write instead of <image>
+GROUNDING_TOKENS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
+CHAT_TOKENS = ("<|User|>", "<|Assistant|>")
+SYSTEM_ROLES = ("system", "deepseekapi-sys")
+USER_ROLES = ("user", "User", "<|User|>")
+ASSISTANT_ROLES = ("assistant", "Assistant", "<|Assistant|>")
+
+# The same prompt as the processor writes for a conversation. An image part becomes <image>, and a newline
+# follows it unless white space or nothing does: that is how the model's own prompts look.
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+  {%- set role = message['role'] -%}
+  {%- if message['content'] is string -%}
+    {%- set content = message['content'] -%}
+  {%- else -%}
+    {%- set parts = namespace(text='', after_image=false) -%}
+    {%- for part in (message['content'] or []) -%}
+      {%- if part['type'] in ('image', 'image_url', 'input_image') -%}
+        {%- set parts.text = parts.text + ('\\n' if parts.after_image else '') + '<image>' -%}
+        {%- set parts.after_image = true -%}
+      {%- elif part['type'] in ('text', 'input_text') -%}
+        {%- if part['text'] -%}
+          {%- set glue = '\\n' if parts.after_image and part['text'][0] not in ' \\t\\r\\n' else '' -%}
+          {%- set parts.text = parts.text + glue + part['text'] -%}
+          {%- set parts.after_image = false -%}
+        {%- endif -%}
+      {%- else -%}
+        {{- raise_exception('Unknown type of content part: ' + part['type']) -}}
+      {%- endif -%}
+    {%- endfor -%}
+    {%- set content = parts.text -%}
+  {%- endif -%}
+  {%- set content = content.replace('<image_placeholder>', '<image>').strip() -%}
+  {%- if role in ('system', 'deepseekapi-sys') -%}
+    {%- if not loop.first -%}{{- raise_exception('A system message must come first.') -}}{%- endif -%}
+    {{- content -}}
+  {%- elif role in ('user', 'User', '<|User|>') -%}
+    {{- '<|User|>: ' + content + '\\n\\n' if content else '<|User|>:' -}}
+    {%- if add_generation_prompt or not loop.last -%}{{- '<|Assistant|>:' -}}{%- endif -%}
+  {%- elif role in ('assistant', 'Assistant', '<|Assistant|>') -%}
+    {%- if '<image>' in content -%}{{- raise_exception('An assistant turn cannot show images.') -}}{%- endif -%}
+    {{- content -}}
+    {%- if not loop.last or (content and not add_generation_prompt) -%}{{- eos_token -}}{%- endif -%}
+  {%- else -%}
+    {{- raise_exception('Unknown role: ' + role) -}}
+  {%- endif -%}
+{%- endfor -%}
+"""
+
+
+def message_role(message: Message, tags: Sequence[str]) -> Literal["user", "assistant", "system"]:
+    """Return who speaks.
+
+    Args:
+        message: its ``role`` is a tag of the template or one of the usual names.
+        tags: the prompt template's tags of user and assistant.
+
+    Raises:
+        ValueError: an unknown role.
+    """
+    role = message.get("role")
+    if role == tags[0] or role in USER_ROLES:
+        return "user"
+    if role == tags[1] or role in ASSISTANT_ROLES:
+        return "assistant"
+    if role in SYSTEM_ROLES:
+        return "system"
+    raise ValueError(f"Unknown role {role!r}: expected user, assistant or system (or {tuple(tags)}).")
+
+
+def messages_to_conversation(messages: Sequence[Message], image_token: str) -> list[dict[str, Any]]:
+    """Turn messages with OpenAI-style content parts into a conversation with image tags.
+
+    An image part is a dict of type "image" with its source under ``image``, ``path``, ``url`` or ``base64``, or of
+    type "image_url" with ``image_url`` (a string or ``{"url": ...}``).
+
+    Raises:
+        ValueError: a part of unknown type, or an image part without a source.
+    """
+    return [{**message, **_flatten_content(message, image_token)} for message in messages]
+
+
+def _flatten_content(message: Message, image_token: str) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return {"content": content, "images": list(message.get("images") or [])}
+    if not isinstance(content, Sequence):
+        raise ValueError(f"A message needs a content, a text or a list of parts, got {content!r}: {dict(message)}.")
+    text, after_image = "", False
+    images = list(message.get("images") or [])
+    for part in content:
+        kind = part.get("type")
+        if kind in ("image", "image_url", "input_image"):
+            images.append(_image_source(part))
+            text += ("\n" if after_image else "") + image_token
+            after_image = True
+        elif kind in ("text", "input_text"):
+            if part["text"]:
+                text += ("\n" if after_image and part["text"][0] not in " \t\r\n" else "") + part["text"]
+                after_image = False
+        else:
+            raise ValueError(f"Unknown type of content part: {kind!r}; expected text, image or image_url.")
+    return {"content": text, "images": images}
+
+
+def _image_source(part: Message) -> Any:
+    """Return what an OpenAI-style image part shows: a path, bytes, a data URL or a PIL image."""
+    for name in ("image", "path", "url", "image_url"):
+        source = part.get(name)
+        if source is None:
+            continue
+        if isinstance(source, Mapping):
+            source = source.get("url")
+        if isinstance(source, str) and source.startswith(("http://", "https://")):
+            from transformers.image_utils import load_image as download
+
+            return download(source)
+        if isinstance(source, str) and source.startswith("file://"):
+            return url2pathname(source.removeprefix("file://"))
+        return source
+    if part.get("base64") is not None:
+        return f"data:;base64,{part['base64']}"
+    raise ValueError("An image part needs its source under image, path, url, image_url or base64.")

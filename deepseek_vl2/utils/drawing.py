@@ -1,0 +1,195 @@
+"""Boxes on pictures, with labels that can be read and stay inside."""
+
+from __future__ import annotations
+
+import colorsys
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from PIL import Image, ImageColor, ImageDraw
+
+from deepseek_vl2.utils.fonts import Font, font_for
+
+logger = logging.getLogger(__name__)
+
+COORDINATE_MAX = 999
+Box = tuple[int, int, int, int]
+Size = tuple[int, int]
+Color = tuple[int, int, int]
+
+COLORS = (
+    "#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#00a5b5", "#f032e6", "#9a6324", "#808000", "#000075",
+)  # fmt: skip
+MARK_COLOR = "red"
+LINES = 300  # a line is this part of the picture's mean side thick
+LETTERS = 32  # letters are this part of it high
+SMALLEST_LETTERS = 11
+MOST_COMPARED = 200  # labels that a new label is kept clear of
+
+
+class Labelled(Protocol):
+    """What can be drawn: a label and boxes from 0 to 999."""
+
+    @property
+    def label(self) -> str:
+        """What is written beside the boxes."""
+
+    @property
+    def boxes(self) -> list[Box]:
+        """(left, top, right, bottom)."""
+
+
+def to_pixels(box: Box, size: Size) -> Box:
+    """Return a box in pixels of an image of ``size`` (width, height), rounded down."""
+    width, height = size
+    x1, y1, x2, y2 = box
+    return (
+        int(x1 / COORDINATE_MAX * width),
+        int(y1 / COORDINATE_MAX * height),
+        int(x2 / COORDINATE_MAX * width),
+        int(y2 / COORDINATE_MAX * height),
+    )
+
+
+def color_of(index: int) -> Color:
+    """Return the colour of the label of that number: ten that differ most, then hues that never repeat."""
+    if index < len(COLORS):
+        red, green, blue = ImageColor.getrgb(COLORS[index])[:3]
+        return red, green, blue
+    hue = (index * 0.618034) % 1  # the golden section spreads any number of hues
+    values = colorsys.hsv_to_rgb(hue, 0.85, 0.9 - 0.3 * (index % 2))
+    red, green, blue = (round(value * 255) for value in values)
+    return red, green, blue
+
+
+def text_color(background: Color) -> Color:
+    """Return black or white, whichever reads better on a background."""
+    red, green, blue = background
+    bright = 0.299 * red + 0.587 * green + 0.114 * blue > 150
+    return (0, 0, 0) if bright else (255, 255, 255)
+
+
+def draw_boxes(image: Image.Image, objects: Sequence[Labelled]) -> Image.Image:
+    """Return an RGB copy of an image with boxes and labels drawn on it, one colour for each label.
+
+    Lines and letters grow with the image. A label that no font of the system can write is drawn as its number.
+    """
+    canvas = image.convert("RGB")
+    if canvas is image:
+        canvas = image.copy()
+    painter = _Painter(canvas)
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(found.label for found in objects))}
+    for found in objects:
+        for box in found.boxes:
+            painter.outline(to_pixels(box, canvas.size), color_of(numbers[found.label]))
+    for found in objects:  # after all lines, so that no line runs through a label
+        for box in found.boxes:
+            number = numbers[found.label]
+            painter.write(found.label, number + 1, to_pixels(box, canvas.size), color_of(number))
+    return canvas
+
+
+def mark_object(image: Image.Image, box: Box, color: str = MARK_COLOR) -> Image.Image:
+    """Return an RGB copy of an image with one box, 0 to 999, drawn in a colour: the example of an in-context prompt."""
+    canvas = image.convert("RGB")
+    if canvas is image:
+        canvas = image.copy()
+    red, green, blue = ImageColor.getrgb(color)[:3]
+    _Painter(canvas).outline(to_pixels(box, canvas.size), (red, green, blue))
+    return canvas
+
+
+class _Painter:
+    """Draws on one canvas, and remembers where labels are."""
+
+    def __init__(self, canvas: Image.Image) -> None:
+        self.size = canvas.size
+        self.draw = ImageDraw.Draw(canvas)
+        mean_side = (canvas.width * canvas.height) ** 0.5
+        self.thickness = max(2, round(mean_side / LINES))
+        self.letters = max(SMALLEST_LETTERS, min(round(mean_side / LETTERS), min(canvas.size) // 5))
+        self.labels: list[Box] = []
+        self.fonts: dict[str, Font | None] = {}
+
+    def outline(self, box: Box, color: Color) -> None:
+        """Draw a box, with a thin light line around it that keeps it apart from a picture of its own colour."""
+        left, top, right, bottom = self._inside(box)
+        around = (left - 1, top - 1, right + 1, bottom + 1)
+        self.draw.rectangle(around, outline="white", width=1)
+        self.draw.rectangle((left, top, right, bottom), outline=color, width=self.thickness)
+
+    def write(self, label: str, number: int, box: Box, color: Color) -> None:
+        """Write a label on a field of its colour at a box, clear of the labels written before."""
+        text = " ".join(label.split())
+        text = "".join(character for character in text if character.isprintable())
+        if not text:
+            return
+        text, font = self._typeset(text, number)
+        left, top, right, bottom = (int(value) for value in self.draw.textbbox((0, 0), text, font=font))
+        pad = max(2, self.letters // 5)
+        width, height = right - left + 2 * pad, bottom - top + 2 * pad
+        x, y = self._place(box, width, height)
+        self.labels.append((x, y, x + width, y + height))
+        self.draw.rectangle((x, y, x + width, y + height), fill=color)
+        self.draw.text((x + pad - left, y + pad - top), text, fill=text_color(color), font=font)
+
+    def _typeset(self, text: str, number: int) -> tuple[str, Font]:
+        """Return what is written and in which font: shortened to the picture's width."""
+        if text not in self.fonts:
+            self.fonts[text] = font_for(text + "…", self.letters) or font_for(text, self.letters)
+            if self.fonts[text] is None:
+                logger.warning(
+                    "No font here has all characters of the label %r, so its number %d is drawn. Install one, such as "
+                    "Debian's fonts-noto-cjk for Chinese.",
+                    text,
+                    number,
+                )
+        font = self.fonts[text]
+        if font is None:
+            text = str(number)
+            font = font_for(text, self.letters)
+            assert font is not None  # Pillow's own font has digits
+        room = self.size[0] - 3 * max(2, self.letters // 5)
+        if self.draw.textlength(text, font=font) <= room:
+            return text, font
+        low, high = 1, len(text)  # the longest beginning that fits, found by halving
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.draw.textlength(text[:middle] + "…", font=font) <= room
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return text[:low] + "…", font
+
+    def _place(self, box: Box, width: int, height: int) -> tuple[int, int]:
+        """Return the corner of a label: above the box, else inside it, below it or at its right, where it is free."""
+        left, top, right, bottom = self._inside(box)
+        corners = [
+            (left, top - height),
+            (left, top),
+            (right - width, top - height),
+            (left, bottom),
+            (right - width, bottom),
+            (left, bottom - height),
+            (right - width, top),
+            (right, top),
+        ]
+        most_x, most_y = max(0, self.size[0] - 1 - width), max(0, self.size[1] - 1 - height)
+        places = [(min(max(x, 0), most_x), min(max(y, 0), most_y)) for x, y in corners]
+        for (x, y), place in zip(corners, places, strict=True):
+            # A little shift to stay inside is welcome, a long one leads away from the box.
+            if abs(x - place[0]) <= width and abs(y - place[1]) < height / 2 and self._free(*place, width, height):
+                return place
+        return next((place for place in places if self._free(*place, width, height)), places[0])
+
+    def _free(self, x: int, y: int, width: int, height: int) -> bool:
+        return not any(
+            x < right and left < x + width and y < bottom and top < y + height
+            for left, top, right, bottom in self.labels[-MOST_COMPARED:]
+        )
+
+    def _inside(self, box: Box) -> Box:
+        """Return a box whose lines are all on the canvas."""
+        width, height = self.size
+        left, top, right, bottom = box
+        left, top = min(max(left, 0), width - 1), min(max(top, 0), height - 1)
+        return left, top, min(max(right, left), width - 1), min(max(bottom, top), height - 1)
