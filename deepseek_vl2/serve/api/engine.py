@@ -24,6 +24,13 @@ from .text import TokenBytes
 logger = logging.getLogger(__name__)
 
 
+def end_ids(model: DeepseekVLV2ForCausalLM) -> list[int]:
+    """Return the ids of the tokens that end an answer."""
+    eos = model.config.language_config.eos_token_id
+    ids = eos if isinstance(eos, (list, tuple)) else [eos]
+    return [int(i) for i in ids if i is not None]
+
+
 class QueueFull(Exception):
     """More requests wait than may."""
 
@@ -88,8 +95,7 @@ class Engine:
         self.options = options
         self.stats = EngineStats()
         self.cache = SlotCache(model.language, options.slots, options.max_length)
-        eos = model.config.language_config.eos_token_id
-        self.eos_ids = frozenset(eos if isinstance(eos, list) else [eos])
+        self.eos_ids = frozenset(end_ids(model))
         # Flash attention takes a mask of keys; the others one that is ready to use.
         self.mask_of_keys = "flash" in model.language.config._attn_implementation
         self.decoding: list[Sequence] = []  # rows 0, 1, ... of the cache, in this order

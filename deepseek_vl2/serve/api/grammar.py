@@ -16,6 +16,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 MAX_GRAMMAR_CHARACTERS = 100_000
+# A line break and an indentation, but not blanks without end, which a model may fall into.
+JSON_OPTIONS: Any = {"whitespace_pattern": r"\n?[ ]{0,40}", "lenient": False}
+# One to two kB each, and as many matchers may live as there are slots and waiting requests.
+MAX_LEXER_STATES = 20_000
+MAX_REASON = 300  # characters of the library's explanation
+
+
+class GrammarError(RuntimeError):
+    """A grammar that cannot be followed any further; the request's own fault."""
 
 
 class Constraint:
@@ -29,20 +38,20 @@ class Constraint:
         """Return which tokens may come next, bool [vocabulary].
 
         Raises:
-            RuntimeError: none may, or the grammar takes more work than its bounds allow.
+            GrammarError: none may, or the grammar takes more work than its bounds allow.
         """
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
         self._check()
         allowed = np.unpackbits(bits, bitorder="little", count=self.vocabulary).astype(bool)
         if not allowed.any():
-            raise RuntimeError("The grammar leaves no token to go on with.")
+            raise GrammarError("The grammar leaves no token to go on with.")
         return torch.from_numpy(allowed)
 
     def advance(self, token: int) -> None:
         """Go on by one token.
 
         Raises:
-            RuntimeError: the token is not allowed.
+            GrammarError: the token is not allowed.
         """
         self.matcher.consume_token(token)
         self._check()
@@ -54,8 +63,8 @@ class Constraint:
 
     def _check(self) -> None:
         if self.matcher.is_error():
-            reason = self.matcher.get_error().split("\n<state>")[0]
-            raise RuntimeError(f"The grammar could not be followed: {reason}")
+            reason = self.matcher.get_error().split("\n<")[0][:MAX_REASON]
+            raise GrammarError(f"The grammar could not be followed: {reason}")
 
 
 class GrammarCompiler:
@@ -79,7 +88,9 @@ class GrammarCompiler:
         """
         text = json.dumps(schema)
         self._check_length(text, "JSON schema")
-        return self._constraint(lambda: llguidance.LLMatcher.grammar_from_json_schema(text), "json_schema")
+        return self._constraint(
+            lambda: llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS), "json_schema"
+        )
 
     def json_object(self) -> Constraint:
         """Return a constraint to any JSON object."""
@@ -97,7 +108,9 @@ class GrammarCompiler:
     @staticmethod
     def _check_length(text: str, name: str) -> None:
         if len(text) > MAX_GRAMMAR_CHARACTERS:
-            raise ValueError(f"The {name} has {len(text):,} characters, more than the {MAX_GRAMMAR_CHARACTERS:,} allowed.")
+            raise ValueError(
+                f"The {name} has {len(text):,} characters, more than the {MAX_GRAMMAR_CHARACTERS:,} allowed."
+            )
 
     def _constraint(self, write: Any, name: str) -> Constraint:
         try:
@@ -105,8 +118,10 @@ class GrammarCompiler:
             problem = llguidance.LLMatcher.validate_grammar(grammar, self.tokenizer)
             if problem:
                 raise ValueError(problem)
-            constraint = Constraint(llguidance.LLMatcher(self.tokenizer, grammar, log_level=0), self.vocabulary)
+            limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+            matcher = llguidance.LLMatcher(self.tokenizer, grammar, log_level=0, limits=limits)
+            constraint = Constraint(matcher, self.vocabulary)
             constraint.allowed()  # what is too large shows when the first mask is computed
         except (ValueError, RuntimeError, RecursionError) as error:
-            raise ValueError(f"This {name} cannot be used: {error}") from error
+            raise ValueError(f"This {name} cannot be used: {str(error)[:MAX_REASON]}") from error
         return constraint

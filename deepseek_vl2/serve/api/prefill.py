@@ -12,8 +12,8 @@ from deepseek_vl2.models.processing_deepseek_vl_v2 import VLChatProcessorOutput
 
 from .slots import SlotCache
 
-# A step yields the work it did, in tokens, and how many tokens of the prompt are cached by then. What is returned at the
-# end are the logits [1, vocabulary] of the first new token.
+# A step yields the work it did, in tokens, and how many tokens of the prompt are cached by then. What is returned at
+# the end are the logits [1, vocabulary] of the first new token.
 Steps = Generator[tuple[int, int], None, torch.Tensor]
 
 

@@ -89,7 +89,7 @@ class RowSampler:
         """Change a row of logits, in place, as bias, penalties and grammar ask.
 
         Raises:
-            RuntimeError: the grammar allows no token.
+            GrammarError: the grammar allows no token.
         """
         options = self.options
         if options.logit_bias:
@@ -148,6 +148,13 @@ def cut_to_nucleus(probabilities_BV: torch.Tensor, top_p_B: torch.Tensor) -> tor
     return probabilities_BV.masked_fill(probabilities_BV < least_B1, 0.0)
 
 
+def most_likely(logits_BV: torch.Tensor) -> torch.Tensor:
+    """Return the index of each row's largest logit, [B]."""
+    if logits_BV.device.type == "cpu":  # NumPy's search is some ten times as fast as PyTorch's
+        return torch.from_numpy(logits_BV.numpy().argmax(axis=-1))
+    return logits_BV.argmax(dim=-1)
+
+
 def choose_tokens(logits_BV: torch.Tensor, rows: Sequence[RowSampler]) -> torch.Tensor:
     """Return each row's next token, [B]; a row's choice depends on its own logits, options and random numbers.
 
@@ -155,7 +162,7 @@ def choose_tokens(logits_BV: torch.Tensor, rows: Sequence[RowSampler]) -> torch.
     which the largest is taken. Looking a single number up in the cumulated probabilities would be cheaper; but there
     the last bit of any logit may decide between neighbours in the vocabulary, and those bits depend on the batch.
     """
-    tokens_B = logits_BV.argmax(dim=-1)
+    tokens_B = most_likely(logits_BV)
     sampled = [i for i, row in enumerate(rows) if row.options.temperature > 0]
     if not sampled:
         return tokens_B
@@ -169,7 +176,7 @@ def choose_tokens(logits_BV: torch.Tensor, rows: Sequence[RowSampler]) -> torch.
         probabilities[cut] = cut_to_nucleus(probabilities[cut], top_p_B[cut])
     for k, i in enumerate(sampled):
         probabilities[k] /= rows[i].draw(probabilities[k])
-    tokens_B[index] = probabilities.argmax(dim=-1)
+    tokens_B[index] = most_likely(probabilities)
     return tokens_B
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from .grammar import Constraint
 from .prefill import Prompt, Steps
 from .sampling import RowSampler, SamplingOptions, TokenLogprobs
-from .text import ShownToken, TextStream, TokenBytes
+from .text import AnswerText, ShownToken, TokenBytes
 
 FinishReason = Literal["stop", "length"]
 
@@ -83,7 +83,7 @@ class Sequence:
         self.row = row
         self.eos_ids = frozenset() if job.ignore_eos else eos_ids
         self.sampler = RowSampler(job.sampling, job.constraint, job.prompt.ids)
-        self.stream = TextStream(token_bytes, job.stop_words)
+        self.stream = AnswerText(token_bytes, job.stop_words)
         self.steps: Steps | None = None
         self.cached = 0
         self.generated = 0

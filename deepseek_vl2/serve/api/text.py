@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from deepseek_vl2.serve.inference import StopWordFilter
+from deepseek_vl2.serve.streaming import StopWordFilter
 
 from .sampling import TokenLogprobs
 
@@ -63,7 +63,7 @@ class ShownToken:
     logprobs: TokenLogprobs | None
 
 
-class TextStream:
+class AnswerText:
     """Turns tokens into text up to the first stop word; nothing is shown that may be the beginning of one.
 
     Args:
@@ -86,9 +86,9 @@ class TextStream:
 
     def push(self, token_id: int, logprobs: TokenLogprobs | None = None) -> str:
         """Add a token; return the text that can be shown."""
-        self.waiting.append((self.decoded, ShownToken(token_id, logprobs)))
         if token_id in self.token_bytes.hidden:
             return ""
+        self.waiting.append((self.decoded, ShownToken(token_id, logprobs)))
         text = self.decoder.decode(self.token_bytes[token_id])
         self.decoded += len(text)
         return self._show(self.words.push(text))
