@@ -15,7 +15,7 @@ import torch
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 
-from .prefill import prefill_in_steps
+from .prefill import prefill_in_steps, prefill_together
 from .sampling import TokenLogprobs, sample
 from .sequence import Job, Sequence
 from .slots import SlotCache
@@ -80,8 +80,8 @@ class EngineStats:
 class Engine:
     """Writes the answers to many requests at once.
 
-    A request gets what it would get alone: its prompt runs by itself, its choices depend on its own options and random
-    numbers, and decoding together changes its logits by no more than a matrix product's rounding.
+    A request gets what it would get alone: it sees its own row of the cache only, its choices depend on its own options
+    and random numbers, and running together changes its logits by no more than the rounding of matrix products.
 
     Args:
         model: the model, in evaluation mode.
@@ -100,6 +100,7 @@ class Engine:
         self.mask_of_keys = "flash" in model.language.config._attn_implementation
         self.decoding: list[Sequence] = []  # rows 0, 1, ... of the cache, in this order
         self.prefilling: Sequence | None = None  # the row behind them
+        self.joining: list[Sequence] = []  # or the rows behind them, while short prompts run
         self._waiting: deque[Job] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -133,7 +134,7 @@ class Engine:
     @property
     def busy_slots(self) -> int:
         """Slots in use."""
-        return len(self.decoding) + (self.prefilling is not None)
+        return len(self.decoding) + len(self.joining) + (self.prefilling is not None)
 
     @property
     def cached_tokens(self) -> int:
@@ -198,8 +199,8 @@ class Engine:
             jobs = list(self._waiting)
             self._waiting.clear()
         error = EngineStopped("The engine was stopped.")
-        sequences = [*self.decoding, *([self.prefilling] if self.prefilling else [])]
-        self.decoding, self.prefilling = [], None
+        sequences = [*self.decoding, *self.joining, *([self.prefilling] if self.prefilling else [])]
+        self.decoding, self.joining, self.prefilling = [], [], None
         for sequence in sequences:
             sequence.fail(error)
         for job in jobs:
@@ -227,6 +228,50 @@ class Engine:
 
     # ---------------------------------------------------------------- prompts
 
+    def _short_prompts(self) -> list[Sequence]:
+        """Take the next prompts out of the queue that are short enough to run in one pass; none while another runs."""
+        group: list[Sequence] = []
+        if self.prefilling is not None:
+            return group
+        longest = 0
+        with self._wake:
+            while self._waiting and len(self.decoding) + len(group) < self.options.slots:
+                prompt = self._waiting[0].prompt
+                longest = max(longest, len(prompt))
+                if not prompt.is_short(self.options.prefill_chunk // (len(group) + 1)):
+                    break
+                if group and longest * (len(group) + 1) > self.options.prefill_chunk:
+                    break
+                row = len(self.decoding) + len(group)
+                group.append(Sequence(self._waiting.popleft(), row, self.token_bytes, self.eos_ids))
+            self.joining = list(group)
+        return group
+
+    def _prefill_group(self, group: list[Sequence]) -> None:
+        """Run short prompts together; when that fails, each of them alone."""
+        try:
+            logits_BV = prefill_together(self.model, self.cache, [s.job.prompt for s in group], group[0].row)
+            tokens, logprobs = sample(logits_BV, [sequence.sampler for sequence in group])
+        except Exception as error:
+            if len(group) == 1:  # of this request; the others go on
+                logger.exception("A prompt failed.")
+                self._fail(group[0], error)
+                return
+            for sequence in group:
+                sequence.row = len(self.decoding)
+                self._prefill_group([sequence])
+            return
+        for sequence in group:
+            self._join(sequence)
+        self._take_tokens(group, tokens, logprobs)
+
+    def _join(self, sequence: Sequence) -> None:
+        """Let a sequence whose prompt is cached decode with the others."""
+        sequence.cached = len(sequence.job.prompt)
+        self.stats.prompt_tokens += sequence.cached
+        self.decoding.append(sequence)
+        self.joining = [other for other in self.joining if other is not sequence]
+
     def _next_prompt(self) -> Sequence | None:
         """Return the prompt at work, or the next one if there is a slot for it."""
         if self.prefilling is None and len(self.decoding) < self.options.slots:
@@ -250,6 +295,11 @@ class Engine:
         """Carry prompts on, until about ``prefill_chunk`` tokens of work are done."""
         budget = self.options.prefill_chunk
         while budget > 0 and not self._stopping:
+            group = self._short_prompts()
+            if group:
+                self._prefill_group(group)
+                budget -= len(group) * max(len(sequence.job.prompt) for sequence in group)
+                continue
             sequence = self._next_prompt()
             if sequence is None:
                 return
@@ -273,11 +323,9 @@ class Engine:
         except StopIteration as end:
             logits_1V: torch.Tensor = end.value
         tokens, logprobs = sample(logits_1V, [sequence.sampler])
-        sequence.cached = len(sequence.job.prompt)
         sequence.steps = None
         self.prefilling = None
-        self.decoding.append(sequence)
-        self.stats.prompt_tokens += sequence.cached
+        self._join(sequence)
         self._take_tokens([sequence], tokens, logprobs)
         return min(sequence.cached, self.options.prefill_chunk)
 
@@ -350,4 +398,5 @@ class Engine:
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         self.stats.failed += 1
+        self.joining = [other for other in self.joining if other is not sequence]
         sequence.fail(error)

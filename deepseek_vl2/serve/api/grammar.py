@@ -10,10 +10,11 @@ import json
 from typing import Any
 
 import llguidance
-import llguidance.hf
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
+
+from deepseek_vl2.models.messages import GROUNDING_TOKENS
 
 MAX_GRAMMAR_CHARACTERS = 100_000
 # A line break and an indentation, but not blanks without end, which a model may fall into.
@@ -67,6 +68,19 @@ class Constraint:
             raise GrammarError(f"The grammar could not be followed: {reason}")
 
 
+def tokenizer_as_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a fast tokenizer as JSON in which the tags of boxes are ordinary text.
+
+    Special tokens satisfy no grammar; but a pattern with boxes in it means their tags.
+    """
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    description.update(padding=None, truncation=None)
+    for token in description["added_tokens"]:
+        if token["content"] in GROUNDING_TOKENS:
+            token["special"] = False
+    return json.dumps(description)
+
+
 class GrammarCompiler:
     """Makes constraints for one tokenizer.
 
@@ -78,7 +92,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos_ids: list[int]) -> None:
         self.vocabulary = vocabulary
-        self.tokenizer = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=eos_ids)
+        self.tokenizer = llguidance.LLTokenizer(tokenizer_as_text(tokenizer), n_vocab=vocabulary, eos_token=eos_ids)
 
     def json_schema(self, schema: Any) -> Constraint:
         """Return a constraint to JSON of a schema.

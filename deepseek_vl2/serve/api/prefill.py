@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 
@@ -26,11 +26,16 @@ class Prompt:
 
     def __init__(self, inputs: VLChatProcessorOutput) -> None:
         self.ids: list[int] = inputs["input_ids"].tolist()
+        self.shows_images = bool(inputs["images_seq_mask"].any())
         self.inputs: VLChatProcessorOutput | None = inputs
         self.embeds: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def is_short(self, tokens: int) -> bool:
+        """Whether the prompt is text of no more than that many tokens."""
+        return len(self.ids) <= tokens and not self.shows_images
 
     def keep(self, embeds: torch.Tensor) -> None:
         """Keep the embeddings, [1, T, H], and let go of the tiles, which are many times larger."""
@@ -81,7 +86,7 @@ def prefill_in_steps(
     length, start = embeds.shape[1], 0
     while True:
         end = min(start + chunk, length)
-        cache.show_chunk(row(), start, end)
+        cache.show_chunk(row(), row() + 1, start, end)
         outputs = model.language(
             inputs_embeds=embeds[:, start:end],
             position_ids=torch.arange(start, end, device=embeds.device)[None],
@@ -93,3 +98,27 @@ def prefill_in_steps(
             return outputs.logits[:, -1]
         yield end - start, end
         start = end
+
+
+def prefill_together(
+    model: DeepseekVLV2ForCausalLM, cache: SlotCache, prompts: Sequence[Prompt], first_row: int
+) -> torch.Tensor:
+    """Fill neighbouring rows of the cache with short prompts, in one forward pass.
+
+    Prompts are padded behind their end, where nothing looks back at the padding, and the answer overwrites it.
+
+    Returns:
+        The logits of each answer's first token, [B, vocabulary], in float32.
+    """
+    longest = max(map(len, prompts))
+    ids_BT = torch.tensor([[*prompt.ids, *[0] * (longest - len(prompt))] for prompt in prompts]).to(model.device)
+    last_B = torch.tensor([len(prompt) - 1 for prompt in prompts]).to(model.device)
+    rows_B = torch.arange(len(prompts), device=model.device)
+    cache.show_chunk(first_row, first_row + len(prompts), 0, longest)
+    outputs = model.get_decoder()(
+        input_ids=ids_BT,
+        position_ids=torch.arange(longest, device=model.device).expand(len(prompts), -1),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return model.get_output_embeddings()(outputs.last_hidden_state[rows_B, last_B]).float()

@@ -22,7 +22,7 @@ class Window:
         first, last: the rows, ``last`` not included.
         start: the position of the first new token (of the longest row, where rows differ).
         end: how many positions are read.
-        positions_B: where each row's single new token goes; ``None`` for a chunk of one row, which goes to ``start``.
+        positions_B: where each row's single new token goes; ``None`` for a chunk, which goes to ``start``.
     """
 
     first: int
@@ -112,9 +112,9 @@ class SlotCache(DynamicCache):
             )
             self.layers.append(SlotLayer(self, (key, value)))
 
-    def show_chunk(self, row: int, start: int, end: int) -> None:
-        """Let the next forward pass write positions ``start`` to ``end`` of one row."""
-        self.window = Window(row, row + 1, start, end)
+    def show_chunk(self, first: int, last: int, start: int, end: int) -> None:
+        """Let the next forward pass write positions ``start`` to ``end`` of some rows."""
+        self.window = Window(first, last, start, end)
 
     def show_rows(self, first: int, last: int, positions_B: torch.Tensor, longest: int) -> None:
         """Let the next forward pass write one token to each row, of which the longest becomes ``longest`` long."""
