@@ -13,7 +13,7 @@ from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.serve.api.engine import Engine, EngineOptions, EngineStopped, QueueFull
 from deepseek_vl2.serve.api.sampling import SamplingOptions
 from deepseek_vl2.serve.api.slots import SlotCache, cache_bytes
-from deepseek_vl2.serve.api.text import TokenBytes
+from deepseek_vl2.serve.api.token_bytes import TokenBytes
 
 # Different lengths, so that rows join and leave at different steps; three slots, so that some must wait.
 QUESTIONS = ["Hello there", "Tell me about x. " * 9, "What is 2+2?", "<image>\nDescribe it.", "a " * 90, "z"]

@@ -25,7 +25,7 @@ from .metrics import Metrics
 from .prompts import PromptBuilder
 from .schemas import ChatRequest
 from .settings import Settings
-from .text import TokenBytes
+from .token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Server:
         builder = PromptBuilder(
             processor, options.max_length, token_bytes.longest(), settings.images, settings.preparing_threads
         )
-        compiler = GrammarCompiler(tokenizer, model.config.language_config.vocab_size, end_ids(model))
+        compiler = GrammarCompiler(token_bytes, model.config.language_config.vocab_size, end_ids(model))
         self.chat = ChatService(self.engine, builder, compiler, self.metrics, settings)
         self.app = self._application()
 

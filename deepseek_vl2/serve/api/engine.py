@@ -19,7 +19,7 @@ from .prefill import prefill_in_steps, prefill_together
 from .sampling import TokenLogprobs, sample
 from .sequence import Job, Sequence
 from .slots import SlotCache
-from .text import TokenBytes
+from .token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
 

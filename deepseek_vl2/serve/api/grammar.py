@@ -12,9 +12,8 @@ from typing import Any
 import llguidance
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from deepseek_vl2.models.messages import GROUNDING_TOKENS
+from .token_bytes import TokenBytes
 
 MAX_GRAMMAR_CHARACTERS = 100_000
 # A line break and an indentation, but not blanks without end, which a model may fall into.
@@ -68,31 +67,44 @@ class Constraint:
             raise GrammarError(f"The grammar could not be followed: {reason}")
 
 
-def tokenizer_as_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a fast tokenizer as JSON in which the tags of boxes are ordinary text.
+class GrammarTokenizer:
+    """A tokenizer as llguidance wants to see it.
 
-    Special tokens satisfy no grammar; but a pattern with boxes in it means their tags.
+    The tags of boxes are ordinary text here: to the library's own reading of a tokenizer's files they are special, and
+    special tokens satisfy no grammar; but a pattern with boxes in it means their tags.
+
+    Args:
+        token_bytes: the tokenizer's table; what it hides stays special.
+        vocabulary: the number of the model's logits.
+        eos_id: what ends an answer.
     """
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    description.update(padding=None, truncation=None)
-    for token in description["added_tokens"]:
-        if token["content"] in GROUNDING_TOKENS:
-            token["special"] = False
-    return json.dumps(description)
+
+    bos_token_id = None
+
+    def __init__(self, token_bytes: TokenBytes, vocabulary: int, eos_id: int) -> None:
+        self.tokenizer = token_bytes.tokenizer
+        self.eos_token_id = eos_id
+        self.tokens = [token_bytes[i] for i in range(vocabulary)]
+        self.special_token_ids = [i for i, raw in enumerate(self.tokens) if not raw or i in token_bytes.hidden]
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Return the tokens of a text."""
+        return self.tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False)
 
 
 class GrammarCompiler:
     """Makes constraints for one tokenizer.
 
     Args:
-        tokenizer: the model's tokenizer.
+        token_bytes: the tokenizer's table.
         vocabulary: the number of the model's logits.
         eos_ids: what may end an answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, eos_ids: list[int]) -> None:
+    def __init__(self, token_bytes: TokenBytes, vocabulary: int, eos_ids: list[int]) -> None:
         self.vocabulary = vocabulary
-        self.tokenizer = llguidance.LLTokenizer(tokenizer_as_text(tokenizer), n_vocab=vocabulary, eos_token=eos_ids)
+        wrapper = llguidance.TokenizerWrapper(GrammarTokenizer(token_bytes, vocabulary, eos_ids[0]))
+        self.tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=vocabulary, eos_token=eos_ids)
 
     def json_schema(self, schema: Any) -> Constraint:
         """Return a constraint to JSON of a schema.

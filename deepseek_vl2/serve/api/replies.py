@@ -16,7 +16,8 @@ from .answers import Answers
 from .errors import ApiError
 from .schemas import ChatRequest
 from .sequence import Delta
-from .text import ShownToken, TokenBytes
+from .text import ShownToken
+from .token_bytes import TokenBytes
 
 # JSON has no infinity; OpenAI writes this for what cannot happen.
 LEAST_LOGPROB = -9999.0

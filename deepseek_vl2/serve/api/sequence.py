@@ -10,7 +10,8 @@ from typing import Literal
 from .grammar import Constraint
 from .prefill import Prompt, Steps
 from .sampling import RowSampler, SamplingOptions, TokenLogprobs
-from .text import AnswerText, ShownToken, TokenBytes
+from .text import AnswerText, ShownToken
+from .token_bytes import TokenBytes
 
 FinishReason = Literal["stop", "length"]
 
