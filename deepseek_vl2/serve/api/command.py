@@ -170,8 +170,12 @@ def build_server(args: argparse.Namespace) -> Any:
         max_requests=2 * (args.slots + args.queue),
     )
     options = EngineOptions(args.slots, args.max_length, args.queue, args.prefill_chunk, args.tiles_a_step)
+    try:
+        device = None if args.device is None else torch.device(args.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     dtype = getattr(torch, args.dtype)
-    _, processor, model = load_pretrained_model(args.model, device=args.device, dtype=dtype)
+    _, processor, model = load_pretrained_model(args.model, device=device, dtype=dtype)
     config = model.config.language_config
     if args.max_length > config.max_position_embeddings:
         raise ValueError(
