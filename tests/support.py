@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import nn
 
-from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM
+from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2Config, DeepseekV2ForCausalLM
+from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
@@ -196,4 +198,39 @@ def new_tokens(output: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.T
     return output[:, inputs["input_ids"].shape[1] :]
 
 
+# ---------------------------------------------------------------- training
+
+
+def mini_processor(most_tiles: int = 4) -> DeepseekVLV2Processor:
+    """Return a processor for the mini models: one token a byte, tiles of 70 pixels."""
+    return DeepseekVLV2Processor(byte_tokenizer(), candidate_resolutions(MINI_TILE, most_tiles), mask_prompt=False)
+
+
+def noise_image(seed: int, width: int = MINI_TILE, height: int = MINI_TILE) -> Image.Image:
+    """Return an image of random pixels."""
+    pixels = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def mini_conversation(seed: int, images: int = 1, answer: str | None = None) -> dict[str, Any]:
+    """Return one question about some images and its answer, as the collator takes it."""
+    question = "<image>" * images + f"Question {seed}?"
+    return {
+        "conversation": [
+            {"role": "<|User|>", "content": question},
+            {"role": "<|Assistant|>", "content": f"It is {seed * 37 % 100}." if answer is None else answer},
+        ],
+        "images": [noise_image(seed * 10 + index, width=MINI_TILE * (1 + index)) for index in range(images)],
+    }
+
+
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 8}
+
+
+def released_names(directory: Path) -> set[str]:
+    """Return the names of all tensors in a directory's safetensors files."""
+    names: set[str] = set()
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            names.update(stored.keys())
+    return names

@@ -227,13 +227,16 @@ class DeepseekV2Attention(nn.Module):
     def prefers_absorbed(self, hidden_BTH: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         """Choose between the two forms.
 
-        Eager is always absorbed, in the original's order of operations. Otherwise the arithmetic decides: absorbed
+        Eager is always absorbed, in the original's order of operations; otherwise training is always expanded, through
+        fused attention. For the rest the arithmetic decides: absorbed
         attention costs 2R - nope - v more products for each query and key, expansion R * (nope + v) for each key.
         """
         if not self.can_absorb(hidden_BTH):
             return False
         if self.config._attn_implementation == "eager":
             return True
+        if self.training and torch.is_grad_enabled():
+            return False  # the scores of all heads, kept for the backward pass, would outgrow all that is saved
         queries, values = hidden_BTH.shape[1], self.qk_nope_head_dim + self.v_head_dim
         if queries > 1 and not self._mask_is_4d_or_causal(attention_mask):
             return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 from urllib.request import url2pathname
 
@@ -79,19 +79,23 @@ def message_role(message: Message, tags: Sequence[str]) -> Literal["user", "assi
     raise ValueError(f"Unknown role {role!r}: expected user, assistant or system (or {tuple(tags)}).")
 
 
-def messages_to_conversation(messages: Sequence[Message], image_token: str) -> list[dict[str, Any]]:
+def messages_to_conversation(
+    messages: Sequence[Message], image_token: str, read_source: Callable[[Message], Any] | None = None
+) -> list[dict[str, Any]]:
     """Turn messages with OpenAI-style content parts into a conversation with image tags.
 
-    An image part is a dict of type "image" with its source under ``image``, ``path``, ``url`` or ``base64``, or of
-    type "image_url" with ``image_url`` (a string or ``{"url": ...}``).
+    Args:
+        messages: each with ``role`` and ``content``: a text, or a list of parts.
+        image_token: the tag that an image part becomes.
+        read_source: what an image part shows; by default `image_source`, with http addresses downloaded.
 
     Raises:
         ValueError: a part of unknown type, or an image part without a source.
     """
-    return [{**message, **_flatten_content(message, image_token)} for message in messages]
+    return [{**message, **_flatten_content(message, image_token, read_source or _load_source)} for message in messages]
 
 
-def _flatten_content(message: Message, image_token: str) -> dict[str, Any]:
+def _flatten_content(message: Message, image_token: str, read_source: Callable[[Message], Any]) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, str):
         return {"content": content, "images": list(message.get("images") or [])}
@@ -102,7 +106,7 @@ def _flatten_content(message: Message, image_token: str) -> dict[str, Any]:
     for part in content:
         kind = part.get("type")
         if kind in ("image", "image_url", "input_image"):
-            images.append(_image_source(part))
+            images.append(read_source(part))
             text += ("\n" if after_image else "") + image_token
             after_image = True
         elif kind in ("text", "input_text"):
@@ -114,21 +118,26 @@ def _flatten_content(message: Message, image_token: str) -> dict[str, Any]:
     return {"content": text, "images": images}
 
 
-def _image_source(part: Message) -> Any:
-    """Return what an OpenAI-style image part shows: a path, bytes, a data URL or a PIL image."""
+def image_source(part: Message) -> Any:
+    """Return what an OpenAI-style image part names: a path, an address, bytes, a data URL or a PIL image."""
     for name in ("image", "path", "url", "image_url"):
         source = part.get(name)
         if source is None:
             continue
         if isinstance(source, Mapping):
             source = source.get("url")
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
-            from transformers.image_utils import load_image as download
-
-            return download(source)
         if isinstance(source, str) and source.startswith("file://"):
             return url2pathname(source.removeprefix("file://"))
         return source
     if part.get("base64") is not None:
         return f"data:;base64,{part['base64']}"
     raise ValueError("An image part needs its source under image, path, url, image_url or base64.")
+
+
+def _load_source(part: Message) -> Any:
+    source = image_source(part)
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        from transformers.image_utils import load_image as download
+
+        return download(source)
+    return source

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -23,6 +25,7 @@ from .configuration_deepseek import DeepseekV2Config
 from .cpu import is_single_cpu_row, onednn
 from .generation import ChunkedGenerationMixin, as_cache, set_generation_ids
 from .loading import CheckpointLoadingMixin
+from .loss import OutputHead, Targets, compute_dtype, drop_unseen_labels, find_targets, linear_cross_entropy
 from .moe import (
     EXPERTS_IMPLEMENTATION,
     AddAuxiliaryLoss,
@@ -30,6 +33,7 @@ from .moe import (
     DeepseekV2MLP,
     DeepseekV2MoE,
     MoEGate,
+    RoutingContext,
 )
 from .norm import DeepseekV2RMSNorm
 from .rope import RotaryEmbedding
@@ -57,6 +61,57 @@ def positions_from_mask(attention_mask_BS: torch.Tensor, length: int) -> torch.T
     return positions.clamp_(min=0)[:, -length:]
 
 
+def is_right_padded(attention_mask_BT: torch.Tensor) -> bool:
+    """Whether padding follows the tokens in every row: then causality alone hides it. Synchronises with the device."""
+    return bool((attention_mask_BT[:, 1:] <= attention_mask_BT[:, :-1]).all())
+
+
+def split_training_mask(
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> tuple[torch.Tensor | None, RoutingContext]:
+    """Return what attention needs of a mask in training, and what routing needs of it.
+
+    Attention needs no mask for padding on the right, and is several times faster without one. Where positions are
+    given, they then say which samples share a row: each starts anew.
+    """
+    if attention_mask is None or attention_mask.dim() != 2:
+        return attention_mask, RoutingContext()
+    routing = RoutingContext(token_mask=attention_mask.bool())
+    return (None if is_right_padded(attention_mask.bool()) else attention_mask), routing
+
+
+def flash_options(implementation: str, position_ids_BT: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Return what flash attention needs beside a mask to keep packed samples apart: their positions.
+
+    Raises:
+        ValueError: several rows hold packed samples, which it would not keep apart.
+    """
+    if "flash" not in implementation or position_ids_BT is None:
+        return {}
+    if position_ids_BT.shape[0] > 1 and bool((position_ids_BT.diff(dim=1) != 1).any()):
+        raise ValueError(
+            f"With attn_implementation={implementation!r} packed samples must share one row: pack all of a batch into "
+            "one, or choose 'sdpa'."
+        )
+    return {"position_ids": position_ids_BT}
+
+
+def balance_share(targets: Targets, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
+    """Return the share of a micro-batch in the loss of a step, a scalar of at most 1.
+
+    transformers' Trainer counts the labels of all processes, and lets processes average their gradients.
+    """
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return (len(targets.ids) * processes / torch.as_tensor(num_items_in_batch)).clamp(max=1.0)
+
+
+@dataclass
+class DeepseekV2CausalLMOutput(CausalLMOutputWithPast):
+    """transformers' output and, where logits are skipped, ``last_hidden_state``, [B, T, H], to compute them from."""
+
+    last_hidden_state: torch.Tensor | None = None
+
+
 class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
     """One pre-norm decoder layer: attention, then a dense MLP or a mixture of experts; [B, T, H] in and out."""
 
@@ -73,6 +128,7 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
         rotation: Rotation,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        routing: RoutingContext | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the layer's output and, where they are computed, its attention weights."""
@@ -80,7 +136,9 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
             self.input_layernorm(hidden_states), rotation, attention_mask, past_key_values, **kwargs
         )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
+        normed = self.post_attention_layernorm(hidden_states)
+        out = self.mlp(normed, routing) if isinstance(self.mlp, DeepseekV2MoE) else self.mlp(normed)
+        return hidden_states + out, weights
 
 
 class DeepseekV2PreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
@@ -98,6 +156,8 @@ class DeepseekV2PreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     _supports_flex_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # As in transformers' own models: steps of the bias would vanish in a narrower dtype.
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -173,6 +233,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        routing: RoutingContext | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the layers.
@@ -180,9 +241,11 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         Args:
             input_ids: token ids, [B, T]; or give ``inputs_embeds``, [B, T, H].
             attention_mask: [B, S], true where a token (cached ones included) is not padding; or a 4-D mask.
-            position_ids: [B, T]; by default counted from each row's first real token.
+            position_ids: [B, T]; by default counted from each row's first real token. Without a cache, and without
+                padding on the left, samples packed in a row are kept apart where positions start anew.
             past_key_values: a cache, or a tuple of (key, value) pairs.
-            use_cache: return a cache.
+            use_cache: return a cache; by default as the config says, but not in training.
+            routing: which tokens count as load of the experts in training; by default those of the attention mask.
             output_attentions: return all attention weights ("eager" only).
             output_hidden_states: return the embeddings and the output of every layer, the last one normed.
 
@@ -196,30 +259,38 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             raise ValueError("Attention weights need attn_implementation='eager'.")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         past_key_values = as_cache(past_key_values)
-        if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
-            past_key_values = new_cache(self.config)
-
+        if past_key_values is None and routing is None and (self.training or position_ids is not None):
+            attention_mask, routing = split_training_mask(attention_mask, position_ids)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = self._positions(attention_mask, past, hidden_states)
+        if attention_mask is None and past_key_values is None:
+            kwargs.update(flash_options(self.config._attn_implementation, position_ids))
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
+            past_key_values=past_key_values,  # not a new one: with any cache packed samples go unseen
+            position_ids=position_ids,  # given ones may tell of several samples packed in a row
         )
-        rotation = self.rotary_emb(position_ids, hidden_states.dtype)
+        if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
+            past_key_values = new_cache(self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = self._positions(attention_mask, past, hidden_states)
+        rotation = self.rotary_emb(position_ids, compute_dtype(hidden_states))
 
         all_hidden = [hidden_states] if output_hidden_states else None
         all_weights: list[torch.Tensor | None] | None = [] if output_attentions else None
         with onednn(False) if self.decodes_one_row(hidden_states) else nullcontext():
             for layer in self.layers:
                 hidden_states, weights = layer(
-                    hidden_states, rotation, attention_mask=mask, past_key_values=past_key_values, **kwargs
+                    hidden_states,
+                    rotation,
+                    attention_mask=mask,
+                    past_key_values=past_key_values,
+                    routing=routing,
+                    **kwargs,
                 )
                 if all_hidden is not None:
                     all_hidden.append(hidden_states)
@@ -245,7 +316,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
         super().__init__(config)
         self.model: Any = DeepseekV2Model(config)
         self.vocab_size = config.vocab_size
-        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = OutputHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
         set_generation_ids(self, config)
         # On its own the language model is saved in the released layout too; transformers has no rule for its class,
@@ -276,6 +347,17 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
         """Replace the stack of layers."""
         self.model = decoder
 
+    def skips_logits(self, labels: Any, logits_to_keep: int | torch.Tensor) -> bool:
+        """Whether a call that does not say so wants the loss alone: in training, with labels."""
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        return self.training and labels is not None and keeps_all
+
+    def _logits(self, hidden_BTH: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept_states = hidden_BTH[:, kept, :]
+        with onednn(False) if self.model.decodes_one_row(kept_states) else nullcontext():
+            return self.lm_head(kept_states).float()
+
     @can_return_tuple
     def forward(
         self,
@@ -284,23 +366,39 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        labels: torch.Tensor | Targets | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        routing: RoutingContext | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> DeepseekV2CausalLMOutput:
         """Predict the next token at each position.
 
         Args:
-            labels: [B, T], shifted inside; -100 takes no loss.
+            labels: [B, T], shifted inside; -100 takes no loss, and neither does a token behind padding. Or what
+                `find_targets` made of them.
             logits_to_keep: compute the logits of this many last positions (0: all), or of these positions.
-            others: see `DeepseekV2Model.forward`.
+            skip_logits: return no logits, and compute the loss without those of the whole sequence; by default in
+                training, where labels are given.
+            others: see `DeepseekV2Model.forward`. ``num_items_in_batch``: what the sum of the losses is divided by.
 
         Returns:
             ``logits`` [B, T, vocabulary] in float32, ``loss`` where labels are given, the cache, and what was asked.
         """
+        if skip_logits is None:
+            skip_logits = self.skips_logits(labels, logits_to_keep)
+        if isinstance(labels, torch.Tensor):
+            labels = drop_unseen_labels(labels, attention_mask)
+        if skip_logits and isinstance(labels, torch.Tensor):
+            labels = find_targets(labels)  # before the layers are launched: it waits for the device
+        items = kwargs.get("num_items_in_batch")
+        if self.training and past_key_values is None and routing is None:
+            attention_mask, routing = split_training_mask(attention_mask, position_ids)
+        if routing is not None and isinstance(labels, Targets) and items is not None:
+            routing = routing._replace(balance_share=balance_share(labels, items))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -310,26 +408,24 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            routing=routing,
             return_dict=True,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        kept_states = outputs.last_hidden_state[:, kept, :]
-        with onednn(False) if self.model.decodes_one_row(kept_states) else nullcontext():
-            logits = self.lm_head(kept_states).float()
+        logits = None if skip_logits else self._logits(outputs.last_hidden_state, logits_to_keep)
         loss = None
-        if labels is not None:
+        if isinstance(labels, Targets):
+            loss = linear_cross_entropy(outputs.last_hidden_state, self.lm_head, self.vocab_size, labels, items)
+        elif labels is not None:
             loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.vocab_size,
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
+                logits=logits, labels=labels, vocab_size=self.vocab_size, num_items_in_batch=items
             )
-        return CausalLMOutputWithPast(
+        return DeepseekV2CausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            last_hidden_state=outputs.last_hidden_state if skip_logits else None,
         )
 
     def generate(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -23,7 +24,8 @@ from .checkpoint import OPTIONAL_TENSORS, register_conversion
 from .configuration_deepseek import DeepseekV2Config
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
 from .generation import ChunkedGenerationMixin, set_generation_ids
-from .modeling_deepseek import DeepseekV2ForCausalLM, DeepseekV2PreTrainedModel
+from .loss import drop_unseen_labels, find_targets
+from .modeling_deepseek import DeepseekV2ForCausalLM, DeepseekV2PreTrainedModel, split_training_mask
 from .projector import MlpProjector, output_side
 from .siglip_vit import VisionTransformer
 from .tiling import TileGrid, count_image_tokens
@@ -59,6 +61,7 @@ class DeepSeekVLV2CausalLMOutputWithPast(ModelOutput):
         hidden_states: embeddings and every layer's output, [B, T, H] each, where asked for.
         attentions: attention weights of every layer, where asked for.
         rope_deltas: always ``None``; kept for scripts that unpack it.
+        last_hidden_state: what the logits are computed from, [B, T, H], where they are skipped.
     """
 
     loss: torch.Tensor | None = None
@@ -67,12 +70,13 @@ class DeepSeekVLV2CausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     rope_deltas: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
 
 
-def real_grids(images_spatial_crop: torch.Tensor) -> list[list[TileGrid]]:
-    """Return the tile grids of each row of a batch; a row ends at its first [0, 0]."""
+def real_grids(crops: list[list[list[int]]]) -> list[list[TileGrid]]:
+    """Return the tile grids of each row of a batch; a row of ``images_spatial_crop`` ends at its first [0, 0]."""
     rows = []
-    for row in images_spatial_crop.tolist():
+    for row in crops:
         grids = []
         for across, down in row:
             if across == 0 or down == 0:
@@ -82,51 +86,42 @@ def real_grids(images_spatial_crop: torch.Tensor) -> list[list[TileGrid]]:
     return rows
 
 
-def arrange_image(
-    views_VLH: torch.Tensor,
+def arrange_images(
+    views_NVLH: torch.Tensor,
     grid: TileGrid,
     newline_H: torch.Tensor,
     separator_H: torch.Tensor,
     global_first: bool,
 ) -> torch.Tensor:
-    """Lay one image's views out as the sequence that the language model reads.
+    """Lay the views of N images of one grid out as the sequences that the language model reads.
 
     Args:
-        views_VLH: the global view and then the local tiles, row by row.
+        views_NVLH: of each image the global view and then the local tiles, row by row.
         grid: how many tiles there are.
         newline_H: embedding that ends each row of tokens.
         separator_H: embedding between the global view and the tiles.
         global_first: whether the global view comes first.
 
     Returns:
-        [tokens of the image, H].
+        [N, tokens of an image, H].
     """
-    side = int(views_VLH.shape[1] ** 0.5)
-    global_WWH = views_VLH[0].unflatten(0, (side, side))
-    tiles = views_VLH[1:].unflatten(1, (side, side)).unflatten(0, (grid.down, grid.across))
-    local = tiles.transpose(1, 2).reshape(grid.down * side, grid.across * side, -1)
+    images, side = views_NVLH.shape[0], int(views_NVLH.shape[2] ** 0.5)
+    global_NWWH = views_NVLH[:, 0].unflatten(1, (side, side))
+    tiles = views_NVLH[:, 1:].unflatten(2, (side, side)).unflatten(1, (grid.down, grid.across))
+    local = tiles.transpose(2, 3).reshape(images, grid.down * side, grid.across * side, -1)
 
     def end_rows(rows: torch.Tensor) -> torch.Tensor:
-        newlines = newline_H.expand(rows.shape[0], 1, -1)
-        return torch.cat((rows, newlines), dim=1).flatten(0, 1)
+        newlines = newline_H.expand(*rows.shape[:2], 1, -1)
+        return torch.cat((rows, newlines), dim=2).flatten(1, 2)
 
-    parts = [end_rows(global_WWH), separator_H[None], end_rows(local)]
-    return torch.cat(parts if global_first else parts[::-1])
+    parts = [end_rows(global_NWWH), separator_H.expand(images, 1, -1), end_rows(local)]
+    return torch.cat(parts if global_first else parts[::-1], dim=1)
 
 
-def check_image_inputs(
-    input_ids: torch.Tensor,
-    images: torch.Tensor,
-    images_seq_mask: torch.Tensor | None,
-    grids: list[list[TileGrid]],
-    side: int,
-    tile_size: int,
+def check_image_shapes(
+    input_ids: torch.Tensor, images: torch.Tensor, images_seq_mask: torch.Tensor | None, tile_size: int
 ) -> None:
-    """Check that ids, mask and images describe the same images.
-
-    Raises:
-        ValueError: they do not; the row and both numbers are named.
-    """
+    """Raise ``ValueError`` where ids, mask and images cannot belong together by their shapes."""
     if images_seq_mask is None:
         raise ValueError("images need images_seq_mask: the processor returns it beside input_ids.")
     if images_seq_mask.shape != input_ids.shape:
@@ -138,7 +133,21 @@ def check_image_inputs(
             f"images must be [batch, tiles, 3, {tile_size}, {tile_size}] with a batch of {input_ids.shape[0]}, "
             f"got {list(images.shape)}."
         )
-    marked = images_seq_mask.sum(dim=1).tolist()
+
+
+def check_image_tokens(marked: list[int], consistent: bool, grids: list[list[TileGrid]], side: int, tiles: int) -> None:
+    """Check that ids, mask and images describe the same images.
+
+    Args:
+        marked: how many tokens the mask marks in each row.
+        consistent: whether all marked tokens are one id, which stands nowhere else.
+        grids: the images of each row.
+        side: tokens along a tile's side.
+        tiles: tiles that a row holds.
+
+    Raises:
+        ValueError: they do not; the row and both numbers are named.
+    """
     for row, row_grids in enumerate(grids):
         expected = sum(count_image_tokens(grid, side) for grid in row_grids)
         if marked[row] != expected:
@@ -146,18 +155,34 @@ def check_image_inputs(
                 f"Row {row}: images_seq_mask marks {marked[row]} tokens, but its {len(row_grids)} images "
                 f"(images_spatial_crop) take {expected}."
             )
-        tiles = sum(grid.views for grid in row_grids)
-        if tiles > images.shape[1]:
-            raise ValueError(f"Row {row}: images_spatial_crop asks for {tiles} tiles, images holds {images.shape[1]}.")
-    ids = input_ids[images_seq_mask]
-    if ids.numel() and (ids.unique().numel() != 1 or bool((input_ids[~images_seq_mask] == ids[0]).any())):
+        needed = sum(grid.views for grid in row_grids)
+        if needed > tiles:
+            raise ValueError(f"Row {row}: images_spatial_crop asks for {needed} tiles, images holds {tiles}.")
+    if not consistent:
         raise ValueError("input_ids and images_seq_mask disagree: image tokens stand where the mask is false, or not.")
+
+
+def read_image_mask(input_ids: torch.Tensor, images_seq_mask: torch.Tensor) -> tuple[list[int], bool]:
+    """Return how many tokens the mask marks in each row, and whether they are one id that stands nowhere else.
+
+    All numbers come from the device at once: each transfer on its own would wait for the device again.
+    """
+    mask = images_seq_mask.bool()
+    image_id = input_ids.masked_fill(~mask, torch.iinfo(input_ids.dtype).max).amin()
+    consistent = ((input_ids == image_id) == mask).all()
+    *marked, agrees = torch.cat((mask.sum(dim=1), consistent[None])).tolist()
+    return marked, bool(agrees)
 
 
 def check_no_image_tokens(images_seq_mask: torch.Tensor | None) -> None:
     """Raise ``ValueError`` for a mask that marks image tokens where there are no images."""
     if images_seq_mask is not None and bool(images_seq_mask.any()):
         raise ValueError("images_seq_mask marks image tokens, but there are no images (images_spatial_crop).")
+
+
+def is_one_of_several_processes() -> bool:
+    """Whether this process trains together with others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class DeepseekVLV2PreTrainedModel(DeepseekV2PreTrainedModel):
@@ -286,18 +311,47 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             views_VLH: what `encode_tiles` gave for the images, each image's global view first.
             grids: the tile grid of each image.
         """
-        newline, separator = (p.to(views_VLH.device) for p in (self.image_newline, self.view_seperator))
-        sequences, start = [], 0
-        for grid in grids:
-            views = views_VLH[start : start + grid.views]
-            sequences.append(arrange_image(views, grid, newline, separator, self.global_view_pos == "head"))
-            start += grid.views
-        return torch.cat(sequences)
+        newline, separator = (p.to(views_VLH) for p in (self.image_newline, self.view_seperator))
+        global_first = self.global_view_pos == "head"
+        views_of_images = views_VLH.split([grid.views for grid in grids])
+        return torch.cat(
+            [
+                arrange_images(views[None], grid, newline, separator, global_first)[0]
+                for views, grid in zip(views_of_images, grids, strict=True)
+            ]
+        )
 
     def _image_sequences(self, images: torch.Tensor, grids: list[list[TileGrid]]) -> torch.Tensor:
-        """Return the embeddings of all image tokens of a batch, in order, [tokens, H]."""
-        tiles = [images[row, : sum(grid.views for grid in row_grids)] for row, row_grids in enumerate(grids)]
-        return self.arrange_views(self.encode_tiles(torch.cat(tiles)), [grid for row in grids for grid in row])
+        """Return the embeddings of all image tokens of a batch, in order, [tokens, H].
+
+        Images of one grid are laid out together: the number of operations does not grow with the batch.
+        """
+        members: dict[TileGrid, list[int]] = {}
+        tiles: list[torch.Tensor] = []
+        for row, row_grids in enumerate(grids):
+            start = 0
+            for grid in row_grids:
+                members.setdefault(grid, []).append(len(tiles))
+                tiles.append(images[row, start : start + grid.views])
+                start += grid.views
+        views_VLH = self.encode_tiles(torch.cat([tiles[image] for group in members.values() for image in group]))
+        newline, separator = (p.to(views_VLH) for p in (self.image_newline, self.view_seperator))
+        groups = views_VLH.split([len(group) * grid.views for grid, group in members.items()])
+        sequences: dict[int, torch.Tensor] = {}
+        for (grid, group), views in zip(members.items(), groups, strict=True):
+            views_NVLH = views.unflatten(0, (-1, grid.views))
+            arranged = arrange_images(views_NVLH, grid, newline, separator, self.global_view_pos == "head")
+            sequences.update(zip(group, arranged.unbind(0), strict=True))
+        return torch.cat([sequences[image] for image in range(len(tiles))])
+
+    def _touch_vision(self, tile_13SS: torch.Tensor) -> torch.Tensor:
+        """Return 0 with a gradient of 0 for all that images run through.
+
+        Processes that train together must run the same parts: where they are sharded the others wait for this one's
+        share of the weights, and where they are copied for its gradients.
+        """
+        total = self.encode_tiles(tile_13SS).sum()
+        return (total + (self.image_newline.sum() + self.view_seperator.sum()).to(total.device)) * 0.0
 
     def prepare_inputs_embeds(
         self,
@@ -318,16 +372,24 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         Raises:
             ValueError: ids, mask and images disagree.
         """
-        grids = [] if images is None or images_spatial_crop is None else real_grids(images_spatial_crop)
+        grids = [] if images is None or images_spatial_crop is None else real_grids(images_spatial_crop.tolist())
         if images is None or not any(grids):
             check_no_image_tokens(images_seq_mask)
-            return self.get_input_embeddings()(input_ids)
+            embeds = self.get_input_embeddings()(input_ids)
+            if images is not None and self.training and is_one_of_several_processes():
+                embeds = embeds + self._touch_vision(images[:1, 0]).to(embeds)
+            return embeds
         side = output_side(self.config.projector_config, self.vision.patch_embed.grid_size[0])
-        check_image_inputs(input_ids, images, images_seq_mask, grids, side, self.config.vision_config.image_size)
+        check_image_shapes(input_ids, images, images_seq_mask, self.config.vision_config.image_size)
         assert images_seq_mask is not None
+        marked, consistent = read_image_mask(input_ids, images_seq_mask.to(input_ids.device))
+        check_image_tokens(marked, consistent, grids, side, images.shape[1])
         embeds = self.get_input_embeddings()(input_ids)
         sequences = self._image_sequences(images, grids).to(embeds)
-        return embeds.masked_scatter(images_seq_mask.to(embeds.device).unsqueeze(-1), sequences)
+        # The positions by a sort: a masked scatter would wait for the device in its backward pass.
+        text_first = images_seq_mask.to(embeds.device).logical_not().to(torch.uint8).flatten()
+        positions = text_first.argsort(stable=True)[: sum(marked)]
+        return embeds.flatten(0, 1).index_copy(0, positions, sequences).view_as(embeds)
 
     # ---------------------------------------------------------------- running
 
@@ -347,17 +409,28 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> DeepSeekVLV2CausalLMOutputWithPast:
         """Predict the next token at each position of a prompt with images.
 
         Args:
             images, images_seq_mask, images_spatial_crop: see `prepare_inputs_embeds`; unused with ``inputs_embeds``.
-            others: see `DeepseekV2ForCausalLM.forward`.
+            others: see `DeepseekV2ForCausalLM.forward`. In training, with labels, no logits are returned unless
+                ``skip_logits=False``.
 
         Raises:
             ValueError: ids, mask and images disagree, or neither ids nor embeddings are given.
         """
+        # What reads numbers back from the device comes first, while the device has nothing else to finish.
+        if skip_logits is None:
+            skip_logits = self.language.skips_logits(labels, logits_to_keep)
+        if labels is not None:
+            labels = drop_unseen_labels(labels, attention_mask)
+        routing = None
+        if past_key_values is None and (self.training or position_ids is not None):
+            attention_mask, routing = split_training_mask(attention_mask, position_ids)
+        targets = find_targets(labels) if skip_logits and labels is not None else labels
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("Give either input_ids or inputs_embeds.")
@@ -369,11 +442,13 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            labels=labels,
+            labels=targets,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             logits_to_keep=logits_to_keep,
+            routing=routing,
+            skip_logits=skip_logits,
             return_dict=True,
             num_items_in_batch=kwargs.get("num_items_in_batch"),
         )
@@ -383,6 +458,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            last_hidden_state=outputs.last_hidden_state,
         )
 
     def prepare_inputs_for_generation(  # type: ignore[override]

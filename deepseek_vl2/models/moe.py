@@ -6,16 +6,19 @@ I inner width of an expert, G groups of experts.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .configuration_deepseek import DeepseekV2Config
+from .loss import compute_dtype
 
 
 class DeepseekV2MLP(nn.Module):
@@ -42,14 +45,33 @@ def keep_best_groups(choice_NE: torch.Tensor, group_scores_NG: torch.Tensor, kep
     return choice_NE.masked_fill(~mask_NG.repeat_interleave(group_size, dim=1), 0.0)
 
 
+class RoutingContext(NamedTuple):
+    """What routing must know of a batch in training.
+
+    Fields:
+        token_mask: [B, T], true where a token is not padding; ``None``: all are real.
+        balance_share: weight of the balance loss, a scalar: the share that a micro-batch has in a step's loss.
+    """
+
+    token_mask: torch.Tensor | None = None
+    balance_share: torch.Tensor | None = None
+
+
+RoutingObserver = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], None]
+
+
 class MoEGate(nn.Module):
     """Choose experts for each token, and their weights. Logits and scores are float32 whatever the model's dtype.
+
+    ``observer`` is called in training with the logits [N, E], the load [E] of this call, padding not counted, and the
+    balance loss. The correction bias stays float32 whatever the model is cast to: its steps would vanish in bfloat16.
 
     Source: section 2.2 of the DeepSeek-V2 paper, section 2.1.2 of the DeepSeek-V3 report (``noaux_tc``);
     ``MoEGate`` of the original package.
     """
 
     e_score_correction_bias: torch.Tensor
+    observer: RoutingObserver | None = None
 
     def __init__(self, config: DeepseekV2Config) -> None:
         super().__init__()
@@ -67,24 +89,35 @@ class MoEGate(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         if self.topk_method == "noaux_tc":
             # A buffer: it steers the choice and takes no gradient.
-            self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+            bias_E = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+            self.register_buffer("e_score_correction_bias", bias_E)
+
+    def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """Return each expert's logit for each token, [N, E], in float32."""
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            return F.linear(hidden_NH.float(), self.weight.float())
+
+    def scores_of(self, logits_NE: torch.Tensor) -> torch.Tensor:
+        """Return the scores of logits, [N, E], in float32."""
+        return logits_NE.softmax(dim=-1) if self.scoring_func == "softmax" else logits_NE.sigmoid()
 
     def scores(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """Return each expert's score for each token, [N, E], in float32."""
-        with torch.autocast(hidden_NH.device.type, enabled=False):
-            logits_NE = F.linear(hidden_NH.float(), self.weight.float())
-        return logits_NE.softmax(dim=-1) if self.scoring_func == "softmax" else logits_NE.sigmoid()
+        return self.scores_of(self.logits(hidden_NH))
 
     def choose(self, scores_NE: torch.Tensor) -> torch.Tensor:
         """Return the ids of each token's experts, [N, K]."""
-        choice_NE = scores_NE
+        choice_NE = scores_NE.detach()
         if self.topk_method == "noaux_tc":
-            choice_NE = scores_NE + self.e_score_correction_bias
+            choice_NE = choice_NE + self.e_score_correction_bias
+        if self.topk_group >= self.n_group:
+            pass  # every group is kept
+        elif self.topk_method == "noaux_tc":
             best_two_NG2 = choice_NE.unflatten(1, (self.n_group, -1)).topk(2, dim=-1).values
             choice_NE = keep_best_groups(choice_NE, best_two_NG2.sum(dim=-1), self.topk_group)
         elif self.topk_method == "group_limited_greedy":
-            best_NG = scores_NE.unflatten(1, (self.n_group, -1)).amax(dim=-1)
-            choice_NE = keep_best_groups(scores_NE, best_NG, self.topk_group)
+            best_NG = choice_NE.unflatten(1, (self.n_group, -1)).amax(dim=-1)
+            choice_NE = keep_best_groups(choice_NE, best_NG, self.topk_group)
         return choice_NE.topk(self.top_k, dim=-1, sorted=False).indices
 
     def weigh(self, scores_NE: torch.Tensor, ids_NK: torch.Tensor) -> torch.Tensor:
@@ -94,23 +127,52 @@ class MoEGate(nn.Module):
             weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
         return weights_NK * self.routed_scaling_factor
 
-    def balance_loss(self, scores_NE: torch.Tensor, ids_NK: torch.Tensor, batch: int) -> torch.Tensor:
-        """Return the load-balance loss, a scalar: small when experts are chosen evenly."""
-        rows = batch if self.seq_aux else 1
-        chosen_R = ids_NK.reshape(rows, -1)
-        counts_RE = scores_NE.new_zeros(rows, self.n_routed_experts)
-        counts_RE.scatter_add_(1, chosen_R, torch.ones_like(chosen_R, dtype=counts_RE.dtype))
-        load_RE = counts_RE * (self.n_routed_experts / chosen_R.shape[1])
-        mean_scores_RE = scores_NE.view(rows, -1, self.n_routed_experts).mean(dim=1)
-        return (load_RE * mean_scores_RE).sum(dim=1).mean() * self.alpha
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MoEGate:
+        exact = self._buffers.get("e_score_correction_bias")
+        super()._apply(fn, recurse)
+        moved = self._buffers.get("e_score_correction_bias")
+        if exact is not None and moved is not None and moved.dtype != torch.float32:
+            self.e_score_correction_bias = exact.to(moved.device, torch.float32)
+        return self
 
-    def forward(self, hidden_BTH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return expert ids [N, K], weights [N, K] and, while training, the balance loss."""
-        scores_NE = self.scores(hidden_BTH.reshape(-1, hidden_BTH.shape[-1]))
+    def count_load(self, ids_NK: torch.Tensor, rows: int, token_mask_BT: torch.Tensor | None) -> torch.Tensor:
+        """Return how many tokens chose each expert, [rows, E] in float32; ``rows`` equal parts, padding not counted."""
+        chosen_NE = torch.zeros(len(ids_NK), self.n_routed_experts, device=ids_NK.device).scatter_(1, ids_NK, 1.0)
+        if token_mask_BT is not None:
+            chosen_NE = chosen_NE * token_mask_BT.reshape(-1, 1)
+        return chosen_NE.view(rows, -1, self.n_routed_experts).sum(dim=1)
+
+    def balance_loss(
+        self, scores_NE: torch.Tensor, load_RE: torch.Tensor, token_mask_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the load-balance loss, a scalar: small when experts are chosen evenly; padding does not count.
+
+        ``load_RE`` holds the rows of `count_load` over each of which experts shall be balanced.
+        """
+        scores_RTE = scores_NE.view(len(load_RE), -1, self.n_routed_experts)
+        fraction_RE = load_RE * (self.n_routed_experts / self.top_k)
+        if token_mask_BT is None:
+            fraction_RE, mean_scores_RE = fraction_RE / scores_RTE.shape[1], scores_RTE.mean(dim=1)
+        else:
+            mask_RT1 = token_mask_BT.reshape(len(load_RE), -1, 1).to(scores_NE.dtype)
+            tokens_R1 = mask_RT1.sum(dim=1).clamp(min=1)
+            fraction_RE, mean_scores_RE = fraction_RE / tokens_R1, (scores_RTE * mask_RT1).sum(dim=1) / tokens_R1
+        return (fraction_RE * mean_scores_RE).sum(dim=1).mean() * self.alpha
+
+    def forward(
+        self, hidden_BTH: torch.Tensor, token_mask_BT: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return expert ids [N, K], weights [N, K] and, while training, the balance loss over the mask's tokens."""
+        logits_NE = self.logits(hidden_BTH.reshape(-1, hidden_BTH.shape[-1]))
+        scores_NE = self.scores_of(logits_NE)
         ids_NK = self.choose(scores_NE)
         loss = None
-        if self.training and self.alpha > 0:
-            loss = self.balance_loss(scores_NE, ids_NK, hidden_BTH.shape[0])
+        if self.training and (self.alpha > 0 or self.observer is not None):
+            load_RE = self.count_load(ids_NK, hidden_BTH.shape[0] if self.seq_aux else 1, token_mask_BT)
+            if self.alpha > 0:
+                loss = self.balance_loss(scores_NE, load_RE, token_mask_BT)
+            if self.observer is not None:
+                self.observer(logits_NE.detach(), load_RE.sum(dim=0), None if loss is None else loss.detach())
         return ids_NK, self.weigh(scores_NE, ids_NK), loss
 
 
@@ -128,14 +190,72 @@ class AddAuxiliaryLoss(torch.autograd.Function):
 
 
 def sum_weighted(rows_NKH: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
-    """Return the weighted sum over K of [N, K, H], in float32."""
-    if torch.is_grad_enabled():
-        return (rows_NKH * weights_NK.unsqueeze(-1)).sum(dim=1)
-    # The same sums in the same order, without a float32 copy of all rows.
+    """Return the weighted sum over K of [N, K, H], in float32, without a float32 copy of all rows."""
     total_NH = rows_NKH[:, 0].float() * weights_NK[:, 0, None]
     for k in range(1, rows_NKH.shape[1]):
         total_NH += rows_NKH[:, k].float().mul_(weights_NK[:, k, None])
     return total_NH
+
+
+class SortRows(torch.autograd.Function):
+    """Copy each token's row once for each of its experts, sorted by expert: [N, H] to [N * K, H].
+
+    Autograd's own backward of such a gather adds rows up with atomics, or sorts again; this one reads them in order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: torch.Tensor, order: torch.Tensor, restored: torch.Tensor, top_k: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(restored)
+        ctx.top_k = top_k
+        return hidden_NH[order // top_k]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (restored,) = ctx.saved_tensors
+        return grad[restored].unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None
+
+
+class SumSortedRows(torch.autograd.Function):
+    """Weighted sum of each token's rows, which stand sorted by expert: [N * K, H] to [N, H], in float32.
+
+    Keeps neither a reordered nor a float32 copy of the rows for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weights_NK: torch.Tensor, order: torch.Tensor, restored: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, weights_NK, order, restored)
+        return (rows[restored].view(*weights_NK.shape, -1) * weights_NK.unsqueeze(-1)).sum(dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        rows, weights_NK, order, restored = ctx.saved_tensors
+        grad_rows = grad_NH[order // weights_NK.shape[1]]
+        grad_weights = (grad_rows * rows).sum(dim=-1)[restored].view_as(weights_NK)
+        return (grad_rows * weights_NK.flatten()[order, None]).to(rows.dtype), grad_weights, None, None
+
+
+def train_experts_forward(
+    experts: DeepseekV2Experts, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
+) -> torch.Tensor:
+    """Run the experts as two grouped matrix products that gradients flow through, on any device; [N, H].
+
+    Autocast does not know grouped products: weights are cast here, and their gradients come back in their own dtype.
+    """
+    sorted_ids, order = ids_NK.reshape(-1).sort()
+    restored = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    ends_E = torch.searchsorted(sorted_ids, torch.arange(experts.num_experts, device=order.device), right=True).int()
+    gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj  # read once: adapters compute them when read
+    dtype = compute_dtype(gate_up_proj)
+    rows = SortRows.apply(hidden_NH.to(dtype), order, restored, ids_NK.shape[1])
+    gate, up = F.grouped_mm(rows, gate_up_proj.to(dtype).mT, offs=ends_E).chunk(2, dim=-1)
+    outputs = F.grouped_mm(experts.act_fn(gate) * up, down_proj.to(dtype).mT, offs=ends_E)
+    return SumSortedRows.apply(outputs, weights_NK, order, restored).to(hidden_NH.dtype)
 
 
 def one_token_experts_forward(
@@ -158,7 +278,7 @@ def cpu_experts_forward(
 ) -> torch.Tensor:
     """Run the experts as two grouped matrix products over tokens sorted by expert; [N, H]."""
     tokens, top_k = ids_NK.shape
-    if tokens == 1 and not torch.is_grad_enabled():
+    if tokens == 1:
         return one_token_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
     sorted_ids, order = ids_NK.reshape(-1).sort()
     ends_E = torch.searchsorted(sorted_ids, torch.arange(experts.num_experts, device=ids_NK.device), right=True).int()
@@ -173,14 +293,68 @@ def cpu_experts_forward(
 MAX_BATCHED_PAIRS = 64
 
 
+def rows_are_aligned(experts: DeepseekV2Experts, hidden: torch.Tensor) -> bool:
+    """Whether rows of all matrices start at multiples of 16 bytes, as grouped products on a GPU need."""
+    itemsize = compute_dtype(hidden).itemsize
+    return all(width * itemsize % 16 == 0 for width in (experts.hidden_size, experts.inner_size))
+
+
 def experts_forward(
     experts: DeepseekV2Experts, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
 ) -> torch.Tensor:
     """Run the experts in the way that suits the device and the number of tokens; [N, H]."""
-    if hidden_NH.device.type == "cpu" and hasattr(F, "grouped_mm"):
+    on_cpu = hidden_NH.device.type == "cpu"
+    if torch.is_grad_enabled() and hasattr(F, "grouped_mm"):
+        if on_cpu or rows_are_aligned(experts, hidden_NH):
+            return train_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
+        return eager_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
+    if on_cpu and hasattr(F, "grouped_mm"):
         return cpu_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
-    few = ids_NK.numel() <= MAX_BATCHED_PAIRS and not torch.is_grad_enabled() and hidden_NH.device.type != "cpu"
+    few = ids_NK.numel() <= MAX_BATCHED_PAIRS and not on_cpu and not torch.is_grad_enabled()
     return ALL_EXPERTS_FUNCTIONS["batched_mm" if few else "grouped_mm"](experts, hidden_NH, ids_NK, weights_NK)
+
+
+def eager_experts_forward(
+    experts: DeepseekV2Experts, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
+) -> torch.Tensor:
+    """Run expert after expert: the plain definition; [N, H], summed in float32."""
+    tokens, top_k = ids_NK.shape
+    flat_ids, order = ids_NK.reshape(-1).sort()
+    counts = torch.bincount(flat_ids, minlength=experts.num_experts).tolist()
+    outputs, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            rows = hidden_NH[order[start : start + count] // top_k]
+            gate, up = F.linear(rows, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            outputs.append(F.linear(experts.act_fn(gate) * up, experts.down_proj[expert]))
+            start += count
+    if not outputs:
+        return torch.zeros_like(hidden_NH)
+    sorted_outputs = torch.cat(outputs)
+    restored = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    weighted_NKH = sorted_outputs[restored].view(tokens, top_k, -1) * weights_NK.unsqueeze(-1)
+    return weighted_NKH.sum(dim=1).to(hidden_NH.dtype)
+
+
+def fuse_released(experts: DeepseekV2Experts, state_dict: dict[str, Any], prefix: str) -> None:
+    """Replace matrices under released names, ``<prefix>3.up_proj.weight``, by the fused ones, in place.
+
+    Experts that a state dict lacks keep their weights: the shards of a checkpoint come one by one.
+    """
+    inner = experts.gate_up_proj.shape[1] // 2
+    places = {
+        "gate_proj": ("gate_up_proj", slice(0, inner)),
+        "up_proj": ("gate_up_proj", slice(inner, 2 * inner)),
+        "down_proj": ("down_proj", slice(None)),
+    }
+    for part, (fused_name, rows) in places.items():
+        for expert in range(experts.num_experts):
+            matrix = state_dict.pop(f"{prefix}{expert}.{part}.weight", None)
+            if matrix is None:
+                continue
+            if prefix + fused_name not in state_dict:
+                state_dict[prefix + fused_name] = getattr(experts, fused_name).detach().clone()
+            state_dict[prefix + fused_name][expert, rows] = matrix
 
 
 EXPERTS_IMPLEMENTATION = "deepseek_vl2"
@@ -192,36 +366,26 @@ class DeepseekV2Experts(nn.Module):
     """All routed experts of a layer, fused: gate_up_proj [E, 2I, H] and down_proj [E, H, I].
 
     transformers' experts interface replaces ``forward`` by `experts_forward` ("deepseek_vl2", the default) or by an
-    implementation of its own ("grouped_mm", "batched_mm"); what stands here is "eager", the plain definition.
+    implementation of its own ("grouped_mm", "batched_mm"); what stands here is "eager", `eager_experts_forward`.
     """
 
     def __init__(self, config: DeepseekV2Config) -> None:
         super().__init__()
         assert config.n_routed_experts is not None
         self.num_experts = config.n_routed_experts
-        inner, hidden = config.moe_intermediate_size, config.hidden_size
+        self.inner_size, self.hidden_size = inner, hidden = config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, inner))
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Let ``load_state_dict`` take the released names too: transformers' Trainer resumes from such files."""
+        fuse_released(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of each token's experts, [N, H]; summed in float32."""
-        tokens, top_k = ids_NK.shape
-        flat_ids, order = ids_NK.reshape(-1).sort()
-        counts = torch.bincount(flat_ids, minlength=self.num_experts).tolist()
-        outputs, start = [], 0
-        for expert, count in enumerate(counts):
-            if count:
-                rows = hidden_NH[order[start : start + count] // top_k]
-                gate, up = F.linear(rows, self.gate_up_proj[expert]).chunk(2, dim=-1)
-                outputs.append(F.linear(self.act_fn(gate) * up, self.down_proj[expert]))
-                start += count
-        if not outputs:
-            return torch.zeros_like(hidden_NH)
-        sorted_outputs = torch.cat(outputs)
-        restored = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        weighted_NKH = sorted_outputs[restored].view(tokens, top_k, -1) * weights_NK.unsqueeze(-1)
-        return weighted_NKH.sum(dim=1).to(hidden_NH.dtype)
+        return eager_experts_forward(self, hidden_NH, ids_NK, weights_NK)
 
 
 class DeepseekV2MoE(nn.Module):
@@ -237,13 +401,14 @@ class DeepseekV2MoE(nn.Module):
             else None
         )
 
-    def forward(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output."""
-        ids_NK, weights_NK, balance_loss = self.gate(hidden_BTH)
+    def forward(self, hidden_BTH: torch.Tensor, routing: RoutingContext | None = None) -> torch.Tensor:
+        """Return the layer's output; in training the balance loss joins its gradient."""
+        token_mask, balance_share = (None, None) if routing is None else routing
+        ids_NK, weights_NK, balance_loss = self.gate(hidden_BTH, token_mask)
         hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1])
         out = self.experts(hidden_NH, ids_NK, weights_NK).view(hidden_BTH.shape)
         if balance_loss is not None and balance_loss.requires_grad:
-            out = AddAuxiliaryLoss.apply(out, balance_loss)
+            out = AddAuxiliaryLoss.apply(out, balance_loss if balance_share is None else balance_loss * balance_share)
         if self.shared_experts is not None:
             out = out + self.shared_experts(hidden_BTH)
         return out

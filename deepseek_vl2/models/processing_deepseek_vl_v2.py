@@ -446,7 +446,9 @@ class DeepseekVLV2Processor(ProcessorMixin):
         cropping: bool,
         resolutions: Sequence[Size],
         add_generation_prompt: bool = True,
+        mask_prompt: bool | None = None,
     ) -> _Sample:
+        mask_prompt = self.mask_prompt if mask_prompt is None else mask_prompt
         conv = self.new_chat_template()
         template_system = conv.system_message
         texts = [str(message["content"]).replace(IMAGE_PLACEHOLDER, self.image_token) for message in messages]
@@ -475,12 +477,12 @@ class DeepseekVLV2Processor(ProcessorMixin):
             if role == "user":
                 tags = questions[index].count(self.image_token)
                 self._add_text_with_images(
-                    sample, questions[index], remaining[:tags], cropping, resolutions, masked=self.mask_prompt
+                    sample, questions[index], remaining[:tags], cropping, resolutions, masked=mask_prompt
                 )
                 del remaining[:tags]
             else:
                 ids = self.encode(text.strip(), bos=False, eos=role == "assistant")
-                masked = role == "system" and self.mask_prompt
+                masked = role == "system" and mask_prompt
                 sample.add_text(ids, [self.ignore_id] * len(ids) if masked else ids)
         return sample
 
@@ -541,6 +543,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         cropping: bool | None = None,
         candidate_resolutions: Sequence[Sequence[int]] | None = None,
         max_pixels: int | None = None,
+        mask_prompt: bool | None = None,
         **kwargs: Any,
     ) -> VLChatProcessorOutput:
         """Process one prompt or one conversation.
@@ -556,6 +559,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
             cropping: cut images into tiles; by default while there are at most two images.
             candidate_resolutions: (width, height) pairs, in pixels, instead of the processor's own.
             max_pixels: refuse larger images.
+            mask_prompt: take no loss on the system and user turns of a conversation; by default the processor's own.
 
         Raises:
             ValueError: prompt and conversations both given or neither; tags and images that differ in number;
@@ -575,7 +579,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         resolutions = self._resolutions(candidate_resolutions)
         if conversations is not None:
             conversations = self._with_system_prompt(conversations, system_prompt)
-            sample = self._encode_conversation(conversations, loaded, cropping, resolutions)
+            sample = self._encode_conversation(conversations, loaded, cropping, resolutions, mask_prompt=mask_prompt)
             skip = 1 if system_prompt else 0
             sft_format = self.format_messages(conversations[skip:], self.sft_format, system_prompt)
         else:

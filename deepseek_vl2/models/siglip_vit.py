@@ -185,6 +185,15 @@ class VisionTransformer(timm_vit.VisionTransformer):
             block.attn.quick_on_cpu = config._attn_implementation != "eager"
         return tower
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether blocks are recomputed in the backward pass; transformers' name for it, set with the whole model's."""
+        return self.grad_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self.set_grad_checkpointing(enable)
+
     def set_attention_backend(self, backend: str) -> None:
         """Choose how all blocks attend.
 
@@ -206,6 +215,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         recomputed = min(self.num_recomputing_layers, len(self.blocks) - 1) or len(self.blocks)
         for index, block in enumerate(self.blocks):
             if self.grad_checkpointing and torch.is_grad_enabled() and index < recomputed:
+                # Never reentrant, whatever the language model uses: tiles take no gradient, nor would the blocks.
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)

@@ -20,12 +20,11 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 
@@ -181,53 +180,65 @@ class SeededSampler(LogitsProcessor):
 
     Args:
         temperature, top_k, top_p: see `GenerationOptions`.
-        seed: of the random numbers.
+        seeds: of the random numbers of each row, so that a row in a batch gets what it gets alone.
     """
 
-    def __init__(self, temperature: float, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, temperature: float, top_k: int, top_p: float, seeds: Sequence[int]) -> None:
         self.warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
         if top_k > 0:
             self.warpers.append(TopKLogitsWarper(top_k))
         if top_p < 1:
             self.warpers.append(TopPLogitsWarper(top_p))
-        self.seed = seed
-        self.generator: torch.Generator | None = None
+        self.seeds = seeds
+        self.generators: list[torch.Generator] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return scores, [B, vocabulary], whose largest is the sampled token."""
-        if self.generator is None:
-            self.generator = torch.Generator(scores.device).manual_seed(self.seed)
+        if not self.generators:
+            self.generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
         warped = self.warpers(input_ids, scores.float())
-        noise = torch.empty_like(warped).exponential_(generator=self.generator)
+        noise = torch.empty_like(warped)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
         return warped - noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
 
 
-class _TokenReader(StoppingCriteria):
-    """Read each new token as soon as it is chosen: show its text, and say whether the answer is over.
+class _Done(Exception):
+    """The answer is over: raised through ``generate``, it stops the model before its next step."""
 
-    transformers asks its criteria before it feeds a streamer: what ends an answer is seen here a step earlier.
+
+class _TokenReader(BaseStreamer):
+    """Read each new token as soon as the host has it: show its text, and end the generation when the answer is over.
+
+    A streamer sees tokens that are on their way to the host anyhow; a stopping criterion would make the device wait
+    once more for every token.
     """
 
-    def __init__(self, run: _Run, tokenizer: PreTrainedTokenizerBase, ends: set[int], seen: int) -> None:
+    def __init__(self, run: _Run, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
         self.run = run
         self.ends = ends
-        self.seen = seen
+        self.prompt_seen = False
         self.decoder = TokenDecoder(tokenizer)
         self.words = StopWordFilter(run.options.stop)
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        done = self.run.cancelled.is_set()
-        for token in [] if done else input_ids[0, self.seen :].tolist():
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, at first, and then new tokens."""
+        if self.run.cancelled.is_set():
+            raise _Done
+        if not self.prompt_seen:
+            self.prompt_seen = True
+            return
+        for token in value.flatten().tolist():
             self.run.answer.completion_tokens += 1
             ended = token in self.ends
             if not ended or self.run.options.keep_eos:
                 self.run.show(self.words.push(self.decoder.push(token)))
-            done = ended or self.words.stopped
-            if done:
+            if ended or self.words.stopped:
                 self.run.answer.finish_reason = "stop"
-                break
-        self.seen = input_ids.shape[1]
-        return torch.full((input_ids.shape[0],), done, dtype=torch.bool, device=input_ids.device)
+                raise _Done
+
+    def end(self) -> None:
+        """Nothing: an answer that was stopped never gets here."""
 
     def finish(self) -> None:
         """Show what was held back, and note why the answer ended."""
@@ -304,16 +315,9 @@ class _Run:
 
     def _generate(self) -> None:
         ends = self.model.generation_config.eos_token_id
-        reader = _TokenReader(
-            self, self.tokenizer, set(ends if isinstance(ends, list) else [ends]), self.answer.prompt_tokens
-        )
-        if self.cancelled.is_set():
-            return
-        self.model.generate(
-            **self.inputs,
-            **self._settings(),
-            stopping_criteria=StoppingCriteriaList([reader]),
-        )
+        reader = _TokenReader(self, self.tokenizer, set(ends if isinstance(ends, list) else [ends]))
+        with contextlib.suppress(_Done):
+            self.model.generate(**self.inputs, **self._settings(), streamer=reader)
         reader.finish()
 
     def _settings(self) -> dict[str, Any]:
@@ -325,7 +329,7 @@ class _Run:
             settings["prefill_chunk_size"] = options.prefill_chunk_size
         processors = list(options.logits_processors)
         if self.answer.seed is not None:
-            processors.append(SeededSampler(options.temperature, options.top_k, options.top_p, self.answer.seed))
+            processors.append(SeededSampler(options.temperature, options.top_k, options.top_p, [self.answer.seed]))
         if processors:
             settings["logits_processor"] = LogitsProcessorList(processors)
         return settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import logging
+import unicodedata
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -110,7 +111,7 @@ class _Painter:
         self.thickness = max(2, round(mean_side / LINES))
         self.letters = max(SMALLEST_LETTERS, min(round(mean_side / LETTERS), min(canvas.size) // 5))
         self.labels: list[Box] = []
-        self.fonts: dict[str, Font | None] = {}
+        self.fonts: dict[str, tuple[str, Font]] = {}
 
     def outline(self, box: Box, color: Color) -> None:
         """Draw a box, with a thin light line around it that keeps it apart from a picture of its own colour."""
@@ -121,8 +122,7 @@ class _Painter:
 
     def write(self, label: str, number: int, box: Box, color: Color) -> None:
         """Write a label on a field of its colour at a box, clear of the labels written before."""
-        text = " ".join(label.split())
-        text = "".join(character for character in text if character.isprintable())
+        text = "".join(character for character in " ".join(label.split()) if character.isprintable())
         if not text:
             return
         text, font = self._typeset(text, number)
@@ -137,19 +137,8 @@ class _Painter:
     def _typeset(self, text: str, number: int) -> tuple[str, Font]:
         """Return what is written and in which font: shortened to the picture's width."""
         if text not in self.fonts:
-            self.fonts[text] = font_for(text + "…", self.letters) or font_for(text, self.letters)
-            if self.fonts[text] is None:
-                logger.warning(
-                    "No font here has all characters of the label %r, so its number %d is drawn. Install one, such as "
-                    "Debian's fonts-noto-cjk for Chinese.",
-                    text,
-                    number,
-                )
-        font = self.fonts[text]
-        if font is None:
-            text = str(number)
-            font = font_for(text, self.letters)
-            assert font is not None  # Pillow's own font has digits
+            self.fonts[text] = self._writable(text, number)
+        text, font = self.fonts[text]
         room = self.size[0] - 3 * max(2, self.letters // 5)
         if self.draw.textlength(text, font=font) <= room:
             return text, font
@@ -159,6 +148,23 @@ class _Painter:
             fits = self.draw.textlength(text[:middle] + "…", font=font) <= room
             low, high = (middle, high) if fits else (low, middle - 1)
         return text[:low] + "…", font
+
+    def _writable(self, text: str, number: int) -> tuple[str, Font]:
+        """Return a label, or else it without symbols such as emoji, or else its number, and a font that has it."""
+        letters = "".join(character for character in text if not unicodedata.category(character).startswith("S"))
+        for candidate in (text, " ".join(letters.split())):
+            font = font_for(candidate + "…", self.letters)
+            if candidate and font is not None:
+                return candidate, font
+        logger.warning(
+            "No font here has all characters of the label %r, so its number %d is drawn. Install one, such as Debian's "
+            "fonts-noto-cjk for Chinese.",
+            text,
+            number,
+        )
+        font = font_for(str(number), self.letters)
+        assert font is not None  # Pillow's own font has digits
+        return str(number), font
 
     def _place(self, box: Box, width: int, height: int) -> tuple[int, int]:
         """Return the corner of a label: above the box, else inside it, below it or at its right, where it is free."""

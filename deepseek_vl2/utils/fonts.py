@@ -51,7 +51,7 @@ class FontFile(NamedTuple):
 def font_for(text: str, size: int) -> Font | None:
     """Return a font of ``size`` pixels with all characters of a text, or ``None`` when there is none.
 
-    Pillow's own font serves Latin text, so that it looks alike everywhere; the system's fonts serve the rest.
+    Pillow's own font serves ASCII, so that it looks alike everywhere; the system's fonts serve the rest.
     """
     wanted = "".join(sorted({character for character in text if character.isprintable() and not character.isspace()}))
     default = ImageFont.load_default(size=size)

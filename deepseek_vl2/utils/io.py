@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.image_loading import load_image
 from deepseek_vl2.utils.demo import DEMO_NAME, demo_checkpoint
 
+NANO_NAME = "nano"
 AUTO_MAP = {
     "AutoConfig": "configuration_deepseek_vl_v2.DeepseekVLV2Config",
     "AutoModel": "modeling_deepseek_vl_v2.DeepseekVLV2ForCausalLM",
@@ -33,6 +35,42 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def nano_is_installed() -> bool:
+    """Whether the small model "nano" ships with this installation."""
+    return (files("deepseek_vl2") / "assets" / NANO_NAME / "config.json").is_file()
+
+
+def resolve_model_path(model_path: str | Path) -> str | Path:
+    """Return where a model is, for whatever names it.
+
+    Args:
+        model_path: "nano" (the small model that ships with the package), "demo" (the smallest, with random weights),
+            a directory, or the id of a hub repository. A directory of one of those names is written "./nano".
+
+    Returns:
+        A directory, or the id of a hub repository as it is.
+
+    Raises:
+        FileNotFoundError: nano is not part of this installation, or what looks like a directory is not there.
+    """
+    name = str(model_path)
+    if name == DEMO_NAME:
+        return demo_checkpoint()
+    if name == NANO_NAME:
+        if not nano_is_installed():
+            raise FileNotFoundError(
+                f'This installation lacks the small model "{NANO_NAME}": install the package from a release. '
+                f'"{DEMO_NAME}", with random weights, shows that everything runs.'
+            )
+        return Path(str(files("deepseek_vl2") / "assets" / NANO_NAME))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or path.exists():
+        raise FileNotFoundError(f"There is no checkpoint directory at {path}.")
+    return name
+
+
 def load_pretrained_model(
     model_path: str | Path,
     device: str | torch.device | None = None,
@@ -42,8 +80,8 @@ def load_pretrained_model(
     """Load a checkpoint for inference.
 
     Args:
-        model_path: a directory in the released layout, the id of a hub repository, or "demo" for a small checkpoint
-            with random weights that needs no download.
+        model_path: a directory in the released layout, the id of a hub repository, "nano" for the small model that
+            ships with the package, or "demo" for a small checkpoint with random weights.
         device: where to put the model; by default a GPU where there is one.
         dtype: dtype of the weights.
         **kwargs: more arguments of ``from_pretrained``, such as ``attn_implementation`` or ``device_map`` (which
@@ -56,7 +94,7 @@ def load_pretrained_model(
         ValueError: the checkpoint does not fit its config.
         OSError: there is no checkpoint at that path.
     """
-    source = demo_checkpoint() if str(model_path) == DEMO_NAME else model_path
+    source = resolve_model_path(model_path)
     processor = DeepseekVLV2Processor.from_pretrained(source)
     model = DeepseekVLV2ForCausalLM.from_pretrained(source, dtype=dtype, **kwargs).eval()
     if kwargs.get("device_map") is None:

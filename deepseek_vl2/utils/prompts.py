@@ -60,7 +60,7 @@ def question_about(images: Sequence[Any], prompt: str) -> list[dict[str, Any]]:
     """Return a conversation of one question, its images in front unless the prompt says where they stand."""
     if IMAGE_TAG not in prompt and IMAGE_PLACEHOLDER not in prompt:
         prompt = f"{IMAGE_TAG}\n" * len(images) + prompt
-    return [{"role": "user", "content": prompt, "images": list(images)}]
+    return [{"role": CHAT_TOKENS[0], "content": prompt, "images": list(images)}]
 
 
 def locate(image: Any, thing: str) -> list[dict[str, Any]]:

@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from deepseek_vl2.synthetic.suite import iou
+from deepseek_vl2.utils.grounding import parse_grounding
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -36,11 +40,16 @@ def test_example_runs(example: str, cache_home: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_inference_answers_on_a_real_picture_without_a_download(cache_home: Path) -> None:
-    done = run_python(["inference.py", "--max_new_tokens", "8", "--output", str(cache_home / "vg.jpg")], cache_home)
+def test_the_first_command_finds_what_the_readme_shows(cache_home: Path) -> None:
+    done = run_python(["inference.py", "--output", str(cache_home / "vg.png")], cache_home)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "random weights" in done.stdout
-    assert "The giraffe at the back." in done.stdout
+    (found,) = parse_grounding(done.stdout.split("<|Assistant|>:")[1])
+    assert found.label == "the large red diamond"
+    # the box that was drawn: see images/README.md
+    assert iou(found.boxes[0], (717, 257, 951, 521)) > 0.75
+    drawing = Image.open(cache_home / "vg.png")
+    assert drawing.size == Image.open(ROOT / "images" / "shapes.png").size
+    assert drawing.tobytes() != Image.open(ROOT / "images" / "shapes.png").convert("RGB").tobytes()
 
 
 @pytest.mark.parametrize(

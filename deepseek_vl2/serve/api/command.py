@@ -16,7 +16,7 @@ EXAMPLES = """\
 examples:
   deepseek-vl2 serve deepseek-ai/deepseek-vl2-tiny
   deepseek-vl2 serve ./deepseek-vl2-small --slots 32 --max-length 8192 --port 9000
-  DEEPSEEK_VL2_API_KEY=secret deepseek-vl2 serve demo --host 0.0.0.0 --allow-image-urls
+  DEEPSEEK_VL2_API_KEY=secret deepseek-vl2 serve nano --host 0.0.0.0 --allow-image-urls
 """
 KEY_VARIABLE = "DEEPSEEK_VL2_API_KEY"
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = parser.description or DESCRIPTION
     parser.epilog = parser.epilog or EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model", help="a directory, the id of a hub repository, or 'demo' (random weights)")
+    parser.add_argument(
+        "model", help="'nano' (ships with the package), 'demo' (random weights), a directory, or a hub id"
+    )
     _add_http_arguments(parser.add_argument_group("where it listens, and to whom"))
     _add_engine_arguments(parser.add_argument_group("model and batching"))
     _add_limit_arguments(parser.add_argument_group("limits of a request"))
@@ -61,18 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_http_arguments(group: Any) -> None:
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     group.add_argument("--port", type=not_negative, default=8000, help="port (default: %(default)s)")
-    group.add_argument("--served-model-name", metavar="NAME", help="name in requests (default: the model's own)")
+    group.add_argument("--served_model_name", metavar="NAME", help="name in requests (default: the model's own)")
     group.add_argument(
-        "--api-key", action="append", default=[], metavar="KEY",
+        "--api_key", action="append", default=[], metavar="KEY",
         help=f"requests must bear it; may be repeated. Others see a command line: rather set {KEY_VARIABLE}",
     )  # fmt: skip
     group.add_argument(
-        "--cors-origin", action="append", default=[], metavar="ORIGIN", help="web pages from there may call; repeatable"
+        "--cors_origin", action="append", default=[], metavar="ORIGIN", help="web pages from there may call; repeatable"
     )
     group.add_argument(
-        "--shutdown-seconds", type=seconds, default=120.0, help="time to finish after SIGTERM (default: %(default)g)"
+        "--shutdown_seconds", type=seconds, default=120.0, help="time to finish after SIGTERM (default: %(default)g)"
     )
-    group.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    group.add_argument("--log_level", default="info", choices=("debug", "info", "warning", "error"))
 
 
 def _add_engine_arguments(group: Any) -> None:
@@ -82,44 +84,44 @@ def _add_engine_arguments(group: Any) -> None:
     )
     group.add_argument("--slots", type=positive, default=16, help="answers written together (default: %(default)s)")
     group.add_argument(
-        "--max-length", type=positive, default=4096,
+        "--max_length", type=positive, default=4096,
         help="tokens of a prompt and its answer; slots times this many are reserved (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--queue", type=not_negative, default=64, help="requests that may wait for a slot (default: %(default)s)"
     )
     group.add_argument(
-        "--prefill-chunk", type=positive, default=512,
+        "--prefill_chunk", type=positive, default=512,
         help="tokens of prompts that run between two tokens of the answers under way (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--tiles-a-step", type=positive, default=4, help="image tiles encoded at once (default: %(default)s)"
+        "--tiles_a_step", type=positive, default=4, help="image tiles encoded at once (default: %(default)s)"
     )
 
 
 def _add_limit_arguments(group: Any) -> None:
-    group.add_argument("--max-choices", type=positive, default=8, help="largest n (default: %(default)s)")
-    group.add_argument("--max-body-mib", type=positive, default=32, help="size of a body (default: %(default)s)")
+    group.add_argument("--max_choices", type=positive, default=8, help="largest n (default: %(default)s)")
+    group.add_argument("--max_body_mib", type=positive, default=32, help="size of a body (default: %(default)s)")
     group.add_argument(
-        "--body-seconds", type=seconds, default=30.0, help="time for it to arrive (default: %(default)g)"
+        "--body_seconds", type=seconds, default=30.0, help="time for it to arrive (default: %(default)g)"
     )
     group.add_argument(
-        "--request-seconds", type=seconds, default=600.0, help="time of a whole request (default: %(default)g)"
+        "--request_seconds", type=seconds, default=600.0, help="time of a whole request (default: %(default)g)"
     )
-    group.add_argument("--max-images", type=positive, default=16, help="images of a request (default: %(default)s)")
+    group.add_argument("--max_images", type=positive, default=16, help="images of a request (default: %(default)s)")
     group.add_argument(
-        "--max-image-mib", type=positive, default=20, help="size of an image file (default: %(default)s)"
+        "--max_image_mib", type=positive, default=20, help="size of an image file (default: %(default)s)"
     )
     group.add_argument(
-        "--max-megapixels", type=positive, default=50, help="of all images of a request (default: %(default)s)"
+        "--max_megapixels", type=positive, default=50, help="of all images of a request (default: %(default)s)"
     )
-    group.add_argument("--allow-image-urls", action="store_true", help="fetch images from http(s) addresses")
+    group.add_argument("--allow_image_urls", action="store_true", help="fetch images from http(s) addresses")
     group.add_argument(
-        "--allow-private-image-urls", action="store_true",
+        "--allow_private_image_urls", action="store_true",
         help="also from loopback and private addresses: whoever may ask can then reach your network through the server",
     )  # fmt: skip
     group.add_argument(
-        "--image-seconds", type=seconds, default=10.0, help="time for fetching an image (default: %(default)g)"
+        "--image_seconds", type=seconds, default=10.0, help="time for fetching an image (default: %(default)g)"
     )
 
 
@@ -196,7 +198,7 @@ def main(args: argparse.Namespace) -> int:
         server = build_server(args)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2
+        return 1
     import uvicorn
 
     # uvicorn finishes what runs, and then raises the signal once more, which would end in an error code.

@@ -1,0 +1,1 @@
+"""The console command ``deepseek-vl2``."""

@@ -1,0 +1,140 @@
+"""``deepseek-vl2 ask``: one question about some images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepseek_vl2.cli.images import open_image
+from deepseek_vl2.cli.options import (
+    Loaded,
+    add_generation_arguments,
+    add_model_arguments,
+    generation_options,
+    load,
+    note,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from deepseek_vl2.serve.streaming import Answer
+
+DESCRIPTION = "Ask one question about some images; the answer streams to the terminal."
+EXAMPLES = """\
+examples:
+  deepseek-vl2 ask "What is this?" --image photo.jpg
+  deepseek-vl2 ask "What differs?" --image before.png --image after.png --temperature 0.7 --seed 1
+  deepseek-vl2 ask "In <image>, where is the thing of <image>?" -i scene.jpg -i thing.jpg
+  deepseek-vl2 ask "<|grounding|>What is on the table?" -i https://example.com/table.jpg --output table_boxes.jpg
+  echo "Read the text." | deepseek-vl2 ask - --image page.png --json
+"""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("prompt", help="the question; <image> marks where an image stands; -: read it from the input")
+    parser.add_argument(
+        "--image", "-i", action="append", default=[], metavar="IMAGE", help="a path or an address; may be repeated"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object: answer, tokens, boxes")
+    parser.add_argument("--output", metavar="FILE", help="draw the answer's boxes on the last image into this file")
+    add_model_arguments(parser)
+    add_generation_arguments(parser)
+
+
+def run(args: Namespace) -> int:
+    """Ask, and print the answer as it comes."""
+    prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
+    if not prompt:
+        raise ValueError("The question is empty.")
+    images = [open_image(source) for source in args.image]
+    if args.output is not None:
+        check_drawing(args.output, images)
+    loaded = load(args)
+    conversation = question(images, prompt, args.system_prompt)
+    answer = stream(loaded, conversation, args, show=not args.json)
+    if args.json:
+        print(json.dumps(report(loaded, prompt, args.image, images, answer), ensure_ascii=False))
+    if args.output is not None:
+        draw_answer(answer.text, images[-1], args.output)
+    return 0
+
+
+def question(images: list[Image.Image], prompt: str, system_prompt: str) -> list[dict[str, Any]]:
+    """Return the conversation of one question."""
+    from deepseek_vl2.utils.prompts import question_about
+
+    return with_system(question_about(images, prompt), system_prompt)
+
+
+def with_system(conversation: list[dict[str, Any]], system_prompt: str) -> list[dict[str, Any]]:
+    """Return a conversation with a system message in front, where there is one."""
+    return [{"role": "system", "content": system_prompt}, *conversation] if system_prompt else conversation
+
+
+def stream(loaded: Loaded, conversation: list[dict[str, Any]], args: Namespace, show: bool) -> Answer:
+    """Generate the answer to a conversation, and print it while it comes."""
+    from deepseek_vl2.serve.streaming import TextStream
+
+    inputs = loaded.processor(conversations=conversation).to(loaded.model.device)
+    with TextStream(loaded.model, loaded.tokenizer, inputs, generation_options(args)) as pieces:
+        for piece in pieces:
+            if show:
+                print(piece, end="", flush=True)
+    if show:
+        print(flush=True)
+    if pieces.answer.finish_reason == "length":
+        note(f"The answer was cut off after {args.max_new_tokens} tokens (--max_new_tokens).")
+    return pieces.answer
+
+
+def report(
+    loaded: Loaded, prompt: str, sources: list[str], images: list[Image.Image], answer: Answer
+) -> dict[str, Any]:
+    """Return everything about an answer, for ``--json``."""
+    from deepseek_vl2.utils.grounding import parse_grounding
+
+    grounding = parse_grounding(answer.text, [image.size for image in images] or None).to_dict()
+    return {
+        "model": loaded.name,
+        "prompt": prompt,
+        "images": [
+            {"source": source, "width": image.width, "height": image.height}
+            for source, image in zip(sources, images, strict=True)
+        ],
+        "answer": answer.text,
+        "finish_reason": answer.finish_reason,
+        "seed": answer.seed,
+        "usage": {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens},
+        "grounding": {"objects": grounding["objects"], "problems": grounding["problems"]},
+    }
+
+
+def check_drawing(path: str, images: list[Image.Image]) -> None:
+    """Raise ``ValueError`` before any work for a drawing that could not be written."""
+    from PIL import Image
+
+    if not images:
+        raise ValueError("There is no image to draw boxes on: give one with --image.")
+    file = Path(path)
+    if file.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path}: use the name of an image file, such as boxes.jpg or boxes.png.")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"There is no directory {file.parent} to write {file.name} into.")
+
+
+def draw_answer(text: str, image: Image.Image, path: str) -> bool:
+    """Draw an answer's boxes into a file and say so; return whether there were any."""
+    from deepseek_vl2.utils.grounding import draw_boxes, parse_grounding
+
+    objects = [found for found in parse_grounding(text) if found.boxes]
+    if not objects:
+        note("The answer holds no boxes to draw.")
+        return False
+    draw_boxes(image, objects).save(path)
+    note(f"The boxes are drawn in {path}.")
+    return True

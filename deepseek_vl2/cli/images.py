@@ -1,0 +1,109 @@
+"""Images as people name them in a terminal: paths typed or pasted, addresses, data URLs."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.error import URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, url2pathname, urlopen
+
+from deepseek_vl2 import __version__
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MOST_BYTES = 50_000_000
+MOST_SECONDS = 60.0
+SILENT_SECONDS = 15.0  # a server that sends nothing for so long is given up
+BLOCK = 1 << 16
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+
+# A word of a line: in quotes, or with its spaces escaped.
+_WORD = re.compile(r"""'[^']*'|"[^"]*"|(?:\\.|[^\s\\])+""")
+
+
+def clean_path(text: str) -> str:
+    """Return a path as it is in the file system: without quotes, escapes and ``file://``, and with ``~`` expanded.
+
+    Terminals quote or escape what is dropped or pasted into them.
+    """
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    if text.startswith("file://"):
+        return url2pathname(urlsplit(text).path)
+    if text.startswith(("http://", "https://", "data:")) or Path(text).exists():
+        return text
+    unescaped = re.sub(r"\\(.)", r"\1", text)
+    return str(Path(unescaped).expanduser())
+
+
+def download(url: str, most_bytes: int = MOST_BYTES, most_seconds: float = MOST_SECONDS) -> bytes:
+    """Return what is at an http(s) address.
+
+    Raises:
+        ValueError: it cannot be had, is larger than ``most_bytes``, or takes longer than ``most_seconds``.
+    """
+    begin = time.monotonic()
+    parts = []
+    size = 0
+    try:
+        request = Request(url, headers={"User-Agent": f"deepseek_vl2/{__version__}"})
+        with urlopen(request, timeout=SILENT_SECONDS) as response:
+            while block := response.read1(BLOCK):
+                size += len(block)
+                parts.append(block)
+                if size > most_bytes:
+                    raise ValueError(f"{url} is larger than {most_bytes // 1_000_000} MB: download it yourself.")
+                if time.monotonic() - begin > most_seconds:
+                    raise ValueError(f"{url} takes longer than {most_seconds:g} s: download it yourself.")
+    except (URLError, TimeoutError, ConnectionError) as error:
+        raise ValueError(f"{url} cannot be downloaded: {getattr(error, 'reason', error)}.") from error
+    return b"".join(parts)
+
+
+def open_image(source: str) -> Image.Image:
+    """Read an image named by a path, an http(s) address or a data URL, upright and as RGB.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no image, or cannot be downloaded.
+    """
+    from deepseek_vl2.models.image_loading import load_image
+
+    path = clean_path(source)
+    if not path.startswith(("http://", "https://")):
+        return load_image(path)
+    try:
+        return load_image(download(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") if path not in str(error) else error from error
+
+
+def looks_like_image(word: str) -> bool:
+    """Whether a word of a message names an image: an existing file, or an address, with an image's ending."""
+    path = clean_path(word)
+    if path.startswith("data:image/"):
+        return True
+    if path.startswith(("http://", "https://")):
+        return urlsplit(path).path.lower().endswith(SUFFIXES)
+    return path.lower().endswith(SUFFIXES) and Path(path).is_file()
+
+
+def split_images(line: str) -> tuple[list[str], str]:
+    """Take the images that a line names out of it; return their sources and the rest of the line."""
+    if looks_like_image(line):  # a whole pasted path, with bare spaces
+        return [clean_path(line)], ""
+    sources = []
+    rest = []
+    end = 0
+    for word in _WORD.finditer(line):
+        if looks_like_image(word.group()):
+            sources.append(clean_path(word.group()))
+            rest.append(line[end : word.start()].rstrip())
+            end = word.end()
+    rest.append(line[end:])
+    return sources, "".join(rest).strip()

@@ -1,0 +1,277 @@
+"""``deepseek-vl2 info``: what a model is, what it needs, and what this machine has."""
+
+from __future__ import annotations
+
+import json
+import platform
+from argparse import ArgumentParser, Namespace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from deepseek_vl2.cli.options import DTYPES, note
+
+DESCRIPTION = "Sizes of a model, memory that it needs, devices and versions. No weights are loaded."
+EXAMPLES = """\
+examples:
+  deepseek-vl2 info
+  deepseek-vl2 info path/to/checkpoint
+  deepseek-vl2 info deepseek-ai/deepseek-vl2-tiny --dtype float16 --context 8192 --json
+"""
+GB = 1e9
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+PACKAGES = (
+    "deepseek_vl2",
+    "torch",
+    "transformers",
+    "timm",
+    "pillow",
+    "accelerate",
+    "triton",
+    "xformers",
+    "gradio",
+    "fastapi",
+)
+# Of the releases: parameters, and bytes of cache a token in 16 bits.
+RELEASES = {
+    "deepseek-ai/deepseek-vl2-tiny": (3_370_501_440, 61_440),
+    "deepseek-ai/deepseek-vl2-small": (16_148_349_504, 31_104),
+    "deepseek-ai/deepseek-vl2": (27_480_134_248, 34_560),
+}
+# Measured peaks lie up to this far above weights and cache: activations of vision and prefill, and the allocator.
+WORKING_MEMORY = 1.3 * GB
+TYPICAL_IMAGES = ((640, 480), (1024, 768), (1920, 1080), (1080, 1920))
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("model", nargs="?", help="directory or hub id of a checkpoint (its config alone is downloaded)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights; default: %(default)s")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of prompt and answer; default: 4096")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: Namespace) -> int:
+    """Gather and print."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    facts: dict[str, Any] = {"versions": versions(), "devices": devices()}
+    if args.model is not None:
+        facts["model"] = model_facts(args.model, args.dtype, args.context)
+    facts["fits"] = what_fits(facts.get("model"), facts["devices"], args.dtype, args.context)
+    if args.json:
+        print(json.dumps(facts, ensure_ascii=False))
+    else:
+        print("\n\n".join(sections(facts, args)))
+    return 0
+
+
+# ---------------------------------------------------------------- facts
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that matter, where they are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if "deepseek_vl2" not in found:  # run from a checkout
+        from deepseek_vl2 import __version__
+
+        found["deepseek_vl2"] = __version__
+    return found
+
+
+def devices() -> list[dict[str, Any]]:
+    """Return GPUs and main memory: name, bytes in all and free."""
+    import psutil
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(
+            {"device": f"cuda:{index}", "name": torch.cuda.get_device_name(index), "total": total, "free": free}
+        )
+    if torch.backends.mps.is_available():
+        total = torch.mps.recommended_max_memory()
+        found.append({"device": "mps", "name": "Apple GPU", "total": total, "free": total})
+    memory = psutil.virtual_memory()
+    name = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    found.append({"device": "cpu", "name": name, "total": memory.total, "free": memory.available})
+    return found
+
+
+def model_facts(name: str, dtype: str, context: int) -> dict[str, Any]:
+    """Return a model's sizes from its config and, where they are at hand, the headers of its weights.
+
+    Raises:
+        OSError, ValueError: there is no such model, or its config is wrong.
+    """
+    import torch
+
+    from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM
+    from deepseek_vl2.models.checkpoint import released_shapes
+    from deepseek_vl2.utils.io import resolve_model_path
+
+    source = resolve_model_path(name)
+    config = DeepseekVLV2Config.from_pretrained(source)
+    with torch.device("meta"):
+        shapes = released_shapes(DeepseekVLV2ForCausalLM(config), config)
+    parts = count_parameters(shapes, config.language_config)
+    cache = cache_bytes(config.language_config)
+    return {
+        "name": name,
+        "parameters": parts,
+        "attention": "latent" if config.language_config.use_mla else "multi-head",
+        "layers": config.language_config.num_hidden_layers,
+        "experts": config.language_config.n_routed_experts or 0,
+        "experts_per_token": config.language_config.num_experts_per_tok or 0,
+        "max_position_embeddings": config.language_config.max_position_embeddings,
+        "image_tokens": image_tokens(config),
+        "cache_bytes_per_token": cache,
+        "weights_bytes": {kind: parts["total"] * size for kind, size in BYTES.items()},
+        "needed_bytes": needed_bytes(parts["total"], cache, dtype, context),
+        **stored_facts(source, shapes),
+    }
+
+
+def count_parameters(shapes: dict[str, tuple[int, ...]], language: Any) -> dict[str, int]:
+    """Count a model's parameters by part, and those that one token meets: of tables a row, of experts the chosen."""
+    counts = {"vision": 0, "projector": 0, "language": 0}
+    idle = experts = 0
+    for name, shape in shapes.items():
+        size = 1
+        for side in shape:
+            size *= side
+        part = name.partition(".")[0]
+        counts[part if part in counts else "projector"] += size
+        experts += size if ".mlp.experts." in name else 0
+        idle += size if name.endswith("embed_tokens.weight") or name.startswith("vision.attn_pool.") else 0
+    total = sum(counts.values())
+    if language.n_routed_experts:
+        idle += round(experts * (1 - language.num_experts_per_tok / language.n_routed_experts))
+    return {**counts, "total": total, "activated": total - idle}
+
+
+def cache_bytes(language: Any) -> int:
+    """Return the cache's bytes a token in 16 bits."""
+    if language.use_mla:
+        numbers = language.kv_lora_rank + language.qk_rope_head_dim
+    else:
+        numbers = 2 * language.num_key_value_heads * (language.hidden_size // language.num_attention_heads)
+    return 2 * numbers * language.num_hidden_layers
+
+
+def image_tokens(config: Any) -> dict[str, int]:
+    """Return how many tokens images of usual sizes take."""
+    from deepseek_vl2.models.tiling import count_image_tokens, select_best_resolution, tile_grid, tokens_per_side
+
+    resolutions = [(int(width), int(height)) for width, height in config.candidate_resolutions]
+    tile = resolutions[0][0]
+    side = tokens_per_side(tile, config.vision_config.patch_size, config.projector_config.downsample_ratio)
+    counts = {}
+    for width, height in TYPICAL_IMAGES:
+        grid = tile_grid(select_best_resolution((width, height), resolutions), tile)
+        counts[f"{width}x{height}"] = count_image_tokens(grid, side)
+    return counts
+
+
+def needed_bytes(parameters: int, cache: int, dtype: str, context: int) -> int:
+    """Return about how much memory a conversation needs: weights, cache, and room to work in."""
+    return round(parameters * BYTES[dtype] + cache * BYTES[dtype] / 2 * context + WORKING_MEMORY)
+
+
+def stored_facts(source: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Return what the files of a directory hold, from their headers, and what is wrong with them."""
+    from deepseek_vl2.models.checkpoint import StoredTensors, check_shapes, find_files
+
+    if not Path(source).is_dir():
+        return {}
+    try:
+        files = find_files(source)
+        if files is None:
+            return {"problem": f"There are no safetensors files in {source}."}
+        stored = StoredTensors(files)
+        facts: dict[str, Any] = {
+            "files": len(files),
+            "file_bytes": sum(file.stat().st_size for file in files),
+            "dtype": str(stored.dtype).removeprefix("torch."),
+        }
+        check_shapes(shapes, stored.shapes, source)
+    except (ValueError, OSError) as error:
+        return {"problem": str(error)}
+    return facts
+
+
+def what_fits(
+    model: dict[str, Any] | None, machine: list[dict[str, Any]], dtype: str, context: int
+) -> list[dict[str, Any]]:
+    """Return, for the model and for the releases, the memory needed and where it is."""
+    needs = {} if model is None else {model["name"]: model["needed_bytes"]}
+    for name, (parameters, cache) in RELEASES.items():
+        needs.setdefault(name, needed_bytes(parameters, cache, dtype, context))
+    gpus = [entry for entry in machine if entry["device"] != "cpu"]
+    rows = []
+    for name, needed in needs.items():
+        places = [entry["device"] for entry in machine if entry["free"] >= needed]
+        together = sum(entry["free"] for entry in gpus)
+        if len(gpus) > 1 and together >= needed * 1.1 and not any(place != "cpu" for place in places):
+            places.insert(0, f"{len(gpus)} GPUs together")
+        rows.append({"model": name, "needed": needed, "fits": places})
+    return rows
+
+
+# ---------------------------------------------------------------- text
+
+
+def sections(facts: dict[str, Any], args: Namespace) -> list[str]:
+    """Return the facts as a person reads them."""
+    parts = [model_section(facts["model"], args)] if "model" in facts else []
+    lines = [f"memory for {args.context} tokens in {args.dtype}, about"]
+    for row in facts["fits"]:
+        places = ", ".join(row["fits"]) or "not on this machine"
+        lines.append(f"  {row['model']:34} {row['needed'] / GB:6.1f} GB   {places}")
+    parts.append("\n".join(lines))
+    lines = ["devices"]
+    for entry in facts["devices"]:
+        lines.append(
+            f"  {entry['device']:8} {entry['free'] / GB:6.1f} of {entry['total'] / GB:.1f} GB free   {entry['name']}"
+        )
+    parts.append("\n".join(lines))
+    parts.append("versions\n" + "\n".join(f"  {name:14} {value}" for name, value in facts["versions"].items()))
+    return parts
+
+
+def model_section(model: dict[str, Any], args: Namespace) -> str:
+    """Return a model's facts as a person reads them."""
+    counts = model["parameters"]
+    parts = ", ".join(f"{part} {people_count(counts[part])}" for part in ("vision", "projector", "language"))
+    images = ", ".join(f"{size}: {count}" for size, count in model["image_tokens"].items())
+    weights = ", ".join(f"{kind} {size / GB:.2f} GB" for kind, size in model["weights_bytes"].items())
+    rows = {
+        "parameters": f"{people_count(counts['total'])} ({parts})",
+        "for one token": people_count(counts["activated"]),
+        "language": f"{model['layers']} layers, {model['attention']} attention, "
+        f"{model['experts_per_token']} of {model['experts']} experts a token",
+        "longest": f"{model['max_position_embeddings']} tokens",
+        "an image": f"tokens: {images}",
+        "weights": weights,
+        "cache": f"{model['cache_bytes_per_token'] / 1000:.1f} kB a token in 16 bits",
+    }
+    if "files" in model:
+        rows["stored"] = f"{model['files']} files, {model['file_bytes'] / GB:.2f} GB, {model['dtype']}"
+    if "problem" in model:
+        note(model["problem"])
+    return f"{model['name']}\n" + "\n".join(f"  {name:14} {value}" for name, value in rows.items())
+
+
+def people_count(number: int) -> str:
+    """Return a number as people say it: 3.4 B, 12.3 M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)

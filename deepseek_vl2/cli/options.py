@@ -1,0 +1,197 @@
+"""Options that several commands share, and what becomes of them."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+    from deepseek_vl2.serve.streaming import GenerationOptions
+
+DTYPES = ("bfloat16", "float16", "float32")
+RANDOM_WEIGHTS = "The demo checkpoint has random weights: what follows shows that everything runs, and is noise."
+
+
+class Loaded(NamedTuple):
+    """A model that is ready."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    processor: DeepseekVLV2Processor
+    model: DeepseekVLV2ForCausalLM
+
+
+def note(text: str) -> None:
+    """Tell the user something that is no part of the result: on the error stream, so that pipes stay clean."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def number(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """Return a converter for options that are numbers in a range; ``above``: the least one excluded."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ArgumentTypeError(f"{text!r} is not a number") from None
+        if not (least <= value <= most) or (above and value == least) or math.isinf(value):
+            bounds = f"{'above' if above else 'at least'} {least:g}" + (f" and at most {most:g}" * (most < math.inf))
+            raise ArgumentTypeError(f"must be {bounds}, not {text}")
+        return value
+
+    return convert
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return a converter for options that are whole numbers from ``least`` on."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise ArgumentTypeError(f"must be {'positive' if least == 1 else f'at least {least}'}, not {text}")
+        return value
+
+    return convert
+
+
+def chunk_size(text: str) -> int:
+    """Convert the option ``--chunk_size``."""
+    try:
+        return -1 if text == "-1" else whole_number(1)(text)
+    except ArgumentTypeError:
+        raise ArgumentTypeError(f"--chunk_size must be positive, or -1 for no chunks, not {text}") from None
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """Declare which model, where and how."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        "--model_path",
+        "-m",
+        metavar="MODEL",
+        help='directory or hub id of a checkpoint; default: "nano", the small model that ships with the package',
+    )
+    group.add_argument("--device", help="cuda, cuda:1, mps, cpu, or auto to spread it; default: the best there is")
+    group.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights; default: %(default)s")
+
+
+def add_generation_arguments(parser: ArgumentParser) -> None:
+    """Declare how answers are generated."""
+    group = parser.add_argument_group("answer")
+    group.add_argument("--max_new_tokens", type=whole_number(1), default=512, help="most tokens; default: %(default)s")
+    group.add_argument(
+        "--temperature", type=number(0), default=0.0, help="0: the likeliest answer (default); above: sample"
+    )
+    group.add_argument("--top_p", type=number(0, 1, above=True), default=0.9, help="while sampling; default: 0.9")
+    group.add_argument("--top_k", type=whole_number(0), default=0, help="while sampling; default: 0, all tokens")
+    group.add_argument(
+        "--repetition_penalty", type=number(0, above=True), default=1.1, help="while sampling; default: 1.1"
+    )
+    group.add_argument("--seed", type=int, help="while sampling; default: another one each time")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be repeated")
+    group.add_argument("--system_prompt", "--system", default="", metavar="TEXT", help="put in front")
+    group.add_argument(
+        "--chunk_size", type=chunk_size, default=-1, help="read the prompt this many tokens at a time, to save memory"
+    )
+
+
+def generation_options(args: Namespace) -> GenerationOptions:
+    """Return the options of `add_generation_arguments` as the streaming functions take them."""
+    from deepseek_vl2.serve.streaming import GenerationOptions
+
+    return GenerationOptions(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        repetition_penalty=args.repetition_penalty if args.temperature > 0 else 1.0,
+        seed=args.seed,
+        stop=tuple(args.stop),
+        prefill_chunk_size=None if args.chunk_size == -1 else args.chunk_size,
+    )
+
+
+def load(args: Namespace, tell: Callable[[str], None] = note) -> Loaded:
+    """Load the model that the options name; ``tell`` is told when its weights are random.
+
+    Without ``--model`` that is nano, or the demo checkpoint where nano is not installed.
+
+    Raises:
+        ValueError, OSError: there is no such model or device, or it does not fit its config.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from deepseek_vl2.utils.demo import DEMO_NAME
+    from deepseek_vl2.utils.io import NANO_NAME, load_pretrained_model, nano_is_installed
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    name = args.model or (NANO_NAME if nano_is_installed() else DEMO_NAME)
+    check_device(args.device)
+    check_reachable(name)
+    if name == DEMO_NAME:
+        tell(RANDOM_WEIGHTS)
+    where = {"device_map": "auto"} if args.device == "auto" else {"device": args.device}
+    loaded = load_pretrained_model(name, dtype=getattr(torch, args.dtype), **where)
+    return Loaded(name, *loaded)
+
+
+def check_reachable(name: str) -> None:
+    """Raise ``FileNotFoundError`` for a hub id that is not in the cache while the hub cannot be reached.
+
+    The hub's own library would try again and again, for minutes.
+    """
+    from transformers.utils import cached_file
+
+    from deepseek_vl2.utils.io import resolve_model_path
+
+    source = resolve_model_path(name)
+    if isinstance(source, Path) or any(os.environ.get(proxy) for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
+    if cached_file(source, "config.json", local_files_only=True, **quiet) is not None:
+        return
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"There is no directory {name}, and the hub ({host}) cannot be reached: {error.strerror or error}."
+        ) from error
+
+
+def check_device(device: str | None) -> None:
+    """Raise ``ValueError`` for a device that torch does not know or this machine does not have."""
+    import torch
+
+    if device is None or device == "auto":
+        return
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index or 0
+    except RuntimeError:
+        raise ValueError(f"There is no kind of device {device!r}: use cuda, cuda:1, mps, cpu or auto.") from None
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        raise ValueError(f"There is no device {device} here: torch sees {torch.cuda.device_count()} CUDA devices.")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("There is no device mps here: it needs a Mac with an Apple GPU.")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is torch's "out of memory"; without importing torch."""
+    return type(error).__name__ == "OutOfMemoryError"

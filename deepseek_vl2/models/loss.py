@@ -1,0 +1,162 @@
+"""Cross entropy of the next token, computed without the logits of the whole sequence.
+
+Shape suffixes: B batch, T sequence, N = B * T tokens, L positions that predict a label, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+
+# Logits are computed for at most this many (position, vocabulary) pairs at a time: 256 MiB in float32.
+CHUNK_ELEMENTS = 1 << 26
+
+
+class Targets(NamedTuple):
+    """Which positions predict a label, and which: ``positions`` in the flattened batch, [L], and ``ids``, [L]."""
+
+    positions: torch.Tensor
+    ids: torch.Tensor
+
+
+def drop_unseen_labels(labels_BT: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return labels without those of tokens that follow padding: nothing real predicts them.
+
+    In a row padded on the left that is the first token's, which takes no loss in the row alone either.
+    """
+    if attention_mask is None or attention_mask.shape != labels_BT.shape:
+        return labels_BT
+    before_is_real = F.pad(attention_mask[:, :-1].bool(), (1, 0), value=True)
+    return labels_BT.masked_fill(~before_is_real.to(labels_BT.device), IGNORED)
+
+
+def find_targets(labels_BT: torch.Tensor) -> Targets:
+    """Return the positions whose next token has a label; one synchronisation with the device.
+
+    Call it before anything else is launched: counting the labels then waits for nothing.
+    """
+    next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
+    flat_N = next_BT.flatten()
+    positions = (flat_N != IGNORED).nonzero().squeeze(1)
+    return Targets(positions, flat_N[positions])
+
+
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype that a matrix product with ``tensor`` runs in: autocast's, where it is on."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross entropies of ``hidden @ weight.T``, in chunks of positions.
+
+    Gradients are computed beside the value, while a chunk's logits are there: nothing is computed twice, and neither
+    logits nor weight are kept for the backward pass (so a sharded weight may be gone by then).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_LH: torch.Tensor, weight_VH: torch.Tensor, ids_L: torch.Tensor, rows: int
+    ) -> torch.Tensor:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        dtype = compute_dtype(weight_VH)
+        ctx.dtypes = (hidden_LH.dtype, weight_VH.dtype)
+        with torch.autocast(hidden_LH.device.type, enabled=False):
+            weight, hidden = weight_VH.to(dtype), hidden_LH.to(dtype)
+            hidden_grad = torch.empty_like(hidden) if wants_hidden else None
+            weight_grad: torch.Tensor | None = None
+            total = hidden.new_zeros((), dtype=torch.float32)
+            for start in range(0, len(ids_L), rows):
+                part = slice(start, start + rows)
+                log_probs = F.linear(hidden[part], weight).float().log_softmax(dim=-1)
+                total += F.nll_loss(log_probs, ids_L[part], reduction="sum")
+                if not (wants_hidden or wants_weight):
+                    continue
+                grad = log_probs.exp_()
+                grad[torch.arange(len(grad), device=grad.device), ids_L[part]] -= 1
+                grad = grad.to(dtype)
+                if hidden_grad is not None:
+                    torch.mm(grad, weight, out=hidden_grad[part])
+                if wants_weight:
+                    product = grad.mT @ hidden[part]
+                    weight_grad = product if weight_grad is None else weight_grad.float().add_(product)
+            if wants_weight and weight_grad is None:
+                weight_grad = torch.zeros_like(weight)
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        hidden_dtype, weight_dtype = ctx.dtypes
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return (
+            None if hidden_grad is None else (hidden_grad * grad).to(hidden_dtype),
+            None if weight_grad is None else (weight_grad * grad).to(weight_dtype),
+            None,
+            None,
+        )
+
+
+class OutputHead(nn.Linear):
+    """The output head: logits of hidden states, or the summed cross entropy of given labels without all their logits.
+
+    The latter is a call like any other, so that what shards or offloads the weight brings it in time, once.
+    """
+
+    def forward(self, input: torch.Tensor, ids_L: torch.Tensor | None = None, rows: int = 1) -> torch.Tensor:
+        """Return logits; or, given ids, the sum of the losses of [L, H], computed for ``rows`` positions at a time."""
+        if ids_L is None:
+            return super().forward(input)
+        return SummedCrossEntropy.apply(input, self.weight, ids_L, rows)
+
+
+def _chunk_through_module(hidden_LH: torch.Tensor, head: nn.Module, ids_L: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(head(hidden_LH).float(), ids_L, reduction="sum")
+
+
+def linear_cross_entropy(
+    hidden_BTH: torch.Tensor,
+    head: nn.Module,
+    vocab_size: int,
+    targets: Targets,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> torch.Tensor:
+    """Return the mean cross entropy of the labelled positions, a float32 scalar.
+
+    Value and gradients are those of the plain form, ``cross_entropy(head(hidden).float(), labels)``; at most
+    ``chunk_elements`` logits exist at a time. Without any label the loss is 0 and so are all gradients.
+
+    Args:
+        hidden_BTH: the last hidden states.
+        head: the output head; another module than `OutputHead` (an adapter around it, a quantized one) is called
+            chunk after chunk, and its chunks are computed again in the backward pass.
+        vocab_size: rows of the head.
+        targets: what `find_targets` returned.
+        num_items_in_batch: divide the sum by this rather than by the number of labels, as gradient accumulation needs.
+        chunk_elements: bound on positions times vocabulary.
+
+    Source: the idea of Liger Kernel's fused linear cross entropy.
+    """
+    hidden_LH = hidden_BTH.flatten(0, 1).index_select(0, targets.positions.to(hidden_BTH.device))
+    ids_L = targets.ids.to(hidden_BTH.device)
+    rows = max(1, chunk_elements // vocab_size)
+    if isinstance(head, OutputHead):
+        total = head(hidden_LH, ids_L, rows)
+    else:
+        total = hidden_LH.sum().float() * 0.0
+        for hidden, ids in zip(hidden_LH.split(rows), ids_L.split(rows), strict=True):
+            total = total + checkpoint(_chunk_through_module, hidden, head, ids, use_reentrant=False)
+    if num_items_in_batch is None:
+        return total / max(1, len(ids_L))
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch

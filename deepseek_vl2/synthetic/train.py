@@ -1,0 +1,133 @@
+"""Train nano on synthetic pictures, from nothing or from another stage's weights.
+
+Examples:
+    python -m deepseek_vl2.synthetic.train --output runs/first --steps 8500
+    python -m deepseek_vl2.synthetic.train --output runs/second --init runs/first --mixture second
+        --schedule stable --first_picture 2000000
+    python -m deepseek_vl2.synthetic.train --output runs/short --steps 200 --batch_size 8 --workers 1
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.training.collator import ConversationCollator
+from deepseek_vl2.training.trainer import VLTrainer, VLTrainingArguments
+from deepseek_vl2.utils.io import resolve_model_path
+
+from .nano import nano_processor, new_nano
+from .samples import MIXTURES, SyntheticConversations
+
+MAX_LENGTH = 1024
+DECAY = 0.25  # of the steps, at the end of the schedule "stable"
+SCHEDULES = ("cosine", "stable")
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(prog="train", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="directory for checkpoints, log and model")
+    parser.add_argument("--init", help="nano, or a checkpoint of its kind, to start from (default: random weights)")
+    parser.add_argument("--mixture", choices=MIXTURES, default="first", help="what is drawn and asked (default: first)")
+    parser.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        default="cosine",
+        help="of the learning rate after the warm-up (default: cosine)",
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the layers: slower to start, faster afterwards")
+    parser.add_argument("--steps", type=int, default=12000, help="optimizer steps (default: 12000)")
+    parser.add_argument("--batch_size", type=int, default=128, help="pictures a step (default: 128)")
+    parser.add_argument("--learning_rate", type=float, default=1.2e-3, help="highest learning rate (default: 0.0012)")
+    parser.add_argument("--warmup_steps", type=int, default=400, help="steps up to it (default: 400)")
+    parser.add_argument("--workers", type=int, default=15, help="processes that draw pictures (default: 15)")
+    parser.add_argument("--save_steps", type=int, default=1000, help="steps between checkpoints (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order (default: 0)")
+    parser.add_argument("--first_picture", type=int, default=0, help="seed of the first picture (default: 0)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output")
+    args = parser.parse_args(argv)
+    for name in ("steps", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be positive, not {getattr(args, name)}")
+    return args
+
+
+def schedule(args: Namespace) -> dict[str, Any]:
+    """Return the learning rate's course: cosine to a hundredth, or level and then straight down to it."""
+    if args.schedule == "cosine":
+        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.01}}
+    decay = {"num_decay_steps": round(DECAY * args.steps), "decay_type": "linear", "min_lr_ratio": 0.01}
+    return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": decay}
+
+
+def starting_point(args: Namespace) -> tuple[DeepseekVLV2Processor, DeepseekVLV2ForCausalLM]:
+    """Return the processor and the model, in float32, that training starts from."""
+    if args.init is None:
+        processor = nano_processor()
+        return processor, new_nano(processor, args.seed)
+    source = resolve_model_path(args.init)
+    processor = DeepseekVLV2Processor.from_pretrained(source)
+    return processor, DeepseekVLV2ForCausalLM.from_pretrained(source, dtype=torch.float32)
+
+
+def compile_layers(model: DeepseekVLV2ForCausalLM) -> None:
+    """Compile the blocks of the vision tower and the layers of the language model, each kind once for all lengths."""
+    for layer in [*model.vision.blocks, *model.language.model.layers]:
+        layer.compile(dynamic=True)
+
+
+def build_trainer(args: Namespace) -> VLTrainer:
+    """Return a trainer of nano."""
+    processor, model = starting_point(args)
+    if args.compile:
+        compile_layers(model)
+    settings = VLTrainingArguments(
+        output_dir=str(args.output),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        warmup_steps=args.warmup_steps,
+        **schedule(args),
+        vision_lr_factor=1.0,  # trained from nothing, not from a finished tower
+        adam_beta2=0.98,
+        weight_decay=0.05,
+        optim="adamw_torch_fused",
+        bf16=torch.cuda.is_available(),
+        dataloader_num_workers=args.workers,
+        dataloader_persistent_workers=args.workers > 0,
+        dataloader_prefetch_factor=4 if args.workers else None,
+        logging_steps=50,
+        save_steps=args.save_steps,
+        save_total_limit=2,
+        save_dtype="bfloat16",
+        seed=args.seed,
+        report_to="none",
+    )
+    collator = ConversationCollator(
+        processor, max_length=MAX_LENGTH, image_dtype=torch.bfloat16 if settings.bf16 else torch.float32
+    )
+    pictures = SyntheticConversations(args.steps * args.batch_size, args.first_picture, args.mixture)
+    return VLTrainer(model, settings, collator, processing_class=processor, train_dataset=pictures)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train and save; the exit code is 1 for a user's mistake."""
+    args = parse_args(argv)
+    try:
+        trainer = build_trainer(args)
+        trainer.train(resume_from_checkpoint=args.resume or None)
+        trainer.save_model()
+    except (ValueError, OSError, ImportError) as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Fine-tuning: data, batches, losses, the trainer and its command."""

@@ -1,0 +1,224 @@
+"""Conversations to train on, read from JSON Lines as they are needed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from deepseek_vl2.models.image_loading import MAX_IMAGE_PIXELS, load_image
+from deepseek_vl2.models.messages import (
+    ASSISTANT_ROLES,
+    IMAGE_PLACEHOLDER,
+    SYSTEM_ROLES,
+    USER_ROLES,
+    image_source,
+    messages_to_conversation,
+)
+
+IMAGE_TAG = "<image>"
+CONVERSATION_KEYS = ("conversation", "conversations", "messages")
+
+
+@contextmanager
+def located(source: str | None) -> Iterator[None]:
+    """Put where a sample comes from in front of the message of a ``ValueError`` or ``FileNotFoundError``."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        if source is None or str(error).startswith(f"{source}: "):
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{source}: {error}") from error
+
+
+def index_lines(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the byte offset and the number, counted from 1, of each line that is not blank; int64 [lines] each.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no data file at {file}.")
+    offsets, numbers, offset = [], [], 0
+    with open(file, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.isspace():
+                offsets.append(offset)
+                numbers.append(number)
+            offset += len(line)
+    return np.array(offsets, dtype=np.int64), np.array(numbers, dtype=np.int64)
+
+
+def parse_line(line: bytes) -> tuple[Sequence[Mapping[str, Any]], list[Any]]:
+    """Return a line's messages, and the images listed beside them.
+
+    Raises:
+        ValueError: the line is not a conversation in JSON.
+    """
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the line is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    except json.JSONDecodeError as error:
+        message = f"the line is not valid JSON ({error.msg} at character {error.pos}): one conversation takes one line."
+        raise ValueError(message) from error
+    images: list[Any] = []
+    if isinstance(record, Mapping):
+        key = next((key for key in CONVERSATION_KEYS if key in record), None)
+        if key is None:
+            raise ValueError(f"the object has none of the keys {', '.join(CONVERSATION_KEYS)}: {sorted(record)}.")
+        record, images = record[key], list(record.get("images") or [])
+    if not isinstance(record, list) or not all(isinstance(message, Mapping) for message in record):
+        raise ValueError("a conversation is a list of messages, each an object with role and content.")
+    return record, images
+
+
+def check_conversation(conversation: Sequence[Mapping[str, Any]], images: int) -> None:
+    """Check what can be checked without a processor.
+
+    Args:
+        conversation: messages whose content is text.
+        images: how many images they show.
+
+    Raises:
+        ValueError: an unknown role, a system message that is not first, an image tag outside a user turn, tags and
+            images that differ in number, or no answer to learn.
+    """
+    tags = answers = 0
+    for index, message in enumerate(conversation):
+        role, text = message.get("role"), message["content"].replace(IMAGE_PLACEHOLDER, IMAGE_TAG)
+        if role not in (*USER_ROLES, *ASSISTANT_ROLES, *SYSTEM_ROLES):
+            raise ValueError(f"unknown role {role!r} in message {index + 1}: expected user, assistant or system.")
+        if role in SYSTEM_ROLES and index > 0:
+            raise ValueError(f"a system message must come first, but one is message {index + 1}.")
+        if role in USER_ROLES:
+            tags += text.count(IMAGE_TAG)
+        elif IMAGE_TAG in text:
+            raise ValueError(f"message {index + 1} is the {role}'s and holds {IMAGE_TAG}: images stand in user turns.")
+        if role in ASSISTANT_ROLES:
+            if not text.strip():
+                raise ValueError(f"message {index + 1} is an empty answer: training needs the text to learn.")
+            answers += 1
+    if tags != images:
+        raise ValueError(f"the user turns hold {tags} {IMAGE_TAG} tags, but {images} images are named.")
+    if not answers:
+        raise ValueError("there is no answer: training needs a turn of the assistant.")
+
+
+class ConversationDataset(Dataset[dict[str, Any]]):
+    """Conversations in JSON Lines files, one a line, in the form that inference takes.
+
+    A line is a list of messages, or an object that holds one under ``conversation``, ``conversations`` or ``messages``.
+    A message has ``role`` and ``content``, and names its images under ``images``, or as OpenAI-style content parts;
+    an object may also list all images, in order, under ``images``. Paths are relative to ``image_root``.
+
+    Only the offsets of the lines stay in memory, 16 bytes a conversation; lines and images are read when asked for, by
+    any number of processes.
+
+    Args:
+        files: a file, or several.
+        image_root: where relative image paths start; by default each file's own directory.
+        max_pixels: refuse larger images.
+
+    Items are dicts: ``conversation`` (messages with text and image tags), ``images`` (PIL images, RGB) and ``source``
+    (file and line).
+
+    Raises:
+        FileNotFoundError: a file, or later an image, is not there.
+        ValueError: there is no conversation, or later a line is not a usable one; file and line are named.
+    """
+
+    def __init__(
+        self,
+        files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        image_root: str | os.PathLike[str] | None = None,
+        max_pixels: int = MAX_IMAGE_PIXELS,
+    ) -> None:
+        listed = [files] if isinstance(files, (str, os.PathLike)) else list(files)
+        self.files = [Path(file) for file in listed]
+        self.image_root = None if image_root is None else Path(image_root)
+        self.max_pixels = max_pixels
+        self._index = [index_lines(file) for file in self.files]
+        self._ends = np.cumsum([len(offsets) for offsets, _ in self._index])
+        if not len(self):
+            raise ValueError(f"There is no conversation in {', '.join(map(str, self.files)) or 'no files'}.")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def _find(self, index: int) -> tuple[Path, int, int]:
+        """Return file, byte offset and line number of a conversation."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"There are {len(self)} conversations, and none has the index {index}.")
+        index %= len(self)
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        within = index - (int(self._ends[which - 1]) if which else 0)
+        offsets, numbers = self._index[which]
+        return self.files[which], int(offsets[within]), int(numbers[within])
+
+    def source(self, index: int) -> str:
+        """Return where a conversation stands: ``file, line n``."""
+        file, _, number = self._find(index)
+        return f"{file}, line {number}"
+
+    def read(self, index: int) -> tuple[list[dict[str, Any]], list[Any]]:
+        """Return a conversation, checked, and its images' sources: paths, made absolute, or data URLs.
+
+        Raises:
+            ValueError: the line is not a usable conversation.
+        """
+        file, offset, _ = self._find(index)
+        # Opened anew each time: workers that share a file also share its position.
+        with open(file, "rb") as stream:
+            stream.seek(offset)
+            line = stream.readline()
+        with located(self.source(index)):
+            messages, beside = parse_line(line)
+            conversation = messages_to_conversation(messages, IMAGE_TAG, image_source)
+            named = [source for message in conversation for source in message.pop("images")]
+            if named and beside:
+                raise ValueError("images are named both in the messages and beside them: choose one place.")
+            sources = [self._resolve(source, file) for source in named or beside]
+            check_conversation(conversation, len(sources))
+        return conversation, sources
+
+    def _resolve(self, source: Any, file: Path) -> Any:
+        if not isinstance(source, str):
+            raise ValueError(f"an image is named by its path or a data URL, not {type(source).__name__}.")
+        if source.startswith(("http://", "https://")):
+            raise ValueError(f"{source} is an address: download the image and name the file.")
+        if source.startswith("data:"):
+            return source
+        return str((self.image_root or file.parent) / source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        conversation, sources = self.read(index)
+        with located(self.source(index)):
+            images = [load_image(source, self.max_pixels) for source in sources]
+        return {"conversation": conversation, "images": images, "source": self.source(index)}
+
+    def check(self) -> None:
+        """Read every line, and look whether its image files are there, without decoding them.
+
+        Raises:
+            ValueError, FileNotFoundError: the first thing that is wrong, and how many lines have something wrong.
+        """
+        first: Exception | None = None
+        wrong = 0
+        for index in range(len(self)):
+            try:
+                for source in self.read(index)[1]:
+                    if not source.startswith("data:") and not os.path.isfile(source):
+                        raise FileNotFoundError(f"{self.source(index)}: There is no image file at {source}.")
+            except (FileNotFoundError, ValueError) as error:
+                first, wrong = first or error, wrong + 1
+        if first is not None:
+            more = f" ({wrong - 1} more of {len(self)} conversations are unusable)" if wrong > 1 else ""
+            raise type(first)(f"{first}{more}") from first

@@ -1,0 +1,224 @@
+"""A file of questions: answers as one by one, bad lines reported, interrupted runs resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepseek_vl2.cli import batch as batch_module
+from deepseek_vl2.cli.main import main
+from deepseek_vl2.cli.options import Loaded
+from deepseek_vl2.utils.demo import write_demo_checkpoint
+from deepseek_vl2.utils.io import load_pretrained_model
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURE = str(ROOT / "images" / "table.png")
+TEXTS = ("Hello", "A somewhat longer question, for the padding", "Third", "Fourth", "猫")
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_demo_checkpoint(tmp_path_factory.mktemp("demo")))
+
+
+@pytest.fixture(scope="module")
+def loaded(model_path: str) -> Loaded:
+    import torch
+
+    return Loaded(model_path, *load_pretrained_model(model_path, "cpu", torch.float32))
+
+
+@pytest.fixture(autouse=True)
+def one_model(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_module, "load", lambda args: loaded)
+
+
+def write_lines(path: Path, *lines: Any) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), "utf-8")
+    return path
+
+
+def run(questions: Path, answers: Path, *options: str) -> int:
+    return main(["batch", str(questions), str(answers), "--max_new_tokens", "6", "--quiet", *options])
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "q.jsonl", *({"prompt": text, "id": index} for index, text in enumerate(TEXTS)))
+
+
+def test_batches_answer_as_one_by_one(questions: Path, tmp_path: Path) -> None:
+    results = []
+    for size in ("1", "2", "5"):
+        output = tmp_path / f"{size}.jsonl"
+        assert run(questions, output, "--batch_size", size) == 0
+        results.append(records(output))
+    assert results[0] == results[1] == results[2]
+    assert [record["id"] for record in results[0]] == list(range(5))
+    assert results[0][0]["usage"]["completion_tokens"] == 6
+
+
+def test_a_line_of_its_own_seed(questions: Path, tmp_path: Path) -> None:
+    settings = ("--temperature", "1", "--seed", "9")
+    assert run(questions, tmp_path / "a", *settings) == 0
+    assert run(questions, tmp_path / "b", *settings, "--batch_size", "3") == 0
+    assert records(tmp_path / "a") == records(tmp_path / "b")
+    assert run(questions, tmp_path / "c", "--temperature", "1", "--seed", "10") == 0
+    assert records(tmp_path / "c") != records(tmp_path / "a")
+
+
+def test_images_and_messages(tmp_path: Path) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": "What?"}]
+    questions = write_lines(
+        tmp_path / "q.jsonl",
+        {"prompt": "What?", "images": [PICTURE]},
+        {"messages": [{"role": "user", "content": parts}]},
+        {"messages": [{"role": "user", "content": "<image>\nWhat?", "images": [PICTURE]}]},
+    )
+    assert run(questions, tmp_path / "a.jsonl") == 0
+    answers = records(tmp_path / "a.jsonl")
+    assert len({record["answer"] for record in answers}) == 1
+    assert answers[0]["usage"]["prompt_tokens"] > 421
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("not json", "Not JSON"),
+        ('{"prompt": "x"', "Not JSON"),
+        ("[1]", "an object with either"),
+        ({}, "an object with either"),
+        ({"prompt": "x", "messages": []}, "an object with either"),
+        ({"prompt": 3}, '"prompt" must be a text'),
+        ({"prompt": "x", "images": [3]}, '"images" a list of texts'),
+        ({"prompt": "x", "images": ["no_such.png"]}, "no_such.png"),
+        ({"prompt": "<image> <image>", "images": [PICTURE]}, "2 <image> tags but 1 images"),
+        ({"messages": []}, "no messages"),
+        ({"messages": ["a"]}, "wrong shape"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "wizard"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "Unknown type"),
+        ({"messages": [{"role": "user"}]}, "needs a content"),
+        ({"messages": [{"content": "x"}]}, "role"),
+    ],
+)
+def test_bad_lines_are_reported_and_skipped(
+    line: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = write_lines(tmp_path / "q.jsonl", {"prompt": "good"}, "", line, {"prompt": "good too"})
+    assert run(questions, tmp_path / "a.jsonl", "--batch_size", "4") == 1
+    assert [record["line"] for record in records(tmp_path / "a.jsonl")] == [1, 4]
+    (error,) = records(tmp_path / "a.jsonl.errors")
+    assert error["line"] == 3 and words in error["error"]
+    assert "line 3" in capsys.readouterr().err
+
+
+def count_answers(monkeypatch: pytest.MonkeyPatch, fail_after: int | None = None) -> list[int]:
+    """Count the lines that are generated for; a run ends with Ctrl-C after so many."""
+    lines: list[int] = []
+    generate = batch_module.generate
+
+    def counted(loaded: Any, questions: list[Any], *rest: Any) -> Any:
+        if fail_after is not None and len(lines) >= fail_after:
+            raise KeyboardInterrupt
+        lines.extend(question.job.line for question in questions)
+        return generate(loaded, questions, *rest)
+
+    monkeypatch.setattr(batch_module, "generate", counted)
+    return lines
+
+
+def test_an_interrupted_run_goes_on(questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(questions, tmp_path / "whole.jsonl") == 0
+    with monkeypatch.context() as patch:
+        count_answers(patch, fail_after=2)
+        assert run(questions, tmp_path / "a.jsonl") == 130
+    assert [record["line"] for record in records(tmp_path / "a.jsonl")] == [1, 2]
+    lines = count_answers(monkeypatch)
+    assert run(questions, tmp_path / "a.jsonl") == 0
+    assert lines == [3, 4, 5]
+    assert records(tmp_path / "a.jsonl") == records(tmp_path / "whole.jsonl")
+    assert run(questions, tmp_path / "a.jsonl") == 0 and lines == [3, 4, 5]  # nothing is left to do
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl", "whole.jsonl"]
+
+
+def test_what_a_killed_run_left_is_used(questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(questions, tmp_path / "whole.jsonl") == 0
+    whole = (tmp_path / "whole.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "a.jsonl.part0").write_text(whole[0] + whole[2][:25], "utf-8")  # killed while it wrote a line
+    (tmp_path / "a.jsonl.part1").write_text(whole[1], "utf-8")
+    lines = count_answers(monkeypatch)
+    assert run(questions, tmp_path / "a.jsonl") == 0
+    assert lines == [3, 4, 5]
+    assert (tmp_path / "a.jsonl").read_text("utf-8") == "".join(whole)
+
+
+def test_mended_lines_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = tmp_path / "later.png"
+    questions = write_lines(tmp_path / "q.jsonl", {"prompt": "a"}, {"prompt": "b", "images": [str(picture)]})
+    assert run(questions, tmp_path / "a.jsonl") == 1
+    picture.write_bytes(Path(PICTURE).read_bytes())
+    lines = count_answers(monkeypatch)
+    assert run(questions, tmp_path / "a.jsonl") == 0
+    assert lines == [2] and not (tmp_path / "a.jsonl.errors").exists()
+
+
+def test_answers_to_another_input_are_not_mixed(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(questions, tmp_path / "a.jsonl") == 0
+    other = write_lines(tmp_path / "other.jsonl", {"prompt": "Something else"})
+    assert run(other, tmp_path / "a.jsonl") == 1
+    assert "answers another input" in capsys.readouterr().err
+    assert run(other, tmp_path / "a.jsonl", "--overwrite") == 0
+    assert len(records(tmp_path / "a.jsonl")) == 1
+
+
+def test_stop_words_and_ends(questions: Path, tmp_path: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(questions, tmp_path / "a.jsonl") == 0
+    text = records(tmp_path / "a.jsonl")[0]["answer"]
+    assert run(questions, tmp_path / "b.jsonl", "--stop", text[2:4]) == 0
+    first = records(tmp_path / "b.jsonl")[0]
+    assert first["answer"] == text[: text.index(text[2:4])] and first["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "no file"), ("\n\n", "no questions"), (b"\xff\xfe\x00", "not text in UTF-8")]
+)
+def test_inputs_that_are_none(content: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "q.jsonl"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert run(path, tmp_path / "a.jsonl") == 1
+    assert words in capsys.readouterr().err
+
+
+def test_more_processes_than_gpus_are_refused(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert run(questions, tmp_path / "a.jsonl", "--processes", "2") == 1
+    assert "need a GPU each, but torch sees 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_lines(questions: Path, tmp_path: Path, model_path: str) -> None:
+    assert run(questions, tmp_path / "one.jsonl", "--dtype", "float32") == 0
+    arguments = ["batch", str(questions), str(tmp_path / "two.jsonl"), "--max_new_tokens", "6", "--dtype", "float32"]
+    done = subprocess.run(
+        [sys.executable, "-m", "deepseek_vl2.cli", *arguments, "--model", model_path, "--processes", "2"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert records(tmp_path / "two.jsonl") == records(tmp_path / "one.jsonl")
+    assert "Traceback" not in done.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["one.jsonl", "q.jsonl", "two.jsonl"]
