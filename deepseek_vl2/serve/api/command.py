@@ -15,7 +15,7 @@ DESCRIPTION = "Serve a model over HTTP, with OpenAI's chat completions API."
 EXAMPLES = """\
 examples:
   deepseek-vl2 serve deepseek-ai/deepseek-vl2-tiny
-  deepseek-vl2 serve ./deepseek-vl2-small --slots 32 --max-length 8192 --port 9000
+  deepseek-vl2 serve ./deepseek-vl2-small --slots 32 --port 9000
   DEEPSEEK_VL2_API_KEY=secret deepseek-vl2 serve nano --host 0.0.0.0 --allow-image-urls
 """
 KEY_VARIABLE = "DEEPSEEK_VL2_API_KEY"
