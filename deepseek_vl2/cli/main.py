@@ -14,7 +14,7 @@ import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection
 from importlib import import_module
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from deepseek_vl2 import __version__
 from deepseek_vl2.cli.options import is_out_of_memory
@@ -100,11 +100,15 @@ def run_command(name: str, argv: list[str]) -> int:
     A command is a module with ``add_arguments(parser)`` and ``run(args)`` or ``main(args)``, or with ``main(argv)``
     alone, which then reads its own arguments.
     """
-    command, program = COMMANDS[name], f"{PROGRAM} {name}"
+    command = COMMANDS[name]
     try:
-        module = import_module(command.module)
+        return call_command(import_module(command.module), command, f"{PROGRAM} {name}", argv)
     except ModuleNotFoundError as error:
         raise ValueError(missing_module(name, command, error)) from error
+
+
+def call_command(module: Any, command: Command, program: str, argv: list[str]) -> int:
+    """Read a command's arguments and run it."""
     if not hasattr(module, "add_arguments"):
         named = {"prog": program} if "prog" in inspect.signature(module.main).parameters else {}
         return int(module.main(argv, **named) or 0)
