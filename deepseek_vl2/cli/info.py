@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from deepseek_vl2.cli.options import DTYPES, note
+from deepseek_vl2.cli.options import DTYPES, check_reachable, note, whole_number
 
 DESCRIPTION = "Sizes of a model, memory that it needs, devices and versions. No weights are loaded."
 EXAMPLES = """\
@@ -47,7 +47,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("model", nargs="?", help="directory or hub id of a checkpoint (its config alone is downloaded)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights; default: %(default)s")
-    parser.add_argument("--context", type=int, default=4096, help="tokens of prompt and answer; default: 4096")
+    parser.add_argument(
+        "--context", type=whole_number(1), default=4096, help="tokens of prompt and answer; default: 4096"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -58,6 +60,7 @@ def run(args: Namespace) -> int:
     logging.set_verbosity_error()
     facts: dict[str, Any] = {"versions": versions(), "devices": devices()}
     if args.model is not None:
+        check_reachable(args.model)
         facts["model"] = model_facts(args.model, args.dtype, args.context)
     facts["fits"] = what_fits(facts.get("model"), facts["devices"], args.dtype, args.context)
     if args.json:

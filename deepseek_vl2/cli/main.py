@@ -10,10 +10,11 @@ import contextlib
 import inspect
 import os
 import sys
+import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from deepseek_vl2 import __version__
 from deepseek_vl2.cli.options import is_out_of_memory
@@ -76,14 +77,20 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def with_underscores(argv: list[str]) -> list[str]:
-    """Return arguments with options spelled as they are declared: ``--max-new-tokens`` is ``--max_new_tokens``."""
+def as_declared(argv: list[str], declared: Collection[str]) -> list[str]:
+    """Return arguments with options spelled as they are declared: ``--max-new-tokens`` for ``--max_new_tokens``.
+
+    Some commands' options have underscores, as the original's scripts, and some hyphens, as other servers.
+    """
+    spellings = {name.replace("_", "-"): name for name in declared}
     spelled: list[str] = []
     for index, argument in enumerate(argv):
         if argument == "--":
             return spelled + argv[index:]
         name, equals, value = argument.partition("=")
-        spelled.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument)
+        if name.startswith("--") and name not in declared:
+            name = spellings.get(name.replace("_", "-"), name)
+        spelled.append(f"{name}{equals}{value}")
     return spelled
 
 
@@ -93,11 +100,15 @@ def run_command(name: str, argv: list[str]) -> int:
     A command is a module with ``add_arguments(parser)`` and ``run(args)`` or ``main(args)``, or with ``main(argv)``
     alone, which then reads its own arguments.
     """
-    command, program = COMMANDS[name], f"{PROGRAM} {name}"
+    command = COMMANDS[name]
     try:
-        module = import_module(command.module)
+        return call_command(import_module(command.module), command, f"{PROGRAM} {name}", argv)
     except ModuleNotFoundError as error:
         raise ValueError(missing_module(name, command, error)) from error
+
+
+def call_command(module: Any, command: Command, program: str, argv: list[str]) -> int:
+    """Read a command's arguments and run it."""
     if not hasattr(module, "add_arguments"):
         named = {"prog": program} if "prog" in inspect.signature(module.main).parameters else {}
         return int(module.main(argv, **named) or 0)
@@ -108,7 +119,7 @@ def run_command(name: str, argv: list[str]) -> int:
         formatter_class=RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    args = parser.parse_args(with_underscores(argv))
+    args = parser.parse_args(as_declared(argv, parser._option_string_actions))
     args.argv = argv  # batch hands them to its processes
     return int((module.run if hasattr(module, "run") else module.main)(args) or 0)
 
@@ -126,13 +137,28 @@ def first_lines(error: BaseException) -> str:
     return str(error).strip().partition("\n\n")[0] or type(error).__name__
 
 
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a warning that is meant for users as one line, without the place in the program that it came from."""
+    if not issubclass(category, (DeprecationWarning, FutureWarning)):
+        sys.stderr.write(f"Note: {message}\n")
+
+
 def run_guarded(program: str, work: Callable[[], int], show_traceback: bool = False) -> int:
     """Do the work of a program and return its exit code; a user's mistake becomes one line on the error stream."""
     for stream in (sys.stdout, sys.stderr):  # a console that lacks a character shows another, rather than an error
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        return work()
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            return work()
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted.\n")
         return 130

@@ -258,7 +258,7 @@ class DeepseekV2Attention(nn.Module):
         """Attend to the latents; returns [B, T, N, v] and the weights [B, N, T, S]."""
         weight = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)
         into_latent, out_of_latent = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
-        query_latent = torch.matmul(query_nope, into_latent)
+        query_latent = self._through_heads(query_nope, into_latent)
         # All heads share the keys: heads times queries become the rows of one matrix product, and nothing is repeated.
         shape = (self.num_heads, query_rope.shape[2])
         rope_scores = torch.matmul(query_rope.flatten(1, 2), key_rope_B1SP[:, 0].mT)
@@ -267,7 +267,19 @@ class DeepseekV2Attention(nn.Module):
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(query_nope.dtype)
         weights = F.dropout(weights, p=self.attention_dropout, training=self.training)
         mixed = torch.matmul(weights.flatten(1, 2), latent_B1SR[:, 0]).unflatten(1, shape)
-        return torch.matmul(mixed, out_of_latent.mT).transpose(1, 2), weights
+        return self._through_heads(mixed, out_of_latent.mT).transpose(1, 2), weights
+
+    def _through_heads(self, x_BNTD: torch.Tensor, weight_NDE: torch.Tensor) -> torch.Tensor:
+        """Multiply each head by its own matrix, [B, N, T, E].
+
+        PyTorch would copy the matrices for every row of a batch; so the rows of a head become those of one product,
+        but for "eager", which keeps the original's arithmetic.
+        """
+        rows = x_BNTD.shape[0]
+        if rows == 1 or self.config._attn_implementation == "eager":
+            return torch.matmul(x_BNTD, weight_NDE)
+        product_NBTE = torch.bmm(x_BNTD.transpose(0, 1).flatten(1, 2), weight_NDE).unflatten(1, (rows, -1))
+        return product_NBTE.transpose(0, 1)
 
     def attend_expanded(
         self,

@@ -156,8 +156,6 @@ class DeepseekV2PreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     _supports_flex_attn = False
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # As in transformers' own models: steps of the bias would vanish in a narrower dtype.
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -7,6 +7,7 @@ L image tokens of a tile, W image tokens along a tile's side.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -302,6 +303,23 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         weight = self.vision.patch_embed.proj.weight
         device = weight.device if weight.device.type != "meta" else tiles_V3SS.device
         return self.projector(self.vision(tiles_V3SS.to(device=device, dtype=weight.dtype)))
+
+    def arrange_views(self, views_VLH: torch.Tensor, grids: Sequence[TileGrid]) -> torch.Tensor:
+        """Return the embeddings of all image tokens, in order, [tokens, H].
+
+        Args:
+            views_VLH: what `encode_tiles` gave for the images, each image's global view first.
+            grids: the tile grid of each image.
+        """
+        newline, separator = (p.to(views_VLH) for p in (self.image_newline, self.view_seperator))
+        global_first = self.global_view_pos == "head"
+        views_of_images = views_VLH.split([grid.views for grid in grids])
+        return torch.cat(
+            [
+                arrange_images(views[None], grid, newline, separator, global_first)[0]
+                for views, grid in zip(views_of_images, grids, strict=True)
+            ]
+        )
 
     def _image_sequences(self, images: torch.Tensor, grids: list[list[TileGrid]]) -> torch.Tensor:
         """Return the embeddings of all image tokens of a batch, in order, [tokens, H].

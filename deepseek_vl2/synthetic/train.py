@@ -77,9 +77,12 @@ def starting_point(args: Namespace) -> tuple[DeepseekVLV2Processor, DeepseekVLV2
 
 
 def compile_layers(model: DeepseekVLV2ForCausalLM) -> None:
-    """Compile the blocks of the vision tower and the layers of the language model, each kind once for all lengths."""
-    for layer in [*model.vision.blocks, *model.language.model.layers]:
-        layer.compile(dynamic=True)
+    """Compile the blocks of the vision tower and the language model's attention, once for all lengths.
+
+    The mixture of experts stays as it is: each gate reports to an observer of its own, which would compile it anew.
+    """
+    for module in [*model.vision.blocks, *(layer.self_attn for layer in model.language.model.layers)]:
+        module.compile(dynamic=True)
 
 
 def build_trainer(args: Namespace) -> VLTrainer:

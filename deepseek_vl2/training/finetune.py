@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from deepseek_vl2.cli.main import with_underscores
+from deepseek_vl2.cli.main import as_declared
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.utils.io import NANO_NAME, resolve_model_path
 
@@ -369,7 +369,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         0; 1 when something went wrong, 2 when options do not go together, 130 when interrupted.
     """
     parser = build_parser(prog)
-    args = parser.parse_args(with_underscores(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_args(as_declared(sys.argv[1:] if argv is None else argv, parser._option_string_actions))
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # what the libraries plan is not the user's concern
     logging.disable_progress_bar()  # those of loading and saving; the training's own stays

@@ -133,11 +133,12 @@ class RoutingBiasUpdater:
         """Return figures of the last step, means over the layers unless said; reads them from the device.
 
         Returns:
-            ``load_max`` and ``load_min``: load of the busiest and of the idlest expert over the mean load, of the worst
-            layer each; ``load_entropy``: entropy of the loads over that of even ones; ``dead_experts``: the fraction
-            of experts without a token; ``router_logit_max``: the largest magnitude of a logit; ``bias_max``: that of
-            the correction bias, where there is one; ``balance_loss``: the auxiliary loss of a micro-batch, summed over
-            the layers, where there is one. Empty before the first step.
+            ``routed_tokens``: how many tokens the step had, over all processes; ``load_max`` and ``load_min``: load of
+            the busiest and of the idlest expert over the mean load, of the worst layer each; ``load_entropy``: entropy
+            of the loads over that of even ones; ``dead_experts``: the fraction of experts without a token;
+            ``router_logit_max``: the largest magnitude of a logit; ``bias_max``: that of the correction bias, where
+            there is one; ``balance_loss``: the auxiliary loss of a micro-batch, summed over the layers, where there is
+            one. Empty before the first step.
         """
         if not self._finished:
             return {}
@@ -146,6 +147,7 @@ class RoutingBiasUpdater:
         share_ME = load_ME / load_ME.sum(dim=1, keepdim=True).clamp(min=1e-9)
         entropy_M = torch.special.entr(share_ME).sum(dim=1) / math.log(max(2, load_ME.shape[1]))
         figures = {
+            "routed_tokens": load_ME.sum() / sum(gate.top_k for gate in self.gates.values()),
             "load_max": relative_ME.max(),
             "load_min": relative_ME.amin(dim=1).min(),
             "load_entropy": entropy_M.mean(),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from PIL import Image
 
 from deepseek_vl2.cli import images as cli_images
 from deepseek_vl2.cli import main as front
-from deepseek_vl2.cli.main import COMMANDS, main, with_underscores
+from deepseek_vl2.cli.main import COMMANDS, as_declared, main
 from deepseek_vl2.utils import io as package_io
 from deepseek_vl2.utils.demo import write_demo_checkpoint
 
@@ -135,8 +136,9 @@ def test_an_unreachable_hub_is_told_at_once(
     monkeypatch.setattr("deepseek_vl2.cli.options.socket.getaddrinfo", unknown)
     for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
-    assert main(["ask", "x", "--model", "nobody/nothing"]) == 1
-    assert "hub (huggingface.co) cannot be reached" in capsys.readouterr().err
+    for arguments in (["ask", "x", "--model", "nobody/nothing"], ["info", "nobody/nothing"]):
+        assert main(arguments) == 1
+        assert "hub (huggingface.co) cannot be reached" in capsys.readouterr().err
 
 
 def test_errors_of_the_program_itself_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +160,16 @@ def test_interruptions(monkeypatch: pytest.MonkeyPatch, error: BaseException, co
     assert main(["ask", "x"]) == code
 
 
+def test_warnings_are_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def warned(name: str, argv: list[str]) -> int:
+        warnings.warn("The prompt is long.", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(front, "run_command", warned)
+    assert main(["ask", "x"]) == 0
+    assert capsys.readouterr().err == "Note: The prompt is long.\n"
+
+
 def test_a_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="Say what to find"):
         main(["--traceback", "ground", PICTURE])
@@ -169,9 +181,11 @@ def test_a_missing_extra_is_one_helpful_line(
     def missing(name: str) -> None:
         raise ModuleNotFoundError("No module named 'fastapi'", name="fastapi")
 
-    monkeypatch.setattr(front, "import_module", missing)
-    assert main(["serve"]) == 1
-    assert 'pip install "deepseek_vl2[serve]"' in capsys.readouterr().err
+    late = types.SimpleNamespace(main=lambda argv: missing("fastapi"))  # imported when it runs
+    for import_module in (missing, lambda name: late):
+        monkeypatch.setattr(front, "import_module", import_module)
+        assert main(["serve"]) == 1
+        assert 'pip install "deepseek_vl2[serve]"' in capsys.readouterr().err
 
 
 def test_commands_of_other_modules_are_mounted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,9 +202,21 @@ def test_commands_of_other_modules_are_mounted(monkeypatch: pytest.MonkeyPatch) 
     assert seen[1] == (["--rate", "1"], "deepseek-vl2 finetune")
 
 
-def test_options_may_be_spelled_with_hyphens() -> None:
-    spelled = with_underscores(["--max-new-tokens", "-3", "a-b", "--stop-word=x-y", "--", "--as-it-is"])
-    assert spelled == ["--max_new_tokens", "-3", "a-b", "--stop_word=x-y", "--", "--as-it-is"]
+def test_options_may_be_spelled_with_hyphens_or_underscores() -> None:
+    declared = ("--max_new_tokens", "--api-key", "--stop")
+    given = ["--max-new-tokens", "-3", "a-b", "--api_key=x-y", "--api-key", "--stop", "--un-known", "--", "--api_key"]
+    expected = [
+        "--max_new_tokens",
+        "-3",
+        "a-b",
+        "--api-key=x-y",
+        "--api-key",
+        "--stop",
+        "--un-known",
+        "--",
+        "--api_key",
+    ]
+    assert as_declared(given, declared) == expected
 
 
 # ---------------------------------------------------------------- ask

@@ -60,5 +60,5 @@ def test_two_processes_train_as_one(how: str, kind: str, tmp_path: Path) -> None
         assert (got["state"][name] - tensor).norm() <= 1e-3 * change + 1e-6, name
     figures = updater.statistics()
     assert got["figures"].keys() == figures.keys()
-    for name in ("load_max", "load_min", "dead_experts"):
+    for name in ("routed_tokens", "load_max", "load_min", "dead_experts", "balance_loss"):
         assert got["figures"][name] == pytest.approx(figures[name], rel=1e-6)

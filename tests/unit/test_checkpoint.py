@@ -29,7 +29,7 @@ def stored(directory: Path) -> State:
 def released(kind: str, dtype: torch.dtype = torch.float32) -> State:
     """Return the golden checkpoint's tensors, straight from the script that defines it.
 
-    The gate's correction bias stays float32, as in transformers' own models: steps of training vanish in bfloat16.
+    The gate's correction bias stays float32: the steps of its training would vanish in bfloat16.
     """
     exact = "e_score_correction_bias"
     return {n: CHECKPOINTS.tensor(n, s).to(None if exact in n else dtype) for n, s in CHECKPOINTS.shapes(kind).items()}

@@ -49,6 +49,7 @@ def test_the_bias_moves_by_the_rate_towards_even_loads_of_a_whole_step(checkpoin
         moved = gate.e_score_correction_bias - old
         torch.testing.assert_close(moved, RATE * torch.sign(load.mean() - load), rtol=1e-3, atol=1e-7)
     figures = updater.statistics()
+    assert figures["routed_tokens"] == sum(int(inputs["attention_mask"].sum()) for inputs in micro_batches)
     worst = max((load.max() / load.mean()).item() for load in want)
     assert figures["load_max"] == pytest.approx(worst, rel=1e-5)
     assert figures["load_min"] == pytest.approx(min((load.min() / load.mean()).item() for load in want), rel=1e-5)

@@ -1,0 +1,208 @@
+"""The server as an ASGI application."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from deepseek_vl2 import __version__
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+
+from .chat import ChatService, check_api_key
+from .engine import Engine, EngineOptions, end_ids
+from .errors import ApiError, error_response, handle_api_error
+from .grammar import GrammarCompiler
+from .metrics import Metrics
+from .prompts import PromptBuilder
+from .schemas import ChatRequest
+from .settings import Settings
+from .token_bytes import TokenBytes
+
+logger = logging.getLogger(__name__)
+
+ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+def described(text: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a response's entry in the OpenAPI page."""
+    return {"description": text, "content": {"application/json": {"schema": schema}}}
+
+
+def error_entries(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the entries of errors in the OpenAPI page."""
+    return {status: described("An error, in OpenAI's shape.", ERROR_SCHEMA) for status in statuses}
+
+
+def chat_request_entry() -> dict[str, Any]:
+    """Return the request body of chat completions for the OpenAPI page; the server reads the body by itself."""
+    schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answers: one object, or with stream a series of server-sent events.",
+        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
+    },
+    **error_entries(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
+}
+
+
+class Server:
+    """A model with its engine and its application.
+
+    Args:
+        model: the model, in evaluation mode.
+        processor: its processor.
+        settings: what the operator decided.
+        options: the engine's bounds.
+
+    Attributes:
+        app: the ASGI application. Its lifespan starts and stops the engine.
+        engine: the engine.
+    """
+
+    def __init__(
+        self,
+        model: DeepseekVLV2ForCausalLM,
+        processor: DeepseekVLV2Processor,
+        settings: Settings,
+        options: EngineOptions,
+    ) -> None:
+        tokenizer = processor.tokenizer
+        hidden = {*end_ids(model), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+        token_bytes = TokenBytes(tokenizer, sorted(hidden))
+        self.settings = settings
+        self.created = int(time.time())
+        self.engine = Engine(model, token_bytes, options)
+        self.metrics = Metrics(self.engine)
+        builder = PromptBuilder(
+            processor, options.max_length, token_bytes.longest(), settings.images, settings.preparing_threads
+        )
+        compiler = GrammarCompiler(token_bytes, model.config.language_config.vocab_size, end_ids(model))
+        self.chat = ChatService(self.engine, builder, compiler, self.metrics, settings)
+        self.app = self._application()
+
+    def _application(self) -> FastAPI:
+        app = FastAPI(title="DeepSeek-VL2", version=__version__, docs_url=None, redoc_url=None, lifespan=self._lifespan)
+        self._add_middleware(app)
+        self._add_error_handlers(app)
+        self._add_open_routes(app)
+        self._add_guarded_routes(app)
+        self._describe(app)
+        return app
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        self.engine.start()
+        yield
+        self.engine.stop()
+
+    def _add_middleware(self, app: FastAPI) -> None:
+        if self.settings.cors_origins:
+            app.add_middleware(
+                CORSMiddleware,
+                allow_origins=list(self.settings.cors_origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type"],
+            )
+
+    @staticmethod
+    def _add_error_handlers(app: FastAPI) -> None:
+        async def http_error(request: Request, error: Exception) -> JSONResponse:
+            assert isinstance(error, HTTPException)
+            answer = error_response(ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path}"))
+            answer.headers.update(error.headers or {})
+            return answer
+
+        async def unforeseen(request: Request, error: Exception) -> JSONResponse:
+            return error_response(ApiError(500, "The server failed to handle this request."))
+
+        app.add_exception_handler(ApiError, handle_api_error)
+        app.add_exception_handler(HTTPException, http_error)
+        app.add_exception_handler(Exception, unforeseen)
+
+    def _add_open_routes(self, app: FastAPI) -> None:
+        @app.get("/health", responses={200: described("It works.", {"type": "object"}), **error_entries(503)})
+        async def health() -> Response:
+            """Say whether the server can take requests."""
+            if not self.engine.healthy:
+                return error_response(ApiError(503, "The engine does not run."))
+            return JSONResponse({"status": "ok"})
+
+    def _add_guarded_routes(self, app: FastAPI) -> None:
+        def guard(request: Request) -> None:
+            check_api_key(request, self.settings.api_keys)
+
+        guarded: dict[str, Any] = {"dependencies": [Depends(guard)]}
+        models_entry = described("A list of one.", {"type": "object"})
+
+        @app.get("/v1/models", responses={200: models_entry, **error_entries(401)}, **guarded)
+        async def models() -> JSONResponse:
+            """List the one model that is served."""
+            return JSONResponse({"object": "list", "data": [self._card()]})
+
+        @app.get("/v1/models/{name:path}", responses={200: models_entry, **error_entries(401, 404)}, **guarded)
+        async def model(name: str) -> JSONResponse:
+            """Describe the model."""
+            if name != self.settings.model_name:
+                message = f"There is no model {name[:100]!r} here, but {self.settings.model_name!r}."
+                raise ApiError(404, message, "model", "model_not_found")
+            return JSONResponse(self._card())
+
+        metrics_entry = {"description": "Prometheus' text format.", "content": {"text/plain": {}}}
+
+        @app.get("/metrics", responses={200: metrics_entry, **error_entries(401)}, **guarded)
+        async def metrics() -> Response:
+            """Report counts to Prometheus."""
+            return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+        @app.post("/v1/chat/completions", responses=CHAT_RESPONSES, openapi_extra=chat_request_entry(), **guarded)
+        async def chat_completions(request: Request) -> Response:
+            """Answer a conversation."""
+            return await self.chat.serve(request)
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self.settings.model_name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "deepseek-ai",
+            "max_model_len": self.engine.options.max_length,
+        }
+
+    @staticmethod
+    def _describe(app: FastAPI) -> None:
+        """Complete the OpenAPI page by the schemas of the request that the server reads by itself."""
+        page = app.openapi()
+        definitions = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}").get("$defs", {})
+        page.setdefault("components", {}).setdefault("schemas", {}).update(definitions)
+        for path in page["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)  # FastAPI's own validation error, which is never sent
+        app.openapi_schema = page

@@ -1,0 +1,221 @@
+"""The command line of the server: ``deepseek-vl2 serve`` and ``python -m deepseek_vl2.serve.api``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = "Serve a model over HTTP, with OpenAI's chat completions API."
+EXAMPLES = """\
+examples:
+  deepseek-vl2 serve deepseek-ai/deepseek-vl2-tiny
+  deepseek-vl2 serve ./deepseek-vl2-small --slots 32 --port 9000
+  DEEPSEEK_VL2_API_KEY=secret deepseek-vl2 serve nano --host 0.0.0.0 --allow-image-urls
+"""
+KEY_VARIABLE = "DEEPSEEK_VL2_API_KEY"
+NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least one."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def not_negative(text: str) -> int:
+    """Read a whole number of at least zero."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def seconds(text: str) -> float:
+    """Read a time; it must be positive."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a time above 0 seconds")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the server's options to a parser."""
+    parser.description = parser.description or DESCRIPTION
+    parser.epilog = parser.epilog or EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "model", help="'nano' (ships with the package), 'demo' (random weights), a directory, or a hub id"
+    )
+    _add_http_arguments(parser.add_argument_group("where it listens, and to whom"))
+    _add_engine_arguments(parser.add_argument_group("model and batching"))
+    _add_limit_arguments(parser.add_argument_group("limits of a request"))
+
+
+def _add_http_arguments(group: Any) -> None:
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    group.add_argument("--port", type=not_negative, default=8000, help="port (default: %(default)s)")
+    group.add_argument("--served_model_name", metavar="NAME", help="name in requests (default: the model's own)")
+    group.add_argument(
+        "--api_key", action="append", default=[], metavar="KEY",
+        help=f"requests must bear it; may be repeated. Others see a command line: rather set {KEY_VARIABLE}",
+    )  # fmt: skip
+    group.add_argument(
+        "--cors_origin", action="append", default=[], metavar="ORIGIN", help="web pages from there may call; repeatable"
+    )
+    group.add_argument(
+        "--shutdown_seconds", type=seconds, default=120.0, help="time to finish after SIGTERM (default: %(default)g)"
+    )
+    group.add_argument("--log_level", default="info", choices=("debug", "info", "warning", "error"))
+
+
+def _add_engine_arguments(group: Any) -> None:
+    group.add_argument("--device", help="where the model goes (default: a GPU where there is one)")
+    group.add_argument(
+        "--dtype", default="bfloat16", choices=DTYPES, help="dtype of the weights (default: %(default)s)"
+    )
+    group.add_argument("--slots", type=positive, default=16, help="answers written together (default: %(default)s)")
+    group.add_argument(
+        "--max_length", type=positive, default=4096,
+        help="tokens of a prompt and its answer; slots times this many are reserved (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--queue", type=not_negative, default=64, help="requests that may wait for a slot (default: %(default)s)"
+    )
+    group.add_argument(
+        "--prefill_chunk", type=positive, default=512,
+        help="tokens of prompts that run between two tokens of the answers under way (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--tiles_a_step", type=positive, default=4, help="image tiles encoded at once (default: %(default)s)"
+    )
+
+
+def _add_limit_arguments(group: Any) -> None:
+    group.add_argument("--max_choices", type=positive, default=8, help="largest n (default: %(default)s)")
+    group.add_argument("--max_body_mib", type=positive, default=32, help="size of a body (default: %(default)s)")
+    group.add_argument(
+        "--body_seconds", type=seconds, default=30.0, help="time for it to arrive (default: %(default)g)"
+    )
+    group.add_argument(
+        "--request_seconds", type=seconds, default=600.0, help="time of a whole request (default: %(default)g)"
+    )
+    group.add_argument("--max_images", type=positive, default=16, help="images of a request (default: %(default)s)")
+    group.add_argument(
+        "--max_image_mib", type=positive, default=20, help="size of an image file (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max_megapixels", type=positive, default=50, help="of all images of a request (default: %(default)s)"
+    )
+    group.add_argument("--allow_image_urls", action="store_true", help="fetch images from http(s) addresses")
+    group.add_argument(
+        "--allow_private_image_urls", action="store_true",
+        help="also from loopback and private addresses: whoever may ask can then reach your network through the server",
+    )  # fmt: skip
+    group.add_argument(
+        "--image_seconds", type=seconds, default=10.0, help="time for fetching an image (default: %(default)g)"
+    )
+
+
+def check_extra() -> None:
+    """Raise ``ValueError`` when the packages of the extra are not installed."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ValueError(f'The server needs {", ".join(missing)}: pip install "deepseek_vl2[serve]"')
+
+
+def model_name(path: str) -> str:
+    """Return the name that a model is served under: its directory's, or its id on the hub."""
+    return Path(path).resolve().name if Path(path).exists() else path
+
+
+def build_server(args: argparse.Namespace) -> Any:
+    """Load the model and return a `Server`.
+
+    Raises:
+        ValueError, OSError: see `load_pretrained_model`.
+    """
+    import torch
+
+    from deepseek_vl2.serve.api.app import Server
+    from deepseek_vl2.serve.api.engine import EngineOptions
+    from deepseek_vl2.serve.api.settings import MEBI, ImageLimits, Settings
+    from deepseek_vl2.serve.api.slots import cache_bytes
+    from deepseek_vl2.utils.io import load_pretrained_model
+
+    keys = (*args.api_key, *filter(None, [os.environ.get(KEY_VARIABLE)]))
+    images = ImageLimits(
+        max_images=args.max_images,
+        max_bytes=args.max_image_mib * MEBI,
+        max_pixels=args.max_megapixels * 1_000_000,
+        allow_urls=args.allow_image_urls or args.allow_private_image_urls,
+        allow_private=args.allow_private_image_urls,
+        seconds=args.image_seconds,
+    )
+    settings = Settings(
+        model_name=args.served_model_name or model_name(args.model),
+        api_keys=keys,
+        cors_origins=tuple(args.cors_origin),
+        images=images,
+        max_body_bytes=args.max_body_mib * MEBI,
+        body_seconds=args.body_seconds,
+        request_seconds=args.request_seconds,
+        max_choices=args.max_choices,
+        max_requests=2 * (args.slots + args.queue),
+    )
+    options = EngineOptions(args.slots, args.max_length, args.queue, args.prefill_chunk, args.tiles_a_step)
+    try:
+        device = None if args.device is None else torch.device(args.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    dtype = getattr(torch, args.dtype)
+    _, processor, model = load_pretrained_model(args.model, device=device, dtype=dtype)
+    config = model.config.language_config
+    if args.max_length > config.max_position_embeddings:
+        raise ValueError(
+            f"--max-length {args.max_length} exceeds the {config.max_position_embeddings} positions the model knows."
+        )
+    size = cache_bytes(config, args.slots, args.max_length, dtype) / 2**30
+    logging.getLogger(__name__).info(
+        "The cache of %d slots of %d tokens takes %.2f GiB on %s.", args.slots, args.max_length, size, model.device
+    )
+    return Server(model, processor, settings, options)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Serve until a signal comes, then finish what runs; returns the exit code."""
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        check_extra()
+        server = build_server(args)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    import uvicorn
+
+    # uvicorn finishes what runs, and then raises the signal once more, which would end in an error code.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    local = args.host in ("127.0.0.1", "localhost", "::1")
+    if not local and not server.settings.api_keys:
+        logging.getLogger(__name__).warning(
+            "Listening on %s without an API key: whoever reaches the port may use the model. Set %s.",
+            args.host,
+            KEY_VARIABLE,
+        )
+    uvicorn.run(
+        server.app,
+        host=args.host,
+        port=args.port,
+        log_level=args.log_level,
+        timeout_graceful_shutdown=int(max(1, args.shutdown_seconds)),
+        server_header=False,
+    )
+    return 0

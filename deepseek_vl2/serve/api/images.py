@@ -1,0 +1,110 @@
+"""Images of a request: from URL to picture, within limits."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+
+from PIL import Image, UnidentifiedImageError
+
+from deepseek_vl2.models.image_loading import load_image
+
+from .download import DownloadError, download
+from .errors import ApiError
+from .settings import ImageLimits
+
+# Formats that Pillow decodes by itself; for others it may start programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+
+
+def image_error(place: str, message: str) -> ApiError:
+    """Return the error for an image; ``place`` is the field that holds it."""
+    return ApiError(400, message, place, "invalid_image")
+
+
+def decode_data_url(url: str, place: str, limits: ImageLimits) -> bytes:
+    """Return the bytes of a ``data:`` URL.
+
+    Raises:
+        ApiError: it is not base64, is empty or too large.
+    """
+    header, comma, payload = url.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise image_error(place, "A data URL must look like data:image/png;base64,... with the image in base64.")
+    if len(payload) > (limits.max_bytes + 2) // 3 * 4 + 4:
+        raise image_error(place, f"The image has more than the {limits.max_bytes:,} bytes allowed.")
+    try:
+        data = base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise image_error(place, f"The data URL is not valid base64: {error}.") from error
+    if not data:
+        raise image_error(place, "The data URL holds no image.")
+    return data
+
+
+async def read_image_file(url: str, place: str, limits: ImageLimits) -> bytes:
+    """Return the file that a URL of a request means.
+
+    Raises:
+        ApiError: the URL is of a kind that is not allowed, or its image cannot be had.
+    """
+    scheme = url[:8].partition(":")[0].lower()
+    if scheme == "data":
+        return decode_data_url(url, place, limits)
+    if scheme not in ("http", "https"):
+        raise image_error(place, "An image must be a data URL (data:image/png;base64,...) or an http(s) address.")
+    if not limits.allow_urls:
+        raise image_error(
+            place, "This server fetches no images: send a data URL, or start the server with --allow-image-urls."
+        )
+    try:
+        return await download(url, limits)
+    except DownloadError as error:
+        raise image_error(place, str(error)) from error
+
+
+def decode_images(files: list[tuple[str, bytes]], limits: ImageLimits) -> list[Image.Image]:
+    """Decode the images of a request as RGB, turned upright.
+
+    Args:
+        files: for each image, the field that holds it and the file.
+        limits: what is allowed.
+
+    Raises:
+        ApiError: a file is not an image or damaged, or there are too many pixels, which is seen before they are
+            decoded.
+    """
+    opened, pixels = [], 0
+    for place, data in files:
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise image_error(place, f"This is not an image of a known format ({', '.join(FORMATS)}).") from error
+        except Image.DecompressionBombError as error:
+            raise image_error(place, f"The image has too many pixels: {error}") from error
+        except Exception as error:  # Pillow's readers raise all kinds of errors for damaged headers
+            raise image_error(place, f"The image is damaged: {error}") from error
+        pixels += image.width * image.height
+        if pixels > limits.max_pixels:
+            raise image_error(
+                place,
+                f"The image has {image.width}x{image.height} pixels; all images of a request together may have "
+                f"{limits.max_pixels:,}.",
+            )
+        opened.append((place, image))
+    return [decode_image(place, image, limits) for place, image in opened]
+
+
+def decode_image(place: str, image: Image.Image, limits: ImageLimits) -> Image.Image:
+    """Decode one opened image.
+
+    Raises:
+        ApiError: it is damaged.
+    """
+    try:
+        return load_image(image, limits.max_pixels)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise all kinds of errors for damaged files
+        raise image_error(place, f"The image is damaged: {error}") from error

@@ -1,0 +1,59 @@
+"""What an operator of the server decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+MEBI = 1 << 20
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What images a request may bring.
+
+    Attributes:
+        max_images: images of a request.
+        max_bytes: size of an image's file.
+        max_pixels: pixels of all images of a request together, before any of them is decoded.
+        allow_urls: fetch http and https addresses.
+        allow_private: fetch from loopback, private and link-local addresses too.
+        max_redirects: redirects followed for an image.
+        seconds: time for fetching one image, redirects included.
+    """
+
+    max_images: int = 16
+    max_bytes: int = 20 * MEBI
+    max_pixels: int = 50_000_000
+    allow_urls: bool = False
+    allow_private: bool = False
+    max_redirects: int = 3
+    seconds: float = 10.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator decides of the HTTP side; the engine's bounds are in `EngineOptions`.
+
+    Attributes:
+        model_name: the name that requests give under ``model``.
+        api_keys: requests must bear one of these; none: open to everyone who can reach the port.
+        cors_origins: web pages that may call the server from a browser.
+        images: limits of images.
+        max_body_bytes: size of a request's body.
+        body_seconds: time for a body to arrive.
+        request_seconds: time for a request, from its first byte to its last; ``None``: no limit.
+        max_choices: largest ``n``.
+        max_requests: chat requests in hand at the same time, whatever they are doing.
+        preparing_threads: requests whose images are decoded and whose text is tokenized at the same time.
+    """
+
+    model_name: str
+    api_keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    images: ImageLimits = field(default_factory=ImageLimits)
+    max_body_bytes: int = 32 * MEBI
+    body_seconds: float = 30.0
+    request_seconds: float | None = 600.0
+    max_choices: int = 8
+    max_requests: int = 128
+    preparing_threads: int = 2
