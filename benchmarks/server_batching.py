@@ -147,9 +147,7 @@ def measure(server: ServerProcess, clients: int, tokens: int) -> Result:
     end, end_cpu = time.perf_counter(), server.cpu_seconds()
     same = sum(a == b for a, b in zip(alone, together, strict=True))
     total = clients * tokens
-    return Result(
-        total / (middle - start), total / (end - middle), middle_cpu - start_cpu, end_cpu - middle_cpu, same
-    )
+    return Result(total / (middle - start), total / (end - middle), middle_cpu - start_cpu, end_cpu - middle_cpu, same)
 
 
 def report(name: str, args: argparse.Namespace, results: list[Result]) -> str:
