@@ -1,9 +1,9 @@
 """Ask a checkpoint the held-out questions of the synthetic suite: a table, a picture sheet and all answers.
 
 Examples:
-    python -m deepseek_vl2.synthetic.evaluate
-    python -m deepseek_vl2.synthetic.evaluate --model CHECKPOINT --number 500 --dtype float32 --output results
-    python -m deepseek_vl2.synthetic.evaluate --tasks locate read --number 50
+    deepseek-vl2 evaluate
+    deepseek-vl2 evaluate --model CHECKPOINT --number 500 --dtype float32 --output results
+    deepseek-vl2 evaluate --tasks locate read --number 50
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .suite import UNTILED, TaskResult, run_task, table
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
+def parse_args(argv: list[str] | None = None, prog: str | None = None) -> Namespace:
     """Read the command line."""
-    parser = ArgumentParser(prog="evaluate", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog=prog, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano", help="nano, a checkpoint's directory or a hub id (default: nano)")
     parser.add_argument("--tasks", nargs="+", choices=[*TASKS, *UNTILED], help="which tasks (default: all)")
     parser.add_argument("--number", type=int, default=200, help="questions of each task (default: 200)")
@@ -71,9 +71,9 @@ def run(args: Namespace) -> list[TaskResult]:
     return results
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run the command; the exit code is 1 for a user's mistake."""
-    args = parse_args(argv)
+    args = parse_args(argv, prog)
     try:
         run(args)
     except (ValueError, OSError, ImportError) as error:
