@@ -8,7 +8,7 @@ import random
 import pytest
 import server_support  # noqa: F401  (skips where the extra is missing)
 
-from deepseek_vl2.cli.main import with_underscores
+from deepseek_vl2.cli.main import as_declared
 from deepseek_vl2.models import DeepseekVLV2Processor
 from deepseek_vl2.serve.api import command
 from deepseek_vl2.serve.api.text import AnswerText
@@ -90,7 +90,7 @@ def test_the_longest_token(table: TokenBytes) -> None:
 def parse(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="serve")
     command.add_arguments(parser)
-    return parser.parse_args(with_underscores(["demo", *words]))
+    return parser.parse_args(as_declared(["demo", *words], parser._option_string_actions))
 
 
 def test_options_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
