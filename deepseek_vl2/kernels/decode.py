@@ -207,11 +207,12 @@ def attend_multihead(weights: Attention, buffers: Buffers, cache: Cache, mixed: 
     rows, heads, size = buffers.rows, weights.heads, weights.size
     projected = buffers.take("projected", rows, (heads + 2 * weights.key_heads) * size)
     query = buffers.take("query", rows, heads, size)
-    multihead.rotate_and_write(projected, buffers.cos, buffers.sin, buffers.positions, query, *cache)
+    keys, values = cache
+    multihead.rotate_and_write(projected, buffers.cos, buffers.sin, buffers.positions, query, keys, values)
     splits = splits_of(rows, heads)
     partial = buffers.take("partial", rows, splits, heads, size, dtype=torch.float32)
     share = buffers.take("share", rows, splits, heads, dtype=torch.float32)
-    multihead.attend_splits(query, *cache, buffers.positions, weights.scaling, partial, share)
+    multihead.attend_splits(query, keys, values, buffers.positions, weights.scaling, partial, share)
     latent.join_splits(partial, share, buffers.positions, mixed, keys_a_step=multihead.KEYS_A_STEP)
 
 
@@ -302,7 +303,9 @@ def decode_step(weights: Weights, buffers: Buffers) -> None:
             feed_one_row(layer, buffers)
             continue
         last = index + 1 == len(layers)
-        next_norm, next_eps = (weights.norm, weights.eps) if last else (layers[index + 1].input_norm, layers[index + 1].eps)
+        next_norm, next_eps = (
+            (weights.norm, weights.eps) if last else (layers[index + 1].input_norm, layers[index + 1].eps)
+        )
         feed_few_rows(layer, buffers, next_norm, next_eps)
     predict(weights, buffers)
     buffers.positions.add_(1)

@@ -391,9 +391,7 @@ def _few_rows_inner_kernel(
         if routed:
             expert = (program - shared_blocks) // blocks
             block = (program - shared_blocks) % blocks
-            row, slot, count = rows_of_expert(
-                ids_ptr, expert, row_block, rows, CHOSEN, CHOSEN_PAD, ROWS_PAD, BLOCK_B
-            )
+            row, slot, count = rows_of_expert(ids_ptr, expert, row_block, rows, CHOSEN, CHOSEN_PAD, ROWS_PAD, BLOCK_B)
             place = row * CHOSEN + slot
             gate_ptr = gate_up_ptr + expert.to(tl.int64) * (2 * I * H)
             up_ptr = gate_ptr + I * H
@@ -458,9 +456,7 @@ def _few_rows_down_kernel(
     if CHOSEN > 0:
         if routed:
             expert = (program - shared_blocks) // blocks
-            row, slot, count = rows_of_expert(
-                ids_ptr, expert, row_block, rows, CHOSEN, CHOSEN_PAD, ROWS_PAD, BLOCK_B
-            )
+            row, slot, count = rows_of_expert(ids_ptr, expert, row_block, rows, CHOSEN, CHOSEN_PAD, ROWS_PAD, BLOCK_B)
             place = row * CHOSEN + slot
             in_ptr = routed_inner_ptr
             matrix = down_ptr + expert.to(tl.int64) * (H * I)

@@ -158,7 +158,9 @@ def one_row_linear(
 
 
 @triton.jit(do_not_specialize=["N"])
-def _best_kernel(best_ptr: tl.tensor, best_id_ptr: tl.tensor, out_ptr: tl.tensor, N: tl.tensor, BLOCK: tl.constexpr) -> None:
+def _best_kernel(
+    best_ptr: tl.tensor, best_id_ptr: tl.tensor, out_ptr: tl.tensor, N: tl.tensor, BLOCK: tl.constexpr
+) -> None:
     index = tl.arange(0, BLOCK)
     value = tl.full([BLOCK], float("-inf"), tl.float32)
     winner = tl.full([BLOCK], 2147483647, tl.int32)

@@ -209,7 +209,7 @@ def why_not_call(call: SampleCall) -> str | None:
         return f"more than {MAX_ROWS} rows"
     if getattr(call.stopping_criteria, "max_length", None) is None:
         return "there is no maximum length"
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     if type(cache) is not DynamicCache or any(type(x) not in (DynamicLayer, GrowingLayer) for x in cache.layers):
         return f"the cache is a {type(cache).__name__} of a kind of its own"
     return why_not_positions(kwargs)
@@ -226,9 +226,9 @@ def why_not_positions(kwargs: dict[str, Any]) -> str | None:
         return "the positions are not [rows, tokens]"
     length = positions.shape[1]
     if mask is None:
-        return None if kwargs["past_key_values"].get_seq_length() == 0 and bool(
-            (positions == torch.arange(length, device=positions.device)).all()
-        ) else "positions were given"  # fmt: skip
+        counted = torch.arange(length, device=positions.device)
+        whole = kwargs["past_key_values"].get_seq_length() == 0 and bool((positions == counted).all())
+        return None if whole else "positions were given"
     usual = (mask.long().cumsum(-1) - 1)[:, -length:]
     real = mask.bool()[:, -length:]
     same = usual.shape == real.shape == positions.shape and bool(((positions == usual) | ~real).all())
@@ -286,7 +286,7 @@ class Answers:
 
 
 def pick(scores_BV: torch.Tensor, do_sample: bool) -> torch.Tensor:
-    """Return the likeliest ids, [B], or ids drawn as ``torch.multinomial`` draws them, without its check on the host."""
+    """Return the likeliest ids, [B], or ids drawn as ``torch.multinomial`` draws them, without its wait."""
     if not do_sample:
         return scores_BV.argmax(dim=-1)
     chances = scores_BV.softmax(dim=-1)

@@ -49,7 +49,7 @@ def _why_not_module(name: str, module: nn.Module) -> str | None:
         return f"{name} has a bias"
     if isinstance(module, DeepseekV2MLP | DeepseekV2Experts) and "silu" not in type(module.act_fn).__name__.lower():
         return f"{name} has another activation than SiLU"
-    if isinstance(module, DeepseekV2Experts) and EXPERTS_IMPLEMENTATION != _experts_implementation(module):
+    if isinstance(module, DeepseekV2Experts) and _experts_implementation(module) != EXPERTS_IMPLEMENTATION:
         return f"another experts implementation was chosen: {_experts_implementation(module)}"
     return None
 
@@ -79,9 +79,9 @@ def _why_not_shape(layer: Any) -> str | None:
             return "queries have a low rank (q_lora_rank)"
         if attention.kv_lora_rank > MAX_RANK:
             return f"kv_lora_rank is over {MAX_RANK}"
-        sizes = (attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.v_head_dim)
+        sizes = [attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.v_head_dim]
     else:
-        sizes = (attention.head_dim,)
+        sizes = [attention.head_dim]
     if max(sizes) > MAX_HEAD:
         return f"heads are wider than {MAX_HEAD}"
     if isinstance(mlp, DeepseekV2MoE) and (mlp.gate.n_routed_experts > MAX_EXPERTS or mlp.gate.top_k > MAX_CHOSEN):
@@ -169,19 +169,19 @@ def read_layer(module: Any) -> Layer:
 @torch.no_grad()
 def read_weights(language: DeepseekV2ForCausalLM) -> Weights:
     """Return a model's weights as the kernels take them; the tensors are the model's own."""
-    model = language.model
+    model, head = language.model, language.get_parameter("lm_head.weight")
     return Weights(
         embedding=model.embed_tokens.weight.detach(),
         layers=tuple(read_layer(layer) for layer in model.layers),
         norm=model.norm.weight,
         eps=model.norm.variance_epsilon,
-        head=language.lm_head.weight,
+        head=head,
     )
 
 
 @torch.no_grad()
 def rotary_tables(language: DeepseekV2ForCausalLM, room: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cosines and sines, [room, rotated], as the model computes them."""
-    weight = language.lm_head.weight
+    weight = language.get_parameter("lm_head.weight")
     cos, sin = language.model.rotary_emb(torch.arange(room, device=weight.device)[None], weight.dtype)
     return cos[0], sin[0]

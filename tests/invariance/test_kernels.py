@@ -126,9 +126,7 @@ def test_finish_layer(dtype: torch.dtype, chosen: int, shared: bool, width: int)
     none = torch.zeros_like(residual)
     if routed is None or weights is None:
         routed, weights = none[:, None], torch.ones(rows, 1, device=DEVICE)
-    plain = norm.finish_layer_plain(
-        residual, routed, weights, none if common is None else common, weight, 1e-6
-    )
+    plain = norm.finish_layer_plain(residual, routed, weights, none if common is None else common, weight, 1e-6)
     check(out, plain[0], dtype)
     check(normed, plain[1], dtype)
 
@@ -170,7 +168,9 @@ def test_route(dtype: torch.dtype, rule: GateRule, width: int) -> None:
 def test_ties_go_to_the_first_expert() -> None:
     rule = GateRule(8, 3)
     weights, ids = poisoned(1, 3), torch.full((1, 3), -1, device=DEVICE, dtype=torch.int32)
-    gate.route(draw(1, 64), draw(64), 1e-6, torch.zeros(8, 64, device=DEVICE), None, rule, poisoned(1, 64), ids, weights)
+    gate.route(
+        draw(1, 64), draw(64), 1e-6, torch.zeros(8, 64, device=DEVICE), None, rule, poisoned(1, 64), ids, weights
+    )
     assert ids.tolist() == [[0, 1, 2]]
     assert torch.allclose(weights, torch.full_like(weights, 1 / 8))
 
@@ -178,9 +178,7 @@ def test_ties_go_to_the_first_expert() -> None:
 # ---------------------------------------------------------------- experts
 
 
-def layer(
-    width: int, experts_: int, inner: int, shared: int, dtype: torch.dtype
-) -> experts.ExpertWeights:
+def layer(width: int, experts_: int, inner: int, shared: int, dtype: torch.dtype) -> experts.ExpertWeights:
     def matrix(*shape: int) -> torch.Tensor:
         return draw(*shape, dtype=dtype, scale=shape[-1] ** -0.5)
 
@@ -242,9 +240,7 @@ def test_experts_of_one_row(dtype: torch.dtype, width: int, count: int, inner: i
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("width", "count", "inner", "shared"), SHAPES)
-def test_experts_of_few_rows(
-    dtype: torch.dtype, rows: int, width: int, count: int, inner: int, shared: int
-) -> None:
+def test_experts_of_few_rows(dtype: torch.dtype, rows: int, width: int, count: int, inner: int, shared: int) -> None:
     weights, chosen = layer(width, count, inner, shared, dtype), 3 if count else 0
     x = draw(rows, width, dtype=dtype)
     ids = random_ids(rows, count, chosen) if count else None
@@ -314,9 +310,7 @@ def test_latent_prepare(
 @pytest.mark.parametrize("rows", sorted(POSITIONS))
 @pytest.mark.parametrize("splits", [1, 2, 7, 32])
 @pytest.mark.parametrize(("heads", "rank", "rotated"), [(4, 32, 8), (18, 80, 16)])
-def test_latent_attention(
-    dtype: torch.dtype, rows: int, splits: int, heads: int, rank: int, rotated: int
-) -> None:
+def test_latent_attention(dtype: torch.dtype, rows: int, splits: int, heads: int, rank: int, rotated: int) -> None:
     room, unrotated, value = 96, 8, 24
     query = draw(rows, heads, rank + rotated, dtype=dtype)
     cache = draw(rows, room, rank + rotated, dtype=dtype)
@@ -339,9 +333,7 @@ def test_latent_attention(
 @pytest.mark.parametrize("rows", sorted(POSITIONS))
 @pytest.mark.parametrize("splits", [1, 3, 16])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 4, 16), (6, 2, 40)])
-def test_multihead_attention(
-    dtype: torch.dtype, rows: int, splits: int, heads: int, key_heads: int, size: int
-) -> None:
+def test_multihead_attention(dtype: torch.dtype, rows: int, splits: int, heads: int, key_heads: int, size: int) -> None:
     room = 96
     projected = draw(rows, (heads + 2 * key_heads) * size, dtype=dtype)
     positions = torch.tensor(POSITIONS[rows], device=DEVICE).int()
