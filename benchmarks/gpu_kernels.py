@@ -13,7 +13,7 @@ from deepseek_vl2.kernels import experts, gate, latent, linear, multihead, norm
 from deepseek_vl2.kernels.decode import Layer, Weights, splits_of
 from deepseek_vl2.kernels.experts import ExpertWeights
 
-TOLERANCE = 8e-3  # results are rounded to bfloat16, some twice
+TOLERANCE = 1.2e-2  # bfloat16: half a step is 2^-9, and a chain of kernels rounds some five times
 POSITION = 1450
 
 Check = tuple[str, Callable[[], float]]

@@ -1,8 +1,7 @@
-"""``generate`` with the kernels gives what it gives without them: on a GPU, or on a CPU through Triton's interpreter."""
+"""``generate`` with the kernels gives what it gives without them; without a GPU, in Triton's interpreter."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -68,14 +67,17 @@ def both(model: Any, fast: Fast, inputs: dict[str, Any], **settings: Any) -> tup
 
 
 @pytest.mark.parametrize("kind", ["tiny", "small", "base"])
-@pytest.mark.parametrize("rows", [([4, (1, 1), 3],), ([5, (2, 1), 3], [7])])
+@pytest.mark.parametrize("rows", [([5, (2, 1), 3], [7]), pytest.param(([4, (1, 1), 3],), marks=pytest.mark.slow)])
 def test_greedy_tokens_agree(models: Any, fast: Fast, kind: str, rows: Any) -> None:
     plain, quick = both(models[kind], fast, inputs_of(*rows), **{**GREEDY, "max_new_tokens": 5})
     assert fast.taken == 1
     assert torch.equal(plain, quick)
 
 
-@pytest.mark.parametrize("settings", [{"top_k": 5}, {"top_p": 0.8, "temperature": 0.7}, {"repetition_penalty": 1.3}])
+SLOW_SETTING = pytest.param({"repetition_penalty": 1.3, "temperature": 0.7}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.8, "top_k": 5}, SLOW_SETTING])
 def test_sampling_draws_the_same(models: Any, fast: Fast, settings: dict[str, Any]) -> None:
     inputs = inputs_of([9], [6])
     plain, quick = both(models["small"], fast, inputs, do_sample=True, eos_token_id=None, max_new_tokens=4, **settings)
@@ -136,6 +138,7 @@ def test_criteria_and_processors_of_any_kind(models: Any, fast: Fast) -> None:
     assert torch.equal(plain, quick)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tiny", "small"])
 def test_a_long_answer_moves_to_more_room(models: Any, fast: Fast, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "LEAST_ROOM", 8)
@@ -148,15 +151,18 @@ def test_a_long_answer_moves_to_more_room(models: Any, fast: Fast, kind: str, mo
     assert models[kind].language not in runtime.ENGINES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tiny", "small"])
-def test_the_callers_cache_goes_on(models: Any, fast: Fast, kind: str) -> None:
-    model, inputs = models[kind], inputs_of([5], [8])
-    caches = [new_cache(model.language.config) for _ in range(2)]
-    ids = [
-        both(model, fast, {**inputs, "past_key_values": cache}, **{**GREEDY, "max_new_tokens": 4})[step]
-        for step, cache in enumerate([copy.deepcopy(caches[0]), caches[1]])
-    ]
-    assert torch.equal(ids[0], ids[1])
+def test_a_prompt_prefilled_before(models: Any, fast: Fast, kind: str) -> None:
+    model, inputs = models[kind], inputs_of([4, (1, 1), 3], [6])
+    samplers, answers = generation.FAST_SAMPLERS, []
+    for chosen in ([], samplers):
+        generation.FAST_SAMPLERS = chosen
+        embeds, cache = model.incremental_prefilling(**inputs, chunk_size=9)
+        given = {**inputs, "inputs_embeds": embeds, "past_key_values": cache}
+        answers.append(model.generate(**given, **{**GREEDY, "max_new_tokens": 3}))
+    assert fast.taken == 1
+    assert torch.equal(*answers)
 
 
 def test_the_callers_cache_holds_the_answer(models: Any, fast: Fast) -> None:

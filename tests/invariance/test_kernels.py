@@ -9,6 +9,8 @@ where a GPU rounds it: twice the error, and all in one direction.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -22,7 +24,11 @@ ON_GPU = DEVICE.type == "cuda"
 # Half precisions differ in rounding alone: the slow interpreter sees one of them, a GPU all.
 DTYPES = [torch.float32, torch.bfloat16, *([torch.float16] if ON_GPU else [])]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3 if ON_GPU else 1.6e-2}
-ROWS = [2, 16, 33, *([5, 64] if ON_GPU else [])]
+ROWS = [2, 16, pytest.param(33, marks=pytest.mark.slow), *([5, 64] if ON_GPU else [])]
+
+
+def slow(*values: int) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
@@ -200,7 +206,7 @@ def random_ids(rows: int, experts_: int, chosen: int) -> torch.Tensor:
     return torch.rand(rows, experts_, device=DEVICE).argsort(dim=1)[:, :chosen].int()
 
 
-SHAPES = [(64, 8, 32, 64), (64, 0, 0, 96), (48, 5, 40, 0), (320, 12, 24, 72)]
+SHAPES = [(64, 8, 32, 64), slow(64, 0, 0, 96), (48, 5, 40, 0), slow(320, 12, 24, 72)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -308,8 +314,8 @@ def test_latent_prepare(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", sorted(POSITIONS))
-@pytest.mark.parametrize("splits", [1, 2, 7, 32])
-@pytest.mark.parametrize(("heads", "rank", "rotated"), [(4, 32, 8), (18, 80, 16)])
+@pytest.mark.parametrize("splits", [1, slow(2), 7])
+@pytest.mark.parametrize(("heads", "rank", "rotated"), [(4, 32, 8), slow(18, 80, 16)])
 def test_latent_attention(dtype: torch.dtype, rows: int, splits: int, heads: int, rank: int, rotated: int) -> None:
     room, unrotated, value = 96, 8, 24
     query = draw(rows, heads, rank + rotated, dtype=dtype)
@@ -331,7 +337,7 @@ def test_latent_attention(dtype: torch.dtype, rows: int, splits: int, heads: int
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", sorted(POSITIONS))
-@pytest.mark.parametrize("splits", [1, 3, 16])
+@pytest.mark.parametrize("splits", [1, 3, slow(16)])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 4, 16), (6, 2, 40)])
 def test_multihead_attention(dtype: torch.dtype, rows: int, splits: int, heads: int, key_heads: int, size: int) -> None:
     room = 96
