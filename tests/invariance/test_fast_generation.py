@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 from support import GREEDY, mini_inputs, mini_model
-from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 pytest.importorskip("triton")
@@ -110,6 +117,20 @@ def test_rows_end_at_their_end_token(models: Any, fast: Fast) -> None:
     got = model.generate(**alone, **settings, streamer=streamer)
     assert streamer.ended and streamer.tokens == got[0].tolist()
     assert fast.taken == 3
+
+
+def test_a_row_that_ended_is_padded() -> None:
+    criteria = StoppingCriteriaList([EosTokenCriteria(5)])
+    config = GenerationConfig()
+    config._pad_token_tensor = torch.tensor(1)
+    call = generation.SampleCall(None, torch.zeros(2, 0), [], criteria, config, False, None, {})
+    answers = runtime.Answers(call, DEVICE, rows=2)
+    ended = []
+    for line in ([5, 9], [7, 9], [8, 5]):
+        answers.send(torch.tensor(line, device=DEVICE))
+        ended.append(answers.receive())
+    assert answers.lines == [[5, 9], [1, 9], [1, 5]]
+    assert ended == [False, False, True]
 
 
 class EndAfter(StoppingCriteria):
