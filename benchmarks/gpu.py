@@ -389,9 +389,8 @@ class Bench:
         model = model.to_empty(device=self.device).eval()
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
-        for module in model.modules():
-            if type(module).__name__.endswith("RotaryEmbedding"):  # its buffers were made on no device
-                module.__init__(config=config, device=self.device)
+        # Buffers of the rotary embedding were made on no device.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config).to(self.device)
         ids = torch.randint(3, 1000, (1, CONTEXT), device=self.device)
         first = statistics.median(self.wall(lambda: model(ids, logits_to_keep=1)) for _ in range(3))
         cache = model(ids, logits_to_keep=1, use_cache=True).past_key_values
