@@ -61,7 +61,7 @@ class KernelChecks:
         """Check that the likeliest of one row is found; 0 or 1."""
         head = self.weights.head
         x, out = self.draw(self.hidden), self.poisoned(head.shape[0], dtype=torch.float32)
-        programs = -(-head.shape[0] // linear.one_row_blocks(self.hidden)[0])
+        programs = -(-head.shape[0] // linear.one_row_blocks(self.hidden)["BLOCK_N"])
         best = (
             self.poisoned(programs, dtype=torch.float32),
             torch.zeros(programs, dtype=torch.int32, device=self.device),
@@ -162,7 +162,7 @@ class KernelChecks:
         if rows == 1:
             logits = self.poisoned(rule.experts, dtype=torch.float32)
             hidden = self.poisoned(rule.chosen * inner + common)
-            linear.one_row_linear(x[0], [layer.gate], logits, layer.post_norm, layer.eps, block_rows=2)
+            linear.one_row_linear(x[0], [layer.gate], logits, layer.post_norm, layer.eps, BLOCK_N=2)
             experts.one_row_inner(
                 x[0], layer.post_norm, layer.eps, layer.experts, hidden, rule, logits, layer.bias, ids[0], shares[0]
             )

@@ -242,7 +242,7 @@ def feed_one_row(layer: Layer, buffers: Buffers) -> None:
     logits = buffers.take("gate", rule.experts, dtype=torch.float32)
     ids = buffers.take(f"ids {id(layer)}", 1, chosen, dtype=torch.int32)
     shares = buffers.take("shares", 1, chosen, dtype=torch.float32)
-    linear.one_row_linear(hidden, [layer.gate], logits, layer.post_norm, layer.eps, block_rows=2)
+    linear.one_row_linear(hidden, [layer.gate], logits, layer.post_norm, layer.eps, BLOCK_N=2)
     experts.one_row_inner(
         hidden, layer.post_norm, layer.eps, weights, inner, rule, logits, layer.bias, ids[0], shares[0]
     )
@@ -276,7 +276,7 @@ def predict(weights: Weights, buffers: Buffers) -> None:
         linear.few_rows_linear(buffers.normed, [weights.head], buffers.logits, rounded=True)
         torch.argmax(buffers.logits, dim=-1, out=buffers.tokens)
         return
-    block, _, _ = linear.one_row_blocks(weights.head.shape[1])
+    block = linear.one_row_blocks(weights.head.shape[1])["BLOCK_N"]
     programs = triton.cdiv(weights.head.shape[0], block)
     best = (
         buffers.take("best", programs, dtype=torch.float32),

@@ -194,6 +194,7 @@ def one_row_inner(
     bias_E: torch.Tensor | None = None,
     ids_K: torch.Tensor | None = None,
     weights_K: torch.Tensor | None = None,
+    **blocks: int,
 ) -> None:
     """Norm one row, choose its experts from their logits, and write silu(gate) * up of all of them.
 
@@ -208,13 +209,15 @@ def one_row_inner(
         bias_E: what a corrected choice adds to the scores.
         ids_K: written, int32.
         weights_K: written, float32.
+        blocks: block sizes instead of the usual ones.
     """
     check_rows(x_H, norm_H, inner_N)
     weights.check()
     constants = (rule or GateRule(0, 0)).constants()
-    hidden, block_n, some = x_H.shape[-1], 4, weights.any
-    routed_blocks = constants["CHOSEN"] * triton.cdiv(weights.inner, block_n)
-    _one_row_inner_kernel[(triton.cdiv(weights.shared_inner, block_n) + routed_blocks,)](
+    hidden, some = x_H.shape[-1], weights.any
+    sizes = {"BLOCK_N": 4, "BLOCK_H": min(power_of_two(hidden, 16), 512), "num_warps": 4, **blocks}
+    routed_blocks = constants["CHOSEN"] * triton.cdiv(weights.inner, sizes["BLOCK_N"])
+    _one_row_inner_kernel[(triton.cdiv(weights.shared_inner, sizes["BLOCK_N"]) + routed_blocks,)](
         x_H,
         norm_H,
         inner_N if logits_E is None else logits_E,
@@ -230,10 +233,8 @@ def one_row_inner(
         H=hidden,
         I=weights.inner,
         S=weights.shared_inner,
-        BLOCK_N=block_n,
-        BLOCK_H=min(power_of_two(hidden, 16), 512),
         **constants,
-        num_warps=4,
+        **sizes,
     )
 
 
@@ -286,6 +287,7 @@ def one_row_down(
     out_H: torch.Tensor,
     ids_K: torch.Tensor | None = None,
     weights_K: torch.Tensor | None = None,
+    **blocks: int,
 ) -> None:
     """Write residual + weighted sum of one row's experts + its shared experts, all summed in float32.
 
@@ -296,11 +298,14 @@ def one_row_down(
         out_H: may be the residual itself.
         ids_K: the experts chosen, int32; with routed experts only.
         weights_K: their weights, float32.
+        blocks: block sizes instead of the usual ones.
     """
     check_rows(inner_N, residual_H, out_H)
     weights.check()
-    hidden, some, block_h = out_H.shape[-1], weights.any, 4
-    _one_row_down_kernel[(triton.cdiv(hidden, block_h),)](
+    hidden, some = out_H.shape[-1], weights.any
+    widest = power_of_two(max(weights.inner, weights.shared_inner), 16)
+    sizes = {"BLOCK_H": 4, "BLOCK_I": min(widest, 512), "num_warps": 4, **blocks}
+    _one_row_down_kernel[(triton.cdiv(hidden, sizes["BLOCK_H"]),)](
         inner_N,
         inner_N if ids_K is None else ids_K,
         inner_N if weights_K is None else weights_K,
@@ -312,9 +317,7 @@ def one_row_down(
         I=weights.inner,
         S=weights.shared_inner,
         CHOSEN=0 if ids_K is None else ids_K.shape[-1],
-        BLOCK_H=block_h,
-        BLOCK_I=min(power_of_two(max(weights.inner, weights.shared_inner), 16), 512),
-        num_warps=4,
+        **sizes,
     )
 
 

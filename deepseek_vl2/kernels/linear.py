@@ -97,9 +97,9 @@ def _one_row_kernel(
         tl.store(best_id_ptr + program, tl.min(tl.where(shown == best, rows, N1), axis=0))
 
 
-def one_row_blocks(width: int) -> tuple[int, int, int]:
+def one_row_blocks(width: int) -> dict[str, int]:
     """Return rows a program, columns a step and warps for weights that are ``width`` wide."""
-    return 8, min(power_of_two(width, 16), 512), 4
+    return {"BLOCK_N": 8, "BLOCK_K": min(power_of_two(width, 16), 512), "num_warps": 4}
 
 
 def one_row_linear(
@@ -111,7 +111,7 @@ def one_row_linear(
     residual_N: torch.Tensor | None = None,
     rounded: bool = False,
     best: tuple[torch.Tensor, torch.Tensor] | None = None,
-    block_rows: int | None = None,
+    **blocks: int,
 ) -> None:
     """Write `norm_linear_plain` of one row into ``out_N``, which may be the residual itself.
 
@@ -126,16 +126,15 @@ def one_row_linear(
         residual_N: added to the result.
         rounded: round the product to the dtype of ``x_K`` although ``out_N`` is wider, as the plain form does.
         best: where to write each program's largest output, float32, and its index, int32 (one weight only).
-        block_rows: rows of a weight that one program reads.
+        blocks: block sizes instead of those of `one_row_blocks`.
     """
     check_rows(x_K, out_N, *weights)
     if not 1 <= len(weights) <= MAX_WEIGHTS or (best is not None and len(weights) > 1):
         raise ValueError(f"one_row_linear takes one to {MAX_WEIGHTS} weights, and one where the best is asked for.")
     sizes = [weight.shape[0] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
     first, second, third = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
-    block_n, block_k, warps = one_row_blocks(x_K.shape[-1])
-    block_n = block_rows or block_n
-    _one_row_kernel[(sum(triton.cdiv(size, block_n) for size in sizes),)](
+    cut = {**one_row_blocks(x_K.shape[-1]), **blocks}
+    _one_row_kernel[(sum(triton.cdiv(size, cut["BLOCK_N"]) for size in sizes),)](
         x_K,
         x_K if norm_K is None else norm_K,
         first,
@@ -147,13 +146,11 @@ def one_row_linear(
         eps,
         *sizes,
         K=x_K.shape[-1],
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
         NORMED=norm_K is not None,
         RESIDUAL=residual_N is not None,
         ROUNDED=rounded,
         BEST=best is not None,
-        num_warps=warps,
+        **cut,
     )
 
 
