@@ -49,8 +49,7 @@ def release(model: Any) -> None:
 
 def sample(call: SampleCall) -> torch.Tensor | None:
     """Generate by the kernels; ``None`` where they cannot. Registered with `deepseek_vl2.models.generation`."""
-    weight = call.model.get_output_embeddings().weight
-    if weight.device.type != "cuda" or _why_not_here() is not None:
+    if call.input_ids.device.type != "cuda" or _why_not_here() is not None:
         return None
     from . import runtime
 

@@ -53,7 +53,8 @@ class Session:
                 decode_step(self.weights, self.buffers)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=side):
+            # Other threads may go on using the device meanwhile.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 decode_step(self.weights, self.buffers)
             self.graph = graph
 
@@ -237,7 +238,10 @@ def why_not_positions(kwargs: dict[str, Any]) -> str | None:
 
 def why_not(language: Any) -> str | None:
     """Return why a model is not run by the kernels, in a few words; ``None`` when it is."""
-    return why_not_device(language.lm_head.weight) or BROKEN.get(language) or why_not_model(language)
+    weight = getattr(getattr(language, "lm_head", None), "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return "the output head is not a plain linear layer"
+    return why_not_device(weight) or BROKEN.get(language) or why_not_model(language)
 
 
 # ---------------------------------------------------------------- generation
@@ -253,7 +257,7 @@ class Answers:
         self.pad = 0 if pad is None else int(pad)
         self.lines: list[list[int]] = []
         self.ended = [False] * rows
-        on_gpu = device.type == "cuda"
+        self.device, on_gpu = device, device.type == "cuda"
         self.ring = torch.empty(RING, rows, dtype=torch.long, pin_memory=on_gpu)
         self.events = [torch.cuda.Event() for _ in range(RING)] if on_gpu else []
         self.sent = 0
@@ -263,7 +267,7 @@ class Answers:
         slot = self.sent % RING
         self.ring[slot].copy_(tokens_B, non_blocking=True)
         if self.events:
-            self.events[slot].record()
+            self.events[slot].record(torch.cuda.current_stream(self.device))
         self.sent += 1
 
     def receive(self) -> bool:

@@ -38,15 +38,15 @@ OWN_MODULES = (
 
 def _why_not_module(name: str, module: nn.Module) -> str | None:
     """Return why a module must be called, rather than its weights read."""
-    if getattr(module, "_hf_hook", None) is not None:
+    # Looked up where they are set: a module that lacks an attribute takes long to say so.
+    if module.__dict__.get("_hf_hook") is not None:
         return f"{name} is offloaded or dispatched by hooks"
     if module._forward_hooks or module._forward_pre_hooks:
         return f"{name} has forward hooks"
-    holds_weights = next(module.parameters(recurse=False), None) is not None
-    if holds_weights and type(module) not in OWN_MODULES:
+    if type(module) not in OWN_MODULES and any(p is not None for p in module._parameters.values()):
         return f"{name} is a {type(module).__name__}: quantized, adapted or replaced"
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        return f"{name} has a bias"
+    if isinstance(module, nn.Linear):
+        return f"{name} has a bias" if module._parameters["bias"] is not None else None
     if isinstance(module, DeepseekV2MLP | DeepseekV2Experts) and "silu" not in type(module.act_fn).__name__.lower():
         return f"{name} has another activation than SiLU"
     if isinstance(module, DeepseekV2Experts) and _experts_implementation(module) != EXPERTS_IMPLEMENTATION:
