@@ -96,10 +96,15 @@ def build(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], known: di
 
 
 def assemble(path: str) -> str:
-    """Return ptxas' report on a file."""
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    command = [str(assembler), "-v", f"-arch=sm_{ARCHITECTURE}a", path, "-o", os.devnull]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    """Return ptxas' report on a file: newer releases of Triton carry several, of which an older one may refuse it."""
+    folder, report = Path(triton.__file__).parent / "backends" / "nvidia" / "bin", ""
+    for assembler in sorted(folder.glob("ptxas*")):
+        command = [str(assembler), "-v", f"-arch=sm_{ARCHITECTURE}a", path, "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True)
+        report = done.stderr
+        if done.returncode == 0:
+            return report
+    raise RuntimeError(f"No ptxas in {folder} took the kernel: {report}")
 
 
 @contextmanager

@@ -163,6 +163,7 @@ def _route_kernel(
     scale: tl.tensor,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     E: tl.constexpr,
     E_PAD: tl.constexpr,
     CHOSEN: tl.constexpr,
@@ -185,15 +186,17 @@ def _route_kernel(
         squares += x * x
     inverse = tl.rsqrt(tl.sum(squares, axis=0) / H + eps)
     total = tl.zeros([E_PAD, BLOCK_H], tl.float32)
-    for start in tl.static_range(0, H, BLOCK_H):
-        h = start + step
-        x = tl.load(x_ptr + row * H + h, mask=h < H, other=0.0).to(tl.float32)
-        norm = tl.load(norm_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-        normed = ((x * inverse).to(dtype).to(tl.float32) * norm).to(dtype)  # rounded where the plain form rounds
-        tl.store(normed_ptr + row * H + h, normed, mask=h < H)
-        held = (e < E)[:, None] & (h < H)[None, :]
-        weight = tl.load(weight_ptr + e[:, None] * H + h[None, :], mask=held, other=0.0)
-        total += weight.to(tl.float32) * normed.to(tl.float32)[None, :]
+    # Some loads are under way together; all of them would not fit into the registers.
+    for outer in range(0, H, AT_ONCE * BLOCK_H):
+        for inner in tl.static_range(0, AT_ONCE * BLOCK_H, BLOCK_H):
+            h = outer + inner + step
+            held = (e < E)[:, None] & (h < H)[None, :]
+            weight = tl.load(weight_ptr + e[:, None] * H + h[None, :], mask=held, other=0.0)
+            x = tl.load(x_ptr + row * H + h, mask=h < H, other=0.0).to(tl.float32)
+            norm = tl.load(norm_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+            normed = ((x * inverse).to(dtype).to(tl.float32) * norm).to(dtype)  # rounded where the plain form rounds
+            tl.store(normed_ptr + row * H + h, normed, mask=h < H)
+            total += weight.to(tl.float32) * normed.to(tl.float32)[None, :]
     logits = tl.where(e < E, tl.sum(total, axis=1), float("-inf"))
     ids, weights = choose_experts(
         logits, bias_ptr, scale, E, E_PAD, CHOSEN, CHOSEN_PAD, SIGMOID, CORRECTED, LIMITED, GROUP_SIZE, KEPT_GROUPS,
@@ -230,6 +233,7 @@ def route(
         rule.scale,
         H=x_BH.shape[-1],
         BLOCK_H=min(power_of_two(x_BH.shape[-1], 16), 128),
+        AT_ONCE=4,
         **constants,
-        num_warps=8,
+        num_warps=16 if rule.experts > 64 else 8,
     )

@@ -25,7 +25,7 @@ def test_kernels_compile_without_spilling(size: str, rows: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith(f"| {size} |")]
     kernels = {line[2].strip() for line in lines}
-    assert len(kernels) >= 8, done.stdout
+    assert len(kernels) >= 7, done.stdout
     for line in lines:
         spilled, shared = int(line[5]), float(line[6])
         assert spilled == 0 and shared <= MOST_SHARED, "|".join(line)
