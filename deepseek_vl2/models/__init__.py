@@ -2,7 +2,9 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+from ..kernels import sample
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
+from .generation import FAST_SAMPLERS
 from .modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
 from .processing_deepseek_vl_v2 import DeepseekVLV2Processor
 
@@ -12,3 +14,6 @@ AutoConfig.register(DeepseekVLV2Config.model_type, DeepseekVLV2Config, exist_ok=
 AutoModelForCausalLM.register(DeepseekVLV2Config, DeepseekVLV2ForCausalLM, exist_ok=True)
 AutoModelForImageTextToText.register(DeepseekVLV2Config, DeepseekVLV2ForCausalLM, exist_ok=True)
 AutoProcessor.register(DeepseekVLV2Config, DeepseekVLV2Processor, exist_ok=True)
+
+if sample not in FAST_SAMPLERS:
+    FAST_SAMPLERS.append(sample)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,25 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .cache import new_cache
 from .configuration_deepseek import DeepseekV2Config
+
+
+@dataclass(frozen=True)
+class SampleCall:
+    """What transformers' ``generate`` hands to its greedy and sampling loop; see ``GenerationMixin._sample``."""
+
+    model: Any
+    input_ids: torch.Tensor
+    logits_processor: Any
+    stopping_criteria: Any
+    generation_config: GenerationConfig
+    synced_gpus: bool
+    streamer: Any
+    model_kwargs: dict[str, Any]
+
+
+# Faster loops, asked in order; each returns None for a call that is not for it. A package around these files fills it:
+# as remote code they know of none.
+FAST_SAMPLERS: list[Callable[[SampleCall], torch.Tensor | None]] = []
 
 
 def as_cache(past_key_values: Any) -> Cache | None:
@@ -77,6 +98,7 @@ class ChunkedGenerationMixin(GenerationMixin):
             kwargs["past_key_values"] = cache
         elif setting("cache_implementation") is None and kwargs.get("use_cache", True):
             kwargs["past_key_values"] = new_cache(config)
+            kwargs["past_key_values"].is_private = True  # nobody looks at it after the call
         return copies
 
     def prefill_in_chunks(
@@ -170,3 +192,21 @@ class ChunkedGenerationMixin(GenerationMixin):
             )
             generation_config.prefill_chunk_size = None  # of transformers' own copy for this call
         return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Decode greedily or by sampling: by the first fast loop that takes the call, or as transformers does."""
+        settings = (logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
+        for fast in FAST_SAMPLERS:
+            ids = fast(SampleCall(self, input_ids, *settings, model_kwargs))
+            if ids is not None:
+                return ids
+        return super()._sample(input_ids, *settings, **model_kwargs)

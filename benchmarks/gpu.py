@@ -1,0 +1,490 @@
+"""Measure the package on an NVIDIA GPU in one command, under 8 minutes on an H200.
+
+    python benchmarks/gpu.py --quick                                # small alone, two minutes: kernels, decoding
+    python benchmarks/gpu.py --markdown benchmarks/gpu.md           # all sizes
+
+Released shapes, random weights in bfloat16 made on the GPU; one 1024x768 image (7 tiles) and a short question, about
+1,450 prompt tokens. Kernels are checked against their plain forms first. Decoding is timed as replays of the step's
+graph, by events; the floor is the bytes that the step reads (weights of the experts really hit, and the cache) over the
+copy bandwidth measured in the same run. A section that fails is reported, and the others go on.
+
+`--device cpu --sizes demo` tries the program without a GPU (set TRITON_INTERPRET=1, and take time).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from gpu_end_to_end import prompt, random_model
+from gpu_kernels import TOLERANCE, KernelChecks
+
+from deepseek_vl2 import kernels
+from deepseek_vl2.kernels import runtime
+from deepseek_vl2.kernels.decode import Weights, experts_hit
+from deepseek_vl2.models import DeepseekVLV2Processor
+from deepseek_vl2.models.cache import new_cache
+from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
+
+GB = 1e9
+BF16_STEP = 2.0**-8  # distance of neighbouring bfloat16 numbers, relative to their size
+CONTEXT = 1450
+
+
+class Report:
+    """Markdown that is written to a file after every section, so that a run cut short leaves what it has."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.lines, self.failures = path, list[str](), list[str]()
+
+    def add(self, *lines: str) -> None:
+        """Append lines and show them."""
+        self.lines += lines
+        print(*lines, sep="\n", flush=True)
+        if self.path is not None:
+            self.path.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
+
+    def table(self, title: str, head: list[str], rows: list[list[Any]]) -> None:
+        """Append a table."""
+        self.add(f"\n### {title}\n", "| " + " | ".join(head) + " |", "| " + "--- | " * len(head))
+        self.add(*("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows))
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Go on after a failure, and note it."""
+        start = time.perf_counter()
+        try:
+            yield
+        except Exception as error:  # one failing section must not lose the run
+            text = "".join(traceback.format_exception(error)[-4:])
+            self.failures.append(name)
+            self.add(
+                f"\n**{name} failed**: `{type(error).__name__}: {str(error)[:500]}`\n", f"```\n{text[-1800:]}\n```"
+            )
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        print(f"[{name}: {time.perf_counter() - start:.1f} s]", flush=True)
+
+
+@contextmanager
+def plain_path() -> Iterator[None]:
+    """Turn the kernels off."""
+    before = os.environ.get(kernels.SWITCH)
+    os.environ[kernels.SWITCH] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(kernels.SWITCH)
+        if before is not None:
+            os.environ[kernels.SWITCH] = before
+
+
+class Agreement:
+    """Counts where logits of another path choose another token than the plain path's."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.tokens, self.differ, self.near = name, 0, 0, 0
+        self.errors: list[float] = []
+
+    def compare(self, logits: torch.Tensor, plain: torch.Tensor) -> None:
+        """Compare one step's logits, [rows, vocabulary]."""
+        self.errors += ((logits - plain).norm(dim=-1) / plain.norm(dim=-1)).tolist()
+        other = logits.argmax(-1) != plain.argmax(-1)
+        top = plain.topk(2, dim=-1).values
+        close = top[:, 0] - top[:, 1] <= 2 * BF16_STEP * top[:, 0].abs()  # each of the two may be off by a step
+        self.tokens += len(plain)
+        self.differ += int(other.sum())
+        self.near += int((other & close).sum())
+
+    def row(self) -> list[Any]:
+        """Return the counts and errors as a row of a table."""
+        errors = [f"{statistics.median(self.errors):.1e}", f"{max(self.errors):.1e}"]
+        return [self.name, self.tokens, self.differ, self.near, self.differ - self.near, *errors]
+
+
+class Bench:
+    """The measurements of one run."""
+
+    def __init__(self, device: torch.device, report: Report, quick: bool) -> None:
+        self.device, self.report, self.quick = device, report, quick
+        self.on_gpu = device.type == "cuda"
+        self.processor = DeepseekVLV2Processor(byte_tokenizer(), candidate_resolutions())
+        self.bandwidth = 4.2e12  # an H200's; measured below
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def milliseconds(self, run: Callable[[], Any], repeats: int, warmup: int = 2) -> list[float]:
+        """Return the times of single runs, by events on a GPU."""
+        for _ in range(warmup):
+            run()
+        self.synchronize()
+        if not self.on_gpu:
+            return [self.wall(run) for _ in range(repeats)]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            run()
+            mark.record()
+        self.synchronize()
+        return [a.elapsed_time(b) for a, b in pairwise(marks)]
+
+    def wall(self, run: Callable[[], Any]) -> float:
+        """Return the milliseconds of one run by the clock."""
+        self.synchronize()
+        start = time.perf_counter()
+        run()
+        self.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+    # ---------------------------------------------------------------- the machine
+
+    def ceilings(self) -> None:
+        """Measure the copy bandwidth and the rate of a matrix product."""
+        count = (1 << 31) if self.on_gpu else (1 << 22)
+        source = torch.empty(count, dtype=torch.bfloat16, device=self.device).normal_()
+        target = torch.empty_like(source)
+        best = min(self.milliseconds(lambda: target.copy_(source), 10))
+        self.bandwidth = 4 * count / (best * 1e-3)
+        side = 8192 if self.on_gpu else 256
+        a, b = (torch.randn(side, side, device=self.device).to(torch.bfloat16) for _ in range(2))
+        product = statistics.median(self.milliseconds(lambda: a @ b, 10))
+        rate = 2 * side**3 / (product * 1e-3)
+        self.report.add(
+            f"\nCopy: {self.bandwidth / 1e12:.2f} TB/s (read and written). bf16 product: {rate / 1e12:.0f} TFLOP/s."
+        )
+
+    # ---------------------------------------------------------------- kernels
+
+    @torch.no_grad()
+    def check_kernels(self, size: str, weights: Weights) -> None:
+        """Compare every kernel with its plain form."""
+        rows_of_table = []
+        for rows in (1, 8, 64):
+            for name, check in KernelChecks(weights, rows).checks():
+                try:
+                    value = check()
+                    verdict = "ok" if value < TOLERANCE else "**WRONG**"
+                    rows_of_table.append([size, rows, name, f"{value:.1e}", verdict])
+                except Exception as error:  # the table shows it, and the others are still checked
+                    rows_of_table.append([size, rows, name, "-", f"**{type(error).__name__}**: {str(error)[:300]}"])
+        self.report.table("Kernels against plain", ["size", "rows", "kernels", "relative error", ""], rows_of_table)
+
+    # ---------------------------------------------------------------- decoding
+
+    def random_session(self, model: Any, rows: int, seed: int) -> runtime.Session:
+        """Return a session whose caches hold random numbers, as after prompts that differ."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        session = runtime.engine_of(model.language).session(model.language, rows, CONTEXT + 512)
+        for layer in session.buffers.caches:
+            for part in layer:
+                part.normal_(generator=generator)
+        session.buffers.positions.fill_(CONTEXT)
+        vocabulary = model.language.lm_head.weight.shape[0]
+        session.buffers.tokens.copy_(torch.randint(vocabulary, (rows,), generator=generator, device=self.device))
+        return session
+
+    def decode(self, size: str, model: Any, batches: tuple[int, ...]) -> None:
+        """Time steps of the graph, and the plain path's."""
+        table = []
+        for rows in batches:
+            try:
+                table.append(self._decode_row(size, model, rows))
+            except Exception as error:  # another batch may still work
+                table.append([size, rows, f"**{type(error).__name__}**: {str(error)[:300]}", *["-"] * 6])
+        head = [
+            "size",
+            "batch",
+            "kernels, ms a step",
+            "again",
+            "plain, ms",
+            "experts hit",
+            "GB read",
+            "floor, ms",
+            "ratio",
+        ]
+        self.report.table("Decoding, from 1,450 tokens", head, table)
+
+    def _decode_row(self, size: str, model: Any, rows: int) -> list[Any]:
+        session = self.random_session(model, rows, rows)
+        weights = session.weights
+        times = [statistics.median(self.milliseconds(session.step, 50)) for _ in range(2)]
+        hit = experts_hit(weights, session.buffers)
+        read = bytes_read(weights, session.buffers.rows, CONTEXT + 50, hit, session)
+        floor = 1e3 * read / self.bandwidth
+        plain = self._plain_step(model, rows)
+        hits = f"{statistics.mean(hit):.1f}" if hit else "-"
+        shown = [f"{times[0]:.3f}", f"{times[1]:.3f}", plain, hits, f"{read / GB:.2f}", f"{floor:.3f}"]
+        return [size, rows, *shown, f"{min(times) / floor:.2f}"]
+
+    @torch.no_grad()
+    def _plain_step(self, model: Any, rows: int) -> str:
+        """Return the time of a plain step over a cache of the same length."""
+        language, session = model.language, self.random_session(model, rows, rows)
+        cache = new_cache(language.config)
+        for number, (layer, held) in enumerate(zip(session.weights.layers, session.buffers.caches, strict=True)):
+            if layer.attention.kv_b is not None:
+                rank = layer.attention.kv_b.shape[2]
+                cache.update(held[0][:, None, :CONTEXT, rank:], held[0][:, None, :CONTEXT, :rank], number)
+            else:
+                cache.update(held[0][:, :, :CONTEXT], held[1][:, :, :CONTEXT], number)
+        token = session.buffers.tokens[:, None].clone()
+        try:
+            times = self.milliseconds(lambda: language(token, past_key_values=cache, logits_to_keep=1), 5, warmup=1)
+            return f"{statistics.median(times):.2f}"
+        except torch.OutOfMemoryError:
+            return "out of memory"
+
+    # ---------------------------------------------------------------- tokens
+
+    @torch.no_grad()
+    def agreement(self, size: str, model: Any, rows: int, steps: int) -> list[list[Any]]:
+        """Feed the plain path's greedy tokens to the kernels too, and compare what each would say next.
+
+        The plain path with the original's order of operations ("eager") is compared likewise: rounding alone sends
+        tokens to other experts, and this says how often.
+        """
+        language = model.language
+        vocabulary = language.lm_head.weight.shape[0]
+        generator = torch.Generator(self.device).manual_seed(rows)
+        ids = torch.randint(3, vocabulary, (rows, 40), generator=generator, device=self.device)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        for row in range(rows):
+            mask[row, : row % 7] = False
+        cache, eager_cache = new_cache(language.config), new_cache(language.config)
+        engine = runtime.engine_of(language)
+        session = engine.session(language, rows, 1024)
+
+        def plain(tokens: torch.Tensor, held: Any, attention: str = "sdpa") -> torch.Tensor:
+            language.config._attn_implementation = attention
+            return language(tokens, attention_mask=mask, past_key_values=held, logits_to_keep=1).logits[:, -1]
+
+        logits = plain(ids, cache)
+        plain(ids, eager_cache)
+        runtime.fill_caches(engine.weights, session.buffers, cache, mask)
+        ours, eagers = Agreement("kernels"), Agreement("plain, eager")
+        for _ in range(steps):
+            token = logits.argmax(-1)
+            session.buffers.tokens.copy_(token)
+            session.step()
+            mask = torch.cat((mask, mask.new_ones(rows, 1)), dim=1)
+            logits = plain(token[:, None], cache)
+            ours.compare(session.buffers.logits, logits)
+            eagers.compare(plain(token[:, None], eager_cache, "eager"), logits)
+        language.config._attn_implementation = "sdpa"
+        return [[size, rows, *each.row()] for each in (ours, eagers)]
+
+    def agreements(self, size: str, model: Any, batches: tuple[int, ...], steps: int) -> None:
+        """Report the agreement for several batch sizes."""
+        rows = [row for batch in batches for row in self.agreement(size, model, batch, steps)]
+        head = [
+            "size",
+            "batch",
+            "",
+            "tokens",
+            "differ",
+            "of these near ties",
+            "others",
+            "logits' error, median",
+            "worst",
+        ]
+        self.report.table("Greedy tokens against the plain path, all fed its tokens", head, rows)
+
+    # ---------------------------------------------------------------- whole requests
+
+    def requests(self, size: str, model: Any, first_start: float) -> None:
+        """Time whole calls of ``generate``: first token, tokens after it, memory."""
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        if self.on_gpu:
+            kernels.release(model)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        table = []
+        for name, switch in (("kernels", nullcontext()), ("plain", plain_path())):
+            with switch:
+                table.append([size, name, *self._request(model)])
+            if self.on_gpu and name == "kernels":
+                peak = (torch.cuda.max_memory_allocated() - weights) / GB
+                table[-1].append(f"{peak:.2f}")
+        table[-1].append("-")
+        head = ["size", "path", "host, ms", "first token, ms", "tokens after it, ms each", "peak over weights, GB"]
+        self.report.table("Whole requests, batch 1", head, table)
+        self.report.add(
+            f"\n{size}: first session (compiling or reading kernels, recording the graph) {first_start:.1f} s"
+        )
+
+    def _request(self, model: Any) -> list[str]:
+        def ask(new: int) -> None:
+            inputs = prompt(self.processor).to(self.device)
+            model.generate(**inputs, max_new_tokens=new, do_sample=False, eos_token_id=None)
+
+        ask(2)
+        repeats, new = (3, 65) if not self.quick else (3, 33)
+        host = statistics.median(self.wall(lambda: prompt(self.processor)) for _ in range(repeats))
+        first = statistics.median(self.wall(lambda: ask(1)) for _ in range(repeats))
+        whole = statistics.median(self.wall(lambda: ask(new)) for _ in range(repeats - 1))
+        return [f"{host:.1f}", f"{first:.1f}", f"{(whole - first) / (new - 1):.3f}"]
+
+    def profile(self, size: str, model: Any) -> None:
+        """Report where a step's and a prompt's time goes, kernel by kernel."""
+        session = self.random_session(model, 1, 0)
+        inputs = prompt(self.processor).to(self.device)
+
+        def ask() -> None:
+            model.generate(**inputs, max_new_tokens=1, do_sample=False, eos_token_id=None)
+
+        for name, run in (("a step, batch 1", session.step), ("a prompt", ask)):
+            run()
+            self.synchronize()
+            activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+            with torch.profiler.profile(activities=activities) as profile:
+                run()
+                self.synchronize()
+            found = [
+                e for e in profile.key_averages() if getattr(e, "device_type", None) != torch.autograd.DeviceType.CPU
+            ]
+            found.sort(key=lambda event: -event.self_device_time_total)
+            total = sum(event.self_device_time_total for event in found) or 1.0
+            rows = [
+                [e.key[:70].replace("|", "/"), e.count, f"{e.self_device_time_total:.0f}",
+                 f"{e.self_device_time_total / e.count:.1f}", f"{100 * e.self_device_time_total / total:.1f}"]
+                for e in found[: 14 if self.quick else 22]
+            ]  # fmt: skip
+            self.report.table(
+                f"{size}: {name}, {total:.0f} us on the device", ["kernel", "calls", "us", "us each", "%"], rows
+            )
+
+    # ---------------------------------------------------------------- others
+
+    @torch.no_grad()
+    def stock(self) -> None:
+        """Time a step of transformers' own DeepSeek-V2 at small's shapes, dynamic cache."""
+        from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+        config = DeepseekV2Config(
+            vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
+            num_hidden_layers=27, num_attention_heads=16, num_key_value_heads=16, n_shared_experts=2,
+            n_routed_experts=64, num_experts_per_tok=6, first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=512,
+            qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, topk_method="greedy", n_group=1, topk_group=1,
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = DeepseekV2ForCausalLM(config).to(torch.bfloat16)
+        model = model.to_empty(device=self.device).eval()
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+        # Buffers of the rotary embedding were made on no device.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config).to(self.device)
+        ids = torch.randint(3, 1000, (1, CONTEXT), device=self.device)
+        first = statistics.median(self.wall(lambda: model(ids, logits_to_keep=1)) for _ in range(3))
+        cache = model(ids, logits_to_keep=1, use_cache=True).past_key_values
+        times = self.milliseconds(lambda: model(ids[:, :1], past_key_values=cache, use_cache=True), 10)
+        row = [transformers.__version__, f"{first:.1f}", f"{statistics.median(times):.2f}"]
+        head = [
+            "transformers' DeepSeek-V2, small's language part",
+            "prompt of 1,450 tokens, ms",
+            "decoding, ms a token",
+        ]
+        self.report.table("Others", head, [row])
+
+    # ---------------------------------------------------------------- all
+
+    def size(self, size: str) -> None:
+        """Run all sections of one size, and free its memory."""
+        self.report.add(f"\n## {size}")
+        with self.report.section(f"{size}: model"):
+            self._sections(size, random_model(size, self.device))
+        runtime.ENGINES.clear()
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def _sections(self, size: str, model: Any) -> None:
+        report, language = self.report, model.language
+        start = float("nan")
+        with report.section(f"{size}: first session"):
+            start = self.wall(lambda: runtime.engine_of(language).session(language, 1, CONTEXT + 512)) / 1e3
+            report.add(f"\nWhy not the kernels: {kernels.why_not(model)}; first session {start:.1f} s.")
+        with report.section(f"{size}: kernels"):
+            self.check_kernels(size, runtime.engine_of(language).weights)
+        with report.section(f"{size}: decoding"):
+            self.decode(size, model, (1, 8, 64))
+        with report.section(f"{size}: tokens"):
+            self.agreements(size, model, (1, 8) if self.quick else (1, 8, 33), 24 if self.quick else 48)
+        with report.section(f"{size}: requests"):
+            self.requests(size, model, start)
+        if size != "base":
+            with report.section(f"{size}: profile"):
+                self.profile(size, model)
+
+
+def bytes_read(weights: Weights, rows: int, tokens: int, hit: list[int], session: runtime.Session) -> int:
+    """Return the bytes that a step must read: weights, of experts only those hit, the cache, and a row of logits."""
+
+    def size(*parts: torch.Tensor | None) -> int:
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+    total, hits = size(weights.head), iter(hit)
+    for layer, cache in zip(weights.layers, session.buffers.caches, strict=True):
+        a, e = layer.attention, layer.experts
+        total += size(*a.projections, a.out, a.kv_b, layer.gate, e.shared_gate, e.shared_up, e.shared_down)
+        if layer.rule is not None:
+            total += next(hits) * size(e.gate_up, e.down) // e.experts
+        total += size(*cache) * tokens // session.buffers.room
+    return total
+
+
+def others(report: Report, bench: Bench) -> None:
+    """Measure what else is on this machine, or say that it is not."""
+    with report.section("transformers"):
+        bench.stock()
+    if importlib.util.find_spec("vllm") is None:
+        report.add("\nvLLM is not importable here: its figures of another run are in benchmarks/README.md.")
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="one size, no comparison with others")
+    parser.add_argument("--markdown", type=Path, help="write the report there too")
+    args = parser.parse_args()
+    device, report = torch.device(args.device), Report(args.markdown)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    triton_version = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
+    report.add(
+        "# Speed on a GPU\n",
+        f"{name}; torch {torch.__version__}, Triton {triton_version}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}; bfloat16, random weights at the released shapes.",
+    )
+    start = time.perf_counter()
+    bench = Bench(device, report, args.quick)
+    with report.section("ceilings"):
+        bench.ceilings()
+    for size in args.sizes or (["small"] if args.quick else ["tiny", "small", "base"]):
+        bench.size(size)
+    if not args.quick:
+        others(report, bench)
+    failed = ", ".join(report.failures) or "none"
+    report.add(f"\nSections that failed: {failed}. The whole run took {time.perf_counter() - start:.0f} s.")
+
+
+if __name__ == "__main__":
+    main()

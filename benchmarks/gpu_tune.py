@@ -1,0 +1,181 @@
+"""Try block sizes of the decoding kernels on a GPU, at a release's shapes.
+
+    python benchmarks/gpu_tune.py [--sizes small] [--rows 1 8 64] [--best 3]
+
+Each candidate runs over all layers' own weights in one graph, so that no weight is in a cache; the figures are
+microseconds a call, its launch included, and the bandwidth of the weights it reads. A candidate that does not compile,
+or needs more shared memory than there is, is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from gpu_end_to_end import random_model
+from triton.errors import TritonError
+
+from deepseek_vl2.kernels import experts, linear
+from deepseek_vl2.kernels.decode import Layer, Weights
+from deepseek_vl2.kernels.weights import read_weights
+
+Blocks = dict[str, Any]
+Run = Callable[[Layer, Blocks], None]
+
+
+def grid(**choices: tuple[int, ...]) -> Iterator[Blocks]:
+    """Return all combinations of block sizes; the first one stands for the kernel's own."""
+    yield {}
+    for values in itertools.product(*choices.values()):
+        yield dict(zip(choices, values, strict=True))
+
+
+def time_calls(layers: list[Layer], run: Run, blocks: Blocks) -> float:
+    """Return the microseconds of one call."""
+    for layer in layers[:2]:
+        run(layer, blocks)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in layers:
+            run(layer, blocks)
+    times = []
+    for _ in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return 1e3 * statistics.median(times) / len(layers)
+
+
+class Tuner:
+    """The kernels that read weights, with random inputs."""
+
+    def __init__(self, weights: Weights, rows: int) -> None:
+        self.layers = [layer for layer in weights.layers if layer.rule is not None]
+        self.rows, like = rows, weights.head
+        first = self.layers[0]
+        assert first.rule is not None
+        e, a, rule, hidden = first.experts, first.attention, first.rule, like.shape[1]
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, device=like.device).to(like.dtype)
+
+        width = sum(weight.shape[0] for weight in a.projections)
+        self.x, self.mixed, self.projected = draw(rows, hidden), draw(rows, a.out.shape[1]), draw(rows, width)
+        self.out, self.inner = draw(rows, hidden), draw(rule.chosen * e.inner + e.shared_inner)
+        self.routed, self.shared = draw(rows, rule.chosen, e.inner), draw(rows, e.shared_inner)
+        self.routed_out, self.shared_out = draw(rows, rule.chosen, hidden), draw(rows, hidden)
+        chosen = torch.rand(rows, rule.experts, device=like.device).argsort(dim=1)[:, : rule.chosen]
+        self.ids, self.shares = chosen.int(), torch.rand(rows, rule.chosen, device=like.device)
+        self.gate = torch.randn(rule.experts, device=like.device)
+        self.hit = int(chosen.unique().numel())
+
+    def project(self, layer: Layer, blocks: Blocks) -> None:
+        """Norm and projections."""
+        if self.rows == 1:
+            parts = layer.attention.projections
+            linear.one_row_linear(self.x[0], parts, self.projected[0], layer.input_norm, 1e-6, **blocks)
+        else:
+            linear.few_rows_linear(self.x, layer.attention.projections, self.projected, **blocks)
+
+    def output(self, layer: Layer, blocks: Blocks) -> None:
+        """Output projection."""
+        if self.rows == 1:
+            linear.one_row_linear(
+                self.mixed[0], [layer.attention.out], self.out[0], residual_N=self.out[0], **blocks
+            )  # fmt: skip
+        else:
+            linear.few_rows_linear(self.mixed, [layer.attention.out], self.out, self.out, **blocks)
+
+    def up(self, layer: Layer, blocks: Blocks) -> None:
+        """Gate and up of the experts."""
+        if self.rows == 1:
+            experts.one_row_inner(
+                self.x[0], layer.post_norm, 1e-6, layer.experts, self.inner, layer.rule, self.gate, layer.bias,
+                self.ids[0], self.shares[0], **blocks,
+            )  # fmt: skip
+        else:
+            experts.few_rows_inner(self.x, layer.experts, self.routed, self.shared, self.ids, **blocks)
+
+    def down(self, layer: Layer, blocks: Blocks) -> None:
+        """Down of the experts."""
+        if self.rows == 1:
+            experts.one_row_down(
+                self.inner, layer.experts, self.x[0], self.out[0], self.ids[0], self.shares[0], **blocks
+            )
+        else:
+            experts.few_rows_down(
+                self.routed, self.shared, layer.experts, self.routed_out, self.shared_out, self.ids, **blocks
+            )
+
+    def tasks(self) -> list[tuple[str, Run, int, Iterator[Blocks]]]:
+        """Return each kernel's name, what runs it, the bytes of weights it reads, and its candidates."""
+        layer = self.layers[0]
+        a, e = layer.attention, layer.experts
+        assert e.gate_up is not None and e.down is not None and e.shared_gate is not None
+        projections = sum(weight.nbytes for weight in a.projections)
+        inner = self.hit * e.gate_up.nbytes // e.experts + 2 * e.shared_gate.nbytes
+        down = self.hit * e.down.nbytes // e.experts + e.shared_gate.nbytes
+        one, warps = self.rows == 1, (4, 8)
+        linears = (
+            dict(BLOCK_N=(2, 4, 8, 16), BLOCK_K=(256, 512, 1024), num_warps=(2, *warps))
+            if one
+            else dict(BLOCK_N=(16, 32, 64), BLOCK_K=(64, 128, 256), STAGES=(3, 4), num_warps=(4,))
+        )
+        ups = (
+            dict(BLOCK_N=(2, 4, 8), BLOCK_H=(256, 512, 1024), num_warps=(2, *warps))
+            if one
+            else dict(BLOCK_N=(32, 64, 128), BLOCK_H=(64, 128), STAGES=(3, 4), num_warps=warps)
+        )
+        downs = (
+            dict(BLOCK_H=(2, 4, 8), BLOCK_I=(128, 256, 512), num_warps=(2, *warps))
+            if one
+            else dict(BLOCK_N=(32, 64, 128), BLOCK_I=(64, 128), STAGES=(3, 4), num_warps=warps)
+        )
+        return [
+            ("projections", self.project, projections, grid(**linears)),
+            ("output projection", self.output, a.out.nbytes, grid(**linears)),
+            ("experts, gate and up", self.up, inner, grid(**ups)),
+            ("experts, down", self.down, down, grid(**downs)),
+        ]
+
+
+@torch.no_grad()
+def tune(size: str, rows: int, weights: Weights, best: int) -> None:
+    """Print the best candidates of each kernel beside its own block sizes."""
+    tuner = Tuner(weights, rows)
+    for name, run, read, candidates in tuner.tasks():
+        found: list[tuple[float, Blocks]] = []
+        for blocks in candidates:
+            try:
+                found.append((time_calls(tuner.layers, run, blocks), blocks))
+            except (TritonError, RuntimeError) as error:
+                print(f"{name} {blocks}: {type(error).__name__}: {str(error)[:120]}")
+        for place, (time, blocks) in enumerate([*found[:1], *sorted(found, key=lambda pair: pair[0])[:best]]):
+            shown = "as it is" if place == 0 else str(blocks or "as it is")
+            print(f"| {size} | {rows} | {name} | {shown} | {time:.2f} | {read / time / 1e6:.2f} |", flush=True)
+
+
+def main() -> None:
+    """Tune and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["small"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--best", type=int, default=3)
+    args = parser.parse_args()
+    print("| size | batch | kernel | blocks | us a call | TB/s |\n" + "| --- " * 6 + "|")
+    for size in args.sizes:
+        model = random_model(size, torch.device("cuda"))
+        weights = read_weights(model.language)
+        for rows in args.rows:
+            tune(size, rows, weights, args.best)
+
+
+if __name__ == "__main__":
+    main()

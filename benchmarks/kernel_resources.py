@@ -1,0 +1,159 @@
+"""Compile every decoding kernel for an H200 (sm_90) at the released shapes, without a GPU, and print what each takes.
+
+    python benchmarks/kernel_resources.py [--sizes tiny small base] [--rows 1 8 64]
+
+Columns: registers a thread, bytes spilled to memory (should be 0), shared memory a program in kB (227 at most), warps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from deepseek_vl2.kernels.decode import decode_step, new_buffers
+from deepseek_vl2.kernels.weights import read_weights, rotary_tables
+from deepseek_vl2.models import DeepseekVLV2Config
+from deepseek_vl2.models.modeling_deepseek import DeepseekV2ForCausalLM
+
+RELEASES = Path(__file__).resolve().parents[1] / "tests" / "golden" / "releases"
+ARCHITECTURE = 90
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+OPTIONS = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes."""
+
+    kernel: str
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+
+
+def describe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, str]:
+    """Return a launch as a source to compile, and a key that tells it from others."""
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values.update({name: value for name, value in options.items() if name in kernel.arg_names})
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + DTYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return source, f"{kernel.fn.__name__} {signature} {constants} {sorted(map(str, attributes))}"
+
+
+def build(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], known: dict[str, Resources]) -> None:
+    """Compile a launch, unless the same was compiled before."""
+    source, key = describe(kernel, args, options)
+    if key in known:
+        return
+    chosen = {name: options[name] for name in OPTIONS if name in options}
+    compiled = triton.compile(source, target=GPUTarget("cuda", ARCHITECTURE, 32), options=chosen)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        report = assemble(file.name)
+    registers, spilled = (re.search(p, report) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
+    if registers is None or spilled is None:
+        raise RuntimeError(f"ptxas said nothing of {kernel.fn.__name__}: {report}")
+    module = kernel.fn.__module__.rsplit(".", 1)[-1]
+    known[key] = Resources(
+        f"{module}.{kernel.fn.__name__}",
+        compiled.metadata.num_warps,
+        int(registers[1]),
+        int(spilled[1]),
+        compiled.metadata.shared,
+    )
+
+
+def assemble(path: str) -> str:
+    """Return ptxas' report on a file: newer releases of Triton carry several, of which an older one may refuse it."""
+    folder, report = Path(triton.__file__).parent / "backends" / "nvidia" / "bin", ""
+    for assembler in sorted(folder.glob("ptxas*")):
+        command = [str(assembler), "-v", f"-arch=sm_{ARCHITECTURE}a", path, "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True)
+        report = done.stderr
+        if done.returncode == 0:
+            return report
+    raise RuntimeError(f"No ptxas in {folder} took the kernel: {report}")
+
+
+@contextmanager
+def compiling(known: dict[str, Resources]) -> Iterator[None]:
+    """Compile kernels where they would be launched."""
+    before = JITFunction.__getitem__
+
+    def launcher(self: Any, grid: Any) -> Callable[..., None]:
+        return lambda *args, **options: build(self, args, options, known)
+
+    JITFunction.__getitem__ = launcher
+    try:
+        yield
+    finally:
+        JITFunction.__getitem__ = before
+
+
+def language_model(size: str) -> DeepseekV2ForCausalLM:
+    """Build a release's language model without memory for its weights; two layers are all there is to see."""
+    fields = json.loads((RELEASES / size / "config.json").read_text(encoding="utf-8"))
+    config = DeepseekVLV2Config(**fields).language_config
+    config.num_hidden_layers = 2
+    with torch.device("meta"):
+        return DeepseekV2ForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def resources(size: str, rows: int) -> list[Resources]:
+    """Return what the kernels of a step take."""
+    language, known = language_model(size), dict[str, Resources]()
+    weights = read_weights(language)
+    with compiling(known), torch.no_grad():
+        decode_step(weights, new_buffers(weights, rows, *rotary_tables(language, 2048)))
+    return list(known.values())
+
+
+def main() -> None:
+    """Compile and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64])
+    args = parser.parse_args()
+    print(f"Triton {triton.__version__}, sm_{ARCHITECTURE}\n")
+    print("| size | rows | kernel | warps | registers | spilled | shared, kB |\n" + "| --- " * 7 + "|")
+    for size in args.sizes:
+        for rows in args.rows:
+            for r in resources(size, rows):
+                shared = f"{r.shared / 1024:.1f}"
+                print(f"| {size} | {rows} | {r.kernel} | {r.warps} | {r.registers} | {r.spilled} | {shared} |")
+
+
+if __name__ == "__main__":
+    main()

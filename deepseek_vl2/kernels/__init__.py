@@ -1,0 +1,56 @@
+"""Fast decoding on NVIDIA GPUs: Triton kernels beside the plain PyTorch functions that define them.
+
+``model.generate`` takes this path by itself for a model in bfloat16 or float16 on one GPU, and the plain one otherwise.
+The environment variable ``DEEPSEEK_VL2_KERNELS=0`` turns it off, read at every call. Logging at level DEBUG for
+``deepseek_vl2.kernels`` says why a call went the plain way; `why_not` says it of a model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..models.generation import SampleCall
+
+__all__ = ["SWITCH", "release", "sample", "why_not"]
+
+SWITCH = "DEEPSEEK_VL2_KERNELS"
+
+
+def _why_not_here() -> str | None:
+    if os.environ.get(SWITCH, "1").lower() in ("0", "false", "off", "no"):
+        return f"{SWITCH} turns it off"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def why_not(model: Any) -> str | None:
+    """Return why a model's ``generate`` would not use the kernels, in a few words; ``None`` when it would."""
+    reason = _why_not_here()
+    if reason is not None:
+        return reason
+    from . import runtime
+
+    return runtime.why_not(getattr(model, "language", model))
+
+
+def release(model: Any) -> None:
+    """Free the caches and graphs that decoding keeps for a model between calls."""
+    if _why_not_here() is None:
+        from . import runtime
+
+        runtime.release(getattr(model, "language", model))
+
+
+def sample(call: SampleCall) -> torch.Tensor | None:
+    """Generate by the kernels; ``None`` where they cannot. Registered with `deepseek_vl2.models.generation`."""
+    if call.input_ids.device.type != "cuda" or _why_not_here() is not None:
+        return None
+    from . import runtime
+
+    return runtime.sample(call)

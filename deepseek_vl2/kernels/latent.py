@@ -1,0 +1,390 @@
+"""Multi-head latent attention of one new token a row, over a cache of latents.
+
+Shape suffixes: B rows, N attention heads, R rank of the latent, P rotated part of a head, D unrotated part, V size of
+a head's value, C room of the cache in tokens, W splits of the keys.
+
+The cache is [B, C, R + P]: a latent and its rotated key side by side. Row b's tokens stand at 0 .. positions[b], its
+new one last; there is no padding in it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .primitives import check_rows, dot, power_of_two
+
+
+def rotate_pairs_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate [..., P] of interleaved pairs; even members go to the first half of the result, odd ones to the second."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    half = even.shape[-1]
+    first = even * cos[..., :half] - odd * sin[..., :half]
+    return torch.cat((first, odd * cos[..., half:] + even * sin[..., half:]), dim=-1)
+
+
+def prepare_plain(
+    query_BNQ: torch.Tensor,
+    compressed_BL: torch.Tensor,
+    kv_b_NER: torch.Tensor,
+    norm_R: torch.Tensor,
+    eps: float,
+    cos_BP: torch.Tensor,
+    sin_BP: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the queries in the latent's space, [B, N, R + P], and what is cached of the new token, [B, R + P].
+
+    Args:
+        query_BNQ: projected queries, Q = D + P.
+        compressed_BL: the projected latent and rope key, L = R + P.
+        kv_b_NER: kv_b_proj's weight, E = D + V rows a head.
+        norm_R: the latent's norm.
+        eps: its epsilon.
+        cos_BP: cosines at each row's position.
+        sin_BP: sines.
+    """
+    rank, rotated = norm_R.shape[0], cos_BP.shape[-1]
+    nope, rope = query_BNQ.split([query_BNQ.shape[-1] - rotated, rotated], dim=-1)
+    absorbed = torch.einsum("bnd,ndr->bnr", nope, kv_b_NER[:, : nope.shape[-1]])
+    query = torch.cat((absorbed, rotate_pairs_plain(rope, cos_BP[:, None], sin_BP[:, None])), dim=-1)
+    wide = compressed_BL[:, :rank].float()
+    latent = norm_R * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(compressed_BL.dtype)
+    return query, torch.cat((latent, rotate_pairs_plain(compressed_BL[:, rank:], cos_BP, sin_BP)), dim=-1)
+
+
+def attend_plain(
+    query_BNL: torch.Tensor, cache_BCL: torch.Tensor, positions_B: torch.Tensor, rank: int, scaling: float
+) -> torch.Tensor:
+    """Return each head's mixture of latents, [B, N, R], over the tokens up to each row's position."""
+    scores = torch.einsum("bnl,bcl->bnc", query_BNL, cache_BCL).float() * scaling
+    beyond = torch.arange(cache_BCL.shape[1], device=scores.device) > positions_B[:, None]
+    weights = scores.masked_fill(beyond[:, None], float("-inf")).softmax(dim=-1).to(query_BNL.dtype)
+    held = cache_BCL[..., :rank].masked_fill(beyond[..., None], 0)
+    return torch.einsum("bnc,bcr->bnr", weights, held)
+
+
+@triton.jit
+def _rotate_pairs(
+    x_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    position: tl.tensor,
+    P: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+) -> None:
+    pair = tl.arange(0, HALF_PAD)
+    held = pair < P // 2
+    even = tl.load(x_ptr + 2 * pair, mask=held, other=0.0).to(tl.float32)
+    odd = tl.load(x_ptr + 2 * pair + 1, mask=held, other=0.0).to(tl.float32)
+    angle = position * P + pair  # both halves of a row of the table are the same
+    cos = tl.load(cos_ptr + angle, mask=held, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + angle, mask=held, other=0.0).to(tl.float32)
+    tl.store(out_ptr + pair, (even * cos - odd * sin).to(out_ptr.dtype.element_ty), mask=held)
+    tl.store(out_ptr + P // 2 + pair, (odd * cos + even * sin).to(out_ptr.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def _prepare_kernel(
+    projected_ptr: tl.tensor,
+    kv_b_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    query_ptr: tl.tensor,
+    cache_ptr: tl.tensor,
+    cache_row: tl.tensor,
+    eps: tl.tensor,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    P: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    V: tl.constexpr,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ABSORB: tl.constexpr,
+) -> None:
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    part = tl.program_id(2)
+    width: tl.constexpr = N * (D + P) + R + P
+    query_row = query_ptr + (row * N + head) * (R + P)
+    position = tl.load(positions_ptr + row)
+    if head == N:  # behind the heads: the latent
+        if part == 0:
+            r = tl.arange(0, R_PAD)
+            compressed = projected_ptr + row * width + N * (D + P)
+            out_ptr = cache_ptr + row * cache_row + position.to(tl.int64) * (R + P)
+            x = tl.load(compressed + r, mask=r < R, other=0.0).to(tl.float32)
+            x *= tl.rsqrt(tl.sum(x * x, axis=0) / R + eps)
+            norm = tl.load(norm_ptr + r, mask=r < R, other=0.0).to(tl.float32)
+            dtype = cache_ptr.dtype.element_ty
+            tl.store(out_ptr + r, (x.to(dtype).to(tl.float32) * norm).to(dtype), mask=r < R)
+            _rotate_pairs(compressed + R, out_ptr + R, cos_ptr, sin_ptr, position, P, HALF_PAD)
+    else:
+        query = projected_ptr + row * width + head * (D + P)
+        if part == 0:
+            _rotate_pairs(query + D, query_row + R, cos_ptr, sin_ptr, position, P, HALF_PAD)
+        if ABSORB:
+            d = tl.arange(0, D_PAD)
+            r = part * BLOCK_R + tl.arange(0, BLOCK_R)
+            matrix = kv_b_ptr + head * ((D + V) * R)
+            mask = (d < D)[:, None] & (r < R)[None, :]
+            weight = tl.load(matrix + d[:, None] * R + r[None, :], mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(query + d, mask=d < D, other=0.0).to(tl.float32)
+            out = tl.sum(weight * x[:, None], axis=0)
+            tl.store(query_row + r, out.to(query_ptr.dtype.element_ty), mask=r < R)
+
+
+def prepare(
+    projected_BX: torch.Tensor,
+    kv_b_NER: torch.Tensor,
+    norm_R: torch.Tensor,
+    eps: float,
+    cos_CP: torch.Tensor,
+    sin_CP: torch.Tensor,
+    positions_B: torch.Tensor,
+    query_BNL: torch.Tensor,
+    cache_BCL: torch.Tensor,
+    absorb: bool = True,
+) -> None:
+    """Write `prepare_plain`: the new token into the cache, and its queries.
+
+    Args:
+        projected_BX: queries of all heads, then the compressed latent and rope key: N * (D + P) + R + P numbers.
+        kv_b_NER: kv_b_proj's weight, contiguous.
+        norm_R: the latent's norm.
+        eps: its epsilon.
+        cos_CP: table of cosines for all positions of the cache, contiguous.
+        sin_CP: of sines.
+        positions_B: each row's position, int32.
+        query_BNL: written, [B, N, R + P], contiguous; only the rotated part without ``absorb``.
+        cache_BCL: written at the positions.
+        absorb: take the unrotated part through kv_b_proj here, which reads that weight once for each row.
+    """
+    check_rows(projected_BX, kv_b_NER, cache_BCL)
+    rows, heads = query_BNL.shape[:2]
+    rank, rotated = norm_R.shape[0], cos_CP.shape[-1]
+    unrotated = (projected_BX.shape[1] - rank - rotated) // heads - rotated
+    block = min(power_of_two(rank, 16), 64)
+    _prepare_kernel[(rows, heads + 1, triton.cdiv(rank, block) if absorb else 1)](
+        projected_BX,
+        kv_b_NER,
+        norm_R,
+        cos_CP,
+        sin_CP,
+        positions_B,
+        query_BNL,
+        cache_BCL,
+        cache_BCL.stride(0),
+        eps,
+        N=heads,
+        D=unrotated,
+        D_PAD=power_of_two(unrotated, 16),
+        P=rotated,
+        HALF_PAD=power_of_two(rotated // 2, 8),
+        V=kv_b_NER.shape[1] - unrotated,
+        R=rank,
+        R_PAD=power_of_two(rank, 16),
+        BLOCK_R=block,
+        ABSORB=absorb,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def live_splits(position: tl.tensor, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr) -> tl.tensor:
+    """Return how many keys each split takes, a multiple of BLOCK_C, and how many splits have any."""
+    tiles = (position + BLOCK_C) // BLOCK_C  # of position + 1 keys, rounded up
+    tiles_each = (tiles + SPLITS - 1) // SPLITS
+    return tiles_each * BLOCK_C, (tiles + tiles_each - 1) // tiles_each
+
+
+@triton.jit
+def _split_kernel(
+    query_ptr: tl.tensor,
+    cache_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    partial_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    cache_row: tl.tensor,
+    scaling: tl.tensor,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    P: tl.constexpr,
+    P_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    row = tl.program_id(0)
+    split = tl.program_id(2)
+    head = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    position = tl.load(positions_ptr + row)
+    keys_each, live = live_splits(position, BLOCK_C, SPLITS)
+    if split < live:
+        first = split * keys_each
+        last = tl.minimum(first + keys_each, position + 1)
+        r = tl.arange(0, R_PAD)
+        p = tl.arange(0, P_PAD)
+        query_rows = query_ptr + (row * N + head)[:, None] * (R + P)
+        in_heads = (head < N)[:, None]
+        query = tl.load(query_rows + r[None, :], mask=in_heads & (r < R)[None, :], other=0.0)
+        query_rope = tl.load(query_rows + R + p[None, :], mask=in_heads & (p < P)[None, :], other=0.0)
+        base = cache_ptr + row.to(tl.int64) * cache_row
+        total = tl.zeros([BLOCK_N, R_PAD], tl.float32)
+        highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
+        weight = tl.zeros([BLOCK_N], tl.float32)
+        for start in tl.range(first, last, BLOCK_C, num_stages=STAGES):
+            c = start + tl.arange(0, BLOCK_C)
+            held = (c < last)[:, None]
+            keys = base + c[:, None] * (R + P)
+            latent = tl.load(keys + r[None, :], mask=held & (r < R)[None, :], other=0.0)
+            rope = tl.load(keys + R + p[None, :], mask=held & (p < P)[None, :], other=0.0)
+            scores = dot(query, tl.trans(latent), tl.zeros([BLOCK_N, BLOCK_C], tl.float32))
+            scores = dot(query_rope, tl.trans(rope), scores)
+            scores = tl.where((c < last)[None, :], scores * (scaling * 1.4426950408889634), float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+            shrink = tl.exp2(highest - new_highest)
+            power = tl.exp2(scores - new_highest[:, None])
+            weight = weight * shrink + tl.sum(power, axis=1)
+            total = dot(power.to(latent.dtype), latent, total * shrink[:, None])
+            highest = new_highest
+        place = (row * SPLITS + split) * N + head
+        mask = in_heads & (r < R)[None, :]
+        tl.store(partial_ptr + place[:, None] * R + r[None, :], total / weight[:, None], mask=mask)
+        tl.store(weight_ptr + place, highest + tl.log2(weight), mask=head < N)
+
+
+def attend_splits(
+    query_BNL: torch.Tensor,
+    cache_BCL: torch.Tensor,
+    positions_B: torch.Tensor,
+    scaling: float,
+    partial_BWNR: torch.Tensor,
+    weight_BWN: torch.Tensor,
+) -> None:
+    """Attend over each split of the keys: `attend_plain` of it, and the base-2 logarithm of its softmax's weight.
+
+    The keys up to a row's position are cut evenly into at most W splits; those without keys are left unwritten.
+    All but the cache is contiguous; the results are float32.
+    """
+    check_rows(query_BNL, cache_BCL)
+    rows, heads, width = query_BNL.shape
+    splits, rank = partial_BWNR.shape[1], partial_BWNR.shape[3]
+    rotated = width - rank
+    _split_kernel[(rows, triton.cdiv(heads, 16), splits)](
+        query_BNL,
+        cache_BCL,
+        positions_B,
+        partial_BWNR,
+        weight_BWN,
+        cache_BCL.stride(0),
+        scaling,
+        N=heads,
+        R=rank,
+        R_PAD=power_of_two(rank, 16),
+        P=rotated,
+        P_PAD=power_of_two(rotated, 16),
+        SPLITS=splits,
+        BLOCK_C=KEYS_A_STEP,
+        BLOCK_N=16,
+        STAGES=3,
+        num_warps=4,
+    )
+
+
+KEYS_A_STEP = 32
+
+
+@triton.jit
+def _join_kernel(
+    partial_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    kv_b_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PROJECT: tl.constexpr,
+) -> None:
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    r = tl.arange(0, R_PAD)
+    if PROJECT:
+        v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+        matrix = kv_b_ptr + (head * (D + V) + D) * R
+        mask = (v < V)[:, None] & (r < R)[None, :]
+        weight = tl.load(matrix + v[:, None] * R + r[None, :], mask=mask, other=0.0)
+    _, live = live_splits(tl.load(positions_ptr + row), BLOCK_C, SPLITS)
+    mixed = tl.zeros([R_PAD], tl.float32)
+    highest = float("-inf")
+    total = 0.0
+    for start in range(0, live, BLOCK_W):
+        w = start + tl.arange(0, BLOCK_W)
+        place = (row * SPLITS + w) * N + head
+        share = tl.load(weight_ptr + place, mask=w < live, other=float("-inf"))
+        mask_part = (w < live)[:, None] & (r < R)[None, :]
+        part = tl.load(partial_ptr + place[:, None] * R + r[None, :], mask=mask_part, other=0.0)
+        new_highest = tl.maximum(highest, tl.max(share, axis=0))
+        shrink = tl.exp2(highest - new_highest)
+        power = tl.exp2(share - new_highest)
+        mixed = mixed * shrink + tl.sum(part * power[:, None], axis=0)
+        total = total * shrink + tl.sum(power, axis=0)
+        highest = new_highest
+    mixed = mixed / total
+    dtype = out_ptr.dtype.element_ty
+    if PROJECT:
+        out = tl.sum(weight.to(tl.float32) * mixed[None, :], axis=1)
+        tl.store(out_ptr + (row * N + head) * V + v, out.to(dtype), mask=v < V)
+    else:
+        tl.store(out_ptr + (row * N + head) * R + r, mixed.to(dtype), mask=r < R)
+
+
+def join_splits(
+    partial_BWNR: torch.Tensor,
+    weight_BWN: torch.Tensor,
+    positions_B: torch.Tensor,
+    out_BNV: torch.Tensor,
+    kv_b_NER: torch.Tensor | None = None,
+    keys_a_step: int = KEYS_A_STEP,
+) -> None:
+    """Join what `attend_splits` wrote, and take it through the value's rows of kv_b_proj where that is given.
+
+    Without it ``out_BNV`` is the mixture of latents itself, [B, N, R]. All tensors are contiguous.
+    """
+    rows, splits, heads, rank = partial_BWNR.shape
+    value = out_BNV.shape[-1]
+    block = min(power_of_two(value, 16), 32)
+    projects = kv_b_NER is not None
+    _join_kernel[(rows, heads, triton.cdiv(value, block) if projects else 1)](
+        partial_BWNR,
+        weight_BWN,
+        positions_B,
+        out_BNV if kv_b_NER is None else kv_b_NER,
+        out_BNV,
+        N=heads,
+        R=rank,
+        R_PAD=power_of_two(rank, 16),
+        D=kv_b_NER.shape[1] - value if kv_b_NER is not None else 0,
+        V=value,
+        SPLITS=splits,
+        BLOCK_W=min(power_of_two(splits), 16),
+        BLOCK_C=keys_a_step,
+        BLOCK_V=block,
+        PROJECT=projects,
+        num_warps=4,
+    )

@@ -1,0 +1,329 @@
+"""Products of weights with one row or a few rows, bound by reading the weights.
+
+Shape suffixes: B rows, K inputs, N outputs, G groups with weights of their own (attention heads).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from .primitives import check_rows, dot, power_of_two
+
+MAX_WEIGHTS = 3
+
+
+def norm_linear_plain(
+    x_BK: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    norm_K: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual_BN: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return RMS norm (where a weight for it is given), then all products side by side, plus a residual: [B, N]."""
+    if norm_K is not None:
+        wide = x_BK.float()
+        x_BK = norm_K * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x_BK.dtype)
+    out = torch.cat([F.linear(x_BK, weight) for weight in weights], dim=-1)
+    return out if residual_BN is None else residual_BN + out
+
+
+@triton.jit
+def _one_row_kernel(
+    x_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    first_ptr: tl.tensor,
+    second_ptr: tl.tensor,
+    third_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    best_ptr: tl.tensor,
+    best_id_ptr: tl.tensor,
+    eps: tl.tensor,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    N3: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NORMED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    BEST: tl.constexpr,
+) -> None:
+    program = tl.program_id(0)
+    blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
+    blocks2: tl.constexpr = (N2 + BLOCK_N - 1) // BLOCK_N
+    in_second = program >= blocks1
+    in_third = program >= blocks1 + blocks2
+    weight_ptr = first_ptr
+    if in_third:
+        weight_ptr = third_ptr
+    elif in_second:
+        weight_ptr = second_ptr
+    block = program - tl.where(in_third, blocks1 + blocks2, tl.where(in_second, blocks1, 0))
+    size = tl.where(in_third, N3, tl.where(in_second, N2, N1))
+    shift = tl.where(in_third, N1 + N2, tl.where(in_second, N1, 0))
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        held = columns < K
+        mask = (rows < size)[:, None] & held[None, :]
+        offsets = rows.to(tl.int64)[:, None] * K + columns[None, :]
+        weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + columns, mask=held, other=0.0).to(tl.float32)
+        if NORMED:
+            squares += x * x
+            x *= tl.load(norm_ptr + columns, mask=held, other=0.0).to(tl.float32)
+        total += weight.to(tl.float32) * x[None, :]
+    out = tl.sum(total, axis=1)
+    if NORMED:
+        out *= tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
+    if ROUNDED:
+        out = out.to(x_ptr.dtype.element_ty).to(tl.float32)
+    if RESIDUAL:
+        out += tl.load(residual_ptr + shift + rows, mask=rows < size, other=0.0).to(tl.float32)
+    tl.store(out_ptr + shift + rows, out.to(out_ptr.dtype.element_ty), mask=rows < size)
+    if BEST:
+        shown = tl.where(rows < size, out, float("-inf"))
+        best = tl.max(shown, axis=0)
+        tl.store(best_ptr + program, best)
+        tl.store(best_id_ptr + program, tl.min(tl.where(shown == best, rows, N1), axis=0))
+
+
+def one_row_blocks(width: int) -> dict[str, int]:
+    """Return rows a program, columns a step and warps for weights that are ``width`` wide."""
+    return {"BLOCK_N": 8, "BLOCK_K": min(power_of_two(width, 16), 512), "num_warps": 4}
+
+
+def one_row_linear(
+    x_K: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    out_N: torch.Tensor,
+    norm_K: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual_N: torch.Tensor | None = None,
+    rounded: bool = False,
+    best: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **blocks: int,
+) -> None:
+    """Write `norm_linear_plain` of one row into ``out_N``, which may be the residual itself.
+
+    Sums are in float32, and only the result is rounded: the normed row is not, where the plain form rounds it.
+
+    Args:
+        x_K: the row.
+        weights: one to three matrices [N_i, K].
+        out_N: of any floating dtype.
+        norm_K: the weight of an RMS norm that is folded into the product.
+        eps: the norm's epsilon.
+        residual_N: added to the result.
+        rounded: round the product to the dtype of ``x_K`` although ``out_N`` is wider, as the plain form does.
+        best: where to write each program's largest output, float32, and its index, int32 (one weight only).
+        blocks: block sizes instead of those of `one_row_blocks`.
+    """
+    check_rows(x_K, out_N, *weights)
+    if not 1 <= len(weights) <= MAX_WEIGHTS or (best is not None and len(weights) > 1):
+        raise ValueError(f"one_row_linear takes one to {MAX_WEIGHTS} weights, and one where the best is asked for.")
+    sizes = [weight.shape[0] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
+    first, second, third = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
+    cut = {**one_row_blocks(x_K.shape[-1]), **blocks}
+    _one_row_kernel[(sum(triton.cdiv(size, cut["BLOCK_N"]) for size in sizes),)](
+        x_K,
+        x_K if norm_K is None else norm_K,
+        first,
+        second,
+        third,
+        x_K if residual_N is None else residual_N,
+        out_N,
+        *((out_N, out_N) if best is None else best),
+        eps,
+        *sizes,
+        K=x_K.shape[-1],
+        NORMED=norm_K is not None,
+        RESIDUAL=residual_N is not None,
+        ROUNDED=rounded,
+        BEST=best is not None,
+        **cut,
+    )
+
+
+@triton.jit(do_not_specialize=["N"])
+def _best_kernel(
+    best_ptr: tl.tensor, best_id_ptr: tl.tensor, out_ptr: tl.tensor, N: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    index = tl.arange(0, BLOCK)
+    value = tl.full([BLOCK], float("-inf"), tl.float32)
+    winner = tl.full([BLOCK], 2147483647, tl.int32)
+    for start in range(0, N, BLOCK):
+        held = start + index < N
+        new = tl.load(best_ptr + start + index, mask=held, other=float("-inf"))
+        new_id = tl.load(best_id_ptr + start + index, mask=held, other=2147483647)
+        better = (new > value) | ((new == value) & (new_id < winner))
+        value = tl.where(better, new, value)
+        winner = tl.where(better, new_id, winner)
+    top = tl.max(value, axis=0)
+    chosen = tl.min(tl.where(value == top, winner, 2147483647), axis=0)
+    tl.store(out_ptr, chosen.to(tl.int64))
+
+
+def pick_best(best: tuple[torch.Tensor, torch.Tensor], out_1: torch.Tensor) -> None:
+    """Write the index of the largest output, the first one of equals, from what `one_row_linear` noted."""
+    values, ids = best
+    _best_kernel[(1,)](values, ids, out_1, values.shape[0], BLOCK=2048, num_warps=8)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _few_rows_kernel(
+    x_ptr: tl.tensor,
+    first_ptr: tl.tensor,
+    second_ptr: tl.tensor,
+    third_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    rows: tl.tensor,
+    x_row: tl.tensor,
+    x_group: tl.tensor,
+    out_row: tl.tensor,
+    out_group: tl.tensor,
+    w_group: tl.tensor,
+    W_N: tl.constexpr,
+    W_K: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    N3: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    STAGES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ROUNDED: tl.constexpr,
+) -> None:
+    program = tl.program_id(0)
+    group = tl.program_id(1).to(tl.int64)
+    blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
+    blocks2: tl.constexpr = (N2 + BLOCK_N - 1) // BLOCK_N
+    in_second = program >= blocks1
+    in_third = program >= blocks1 + blocks2
+    matrix = first_ptr + group * w_group
+    if in_third:
+        matrix = third_ptr
+    elif in_second:
+        matrix = second_ptr
+    block = program - tl.where(in_third, blocks1 + blocks2, tl.where(in_second, blocks1, 0))
+    size = tl.where(in_third, N3, tl.where(in_second, N2, N1))
+    shift = tl.where(in_third, N1 + N2, tl.where(in_second, N1, 0))
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    b = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
+    # The weight stands on the left: its many rows fill the matrix unit, and the few tokens are its narrow side.
+    total = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        weight_offsets = n.to(tl.int64)[:, None] * W_N + k[None, :] * W_K
+        weight = tl.load(matrix + weight_offsets, mask=(n < size)[:, None] & (k < K)[None, :], other=0.0)
+        x_offsets = group * x_group + b[None, :] * x_row + k[:, None]
+        x = tl.load(x_ptr + x_offsets, mask=(b < rows)[None, :] & (k < K)[:, None], other=0.0)
+        total = dot(weight, x, total)
+    if ROUNDED:
+        total = total.to(x_ptr.dtype.element_ty).to(tl.float32)
+    held = (n < size)[:, None] & (b < rows)[None, :]
+    offsets = group * out_group + b[None, :] * out_row + shift + n[:, None]
+    if RESIDUAL:
+        total += tl.load(residual_ptr + offsets, mask=held, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=held)
+
+
+def few_rows_blocks(rows: int, outputs: int, inputs: int) -> dict[str, int]:
+    """Return the block sizes for a product of that shape: enough programs to fill the device, 64 rows at most."""
+    block_n = 64 if outputs >= 64 * 132 else 32
+    return {
+        "BLOCK_N": min(block_n, power_of_two(outputs, 16)),
+        "BLOCK_K": min(power_of_two(inputs, 16), 128),
+        "BLOCK_B": min(power_of_two(rows, 16), 64),
+        "STAGES": 4,
+        "num_warps": 4,
+    }
+
+
+def few_rows_linear(
+    x_BK: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    out_BN: torch.Tensor,
+    residual_BN: torch.Tensor | None = None,
+    rounded: bool = False,
+    **blocks: int,
+) -> None:
+    """Write the products of a few rows with one to three matrices side by side, plus a residual.
+
+    Args:
+        x_BK: the rows.
+        weights: matrices [N_i, K], contiguous.
+        out_BN: of any floating dtype; may be the residual itself.
+        residual_BN: added to the result; laid out like ``out_BN``.
+        rounded: round the product to the dtype of ``x_BK`` although ``out_BN`` is wider.
+        blocks: block sizes instead of those of `few_rows_blocks`.
+    """
+    if not 1 <= len(weights) <= MAX_WEIGHTS:
+        raise ValueError(f"few_rows_linear takes one to {MAX_WEIGHTS} weights, got {len(weights)}.")
+    check_rows(*weights)
+    if residual_BN is not None and residual_BN.stride() != out_BN.stride():
+        raise ValueError("few_rows_linear needs a residual laid out like its output.")
+    grouped = [weight.unsqueeze(0) for weight in weights]
+    residual = None if residual_BN is None else residual_BN.unsqueeze(1)
+    _launch_few_rows(x_BK.unsqueeze(1), grouped, out_BN.unsqueeze(1), residual, rounded, blocks)
+
+
+def few_rows_of_groups(x_BGK: torch.Tensor, weight_GNK: torch.Tensor, out_BGN: torch.Tensor, **blocks: int) -> None:
+    """Write the products of a few rows with a matrix for each group (head), [B, G, N].
+
+    Args:
+        x_BGK: rows of any strides but the last.
+        weight_GNK: of any strides: a transposed view will do.
+        out_BGN: of any strides but the last.
+        blocks: block sizes instead of those of `few_rows_blocks`.
+    """
+    _launch_few_rows(x_BGK, [weight_GNK], out_BGN, None, False, blocks)
+
+
+def _launch_few_rows(
+    x_BGK: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    out_BGN: torch.Tensor,
+    residual_BGN: torch.Tensor | None,
+    rounded: bool,
+    blocks: dict[str, int],
+) -> None:
+    check_rows(x_BGK, out_BGN)
+    rows, groups, inputs = x_BGK.shape
+    outputs = [weight.shape[1] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
+    first, second, third = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
+    sizes = {**few_rows_blocks(rows, groups * sum(outputs), inputs), **blocks}
+    programs = sum(triton.cdiv(size, sizes["BLOCK_N"]) for size in outputs)
+    _few_rows_kernel[(programs, groups, triton.cdiv(rows, sizes["BLOCK_B"]))](
+        x_BGK,
+        first,
+        second,
+        third,
+        x_BGK if residual_BGN is None else residual_BGN,
+        out_BGN,
+        rows,
+        x_BGK.stride(0),
+        x_BGK.stride(1),
+        out_BGN.stride(0),
+        out_BGN.stride(1),
+        first.stride(0),
+        first.stride(1),
+        first.stride(2),
+        *outputs,
+        K=inputs,
+        RESIDUAL=residual_BGN is not None,
+        ROUNDED=rounded,
+        **sizes,
+    )

@@ -1,0 +1,201 @@
+"""Plain multi-head attention of one new token a row, over a cache of keys and values.
+
+Shape suffixes: B rows, N attention heads, M key/value heads, D head size, C room of the cache in tokens, W splits of
+the keys. The caches are [B, M, C, D]; row b's tokens stand at 0 .. positions[b], its new one last.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .latent import live_splits
+from .primitives import check_rows, power_of_two
+
+KEYS_A_STEP = 64
+
+
+def rotate_halves_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate [..., D] whose pairs stand half of it apart."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attend_plain(
+    query_BND: torch.Tensor,
+    keys_BMCD: torch.Tensor,
+    values_BMCD: torch.Tensor,
+    positions_B: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Return [B, N, D]: attention over the tokens up to each row's position."""
+    grouped = query_BND.unflatten(1, (keys_BMCD.shape[1], -1))
+    scores = torch.einsum("bmgd,bmcd->bmgc", grouped, keys_BMCD).float() * scaling
+    beyond = torch.arange(keys_BMCD.shape[2], device=scores.device) > positions_B[:, None]
+    weights = scores.masked_fill(beyond[:, None, None], float("-inf")).softmax(dim=-1).to(query_BND.dtype)
+    held = values_BMCD.masked_fill(beyond[:, None, :, None], 0)
+    return torch.einsum("bmgc,bmcd->bmgd", weights, held).flatten(1, 2)
+
+
+@triton.jit
+def _rotate_and_write_kernel(
+    projected_ptr: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    query_ptr: tl.tensor,
+    keys_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    C: tl.tensor,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+) -> None:
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    half: tl.constexpr = D // 2
+    i = tl.arange(0, HALF_PAD)
+    held = i < half
+    source = projected_ptr + (row * (N + 2 * M) + head) * D
+    first = tl.load(source + i, mask=held, other=0.0).to(tl.float32)
+    second = tl.load(source + half + i, mask=held, other=0.0).to(tl.float32)
+    position = tl.load(positions_ptr + row)
+    target = query_ptr + (row * N + head) * D
+    if head >= N + M:
+        target = values_ptr + ((row * M + head - N - M).to(tl.int64) * C + position) * D
+    elif head >= N:
+        target = keys_ptr + ((row * M + head - N).to(tl.int64) * C + position) * D
+    if head < N + M:
+        angle = position * D + i  # both halves of a row of the table are the same
+        cos = tl.load(cos_ptr + angle, mask=held, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + angle, mask=held, other=0.0).to(tl.float32)
+        turned = first * cos - second * sin
+        second = second * cos + first * sin
+        first = turned
+    dtype = query_ptr.dtype.element_ty
+    tl.store(target + i, first.to(dtype), mask=held)
+    tl.store(target + half + i, second.to(dtype), mask=held)
+
+
+def rotate_and_write(
+    projected_BX: torch.Tensor,
+    cos_CD: torch.Tensor,
+    sin_CD: torch.Tensor,
+    positions_B: torch.Tensor,
+    query_BND: torch.Tensor,
+    keys_BMCD: torch.Tensor,
+    values_BMCD: torch.Tensor,
+) -> None:
+    """Rotate queries and keys, and write keys and values into the caches at each row's position.
+
+    Args:
+        projected_BX: queries, keys and values side by side, (N + 2M) * D numbers.
+        cos_CD: table of cosines for all positions of the caches.
+        sin_CD: of sines.
+        positions_B: int32.
+        query_BND: written.
+        keys_BMCD: written at the positions.
+        values_BMCD: likewise. All tensors are contiguous.
+    """
+    check_rows(projected_BX, cos_CD, sin_CD, keys_BMCD)
+    rows, heads, size = query_BND.shape
+    key_heads, room = keys_BMCD.shape[1], keys_BMCD.shape[2]
+    _rotate_and_write_kernel[(rows, heads + 2 * key_heads)](
+        projected_BX,
+        cos_CD,
+        sin_CD,
+        positions_B,
+        query_BND,
+        keys_BMCD,
+        values_BMCD,
+        room,
+        N=heads,
+        M=key_heads,
+        D=size,
+        HALF_PAD=power_of_two(size // 2, 8),
+        num_warps=1,
+    )
+
+
+@triton.jit
+def _split_kernel(
+    query_ptr: tl.tensor,
+    keys_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    partial_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    C: tl.tensor,
+    scaling: tl.tensor,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    position = tl.load(positions_ptr + row)
+    keys_each, live = live_splits(position, BLOCK_C, SPLITS)
+    if split < live:
+        first = split * keys_each
+        last = tl.minimum(first + keys_each, position + 1)
+        d = tl.arange(0, D_PAD)
+        query = tl.load(query_ptr + (row * N + head) * D + d, mask=d < D, other=0.0).to(tl.float32)
+        base = (row * M + head // (N // M)).to(tl.int64) * C * D
+        total = tl.zeros([D_PAD], tl.float32)
+        highest = float("-inf")
+        weight = 0.0
+        for start in range(first, last, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            offsets = base + c[:, None] * D + d[None, :]
+            mask = (c < last)[:, None] & (d < D)[None, :]
+            key = tl.load(keys_ptr + offsets, mask=mask, other=0.0)
+            value = tl.load(values_ptr + offsets, mask=mask, other=0.0)
+            scores = tl.sum(key.to(tl.float32) * query[None, :], axis=1) * (scaling * 1.4426950408889634)
+            scores = tl.where(c < last, scores, float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(scores, axis=0))
+            shrink = tl.exp2(highest - new_highest)
+            power = tl.exp2(scores - new_highest)
+            weight = weight * shrink + tl.sum(power, axis=0)
+            total = total * shrink + tl.sum(value.to(tl.float32) * power[:, None], axis=0)
+            highest = new_highest
+        place = (row * SPLITS + split) * N + head
+        tl.store(partial_ptr + place * D + d, total / weight, mask=d < D)
+        tl.store(weight_ptr + place, highest + tl.log2(weight))
+
+
+def attend_splits(
+    query_BND: torch.Tensor,
+    keys_BMCD: torch.Tensor,
+    values_BMCD: torch.Tensor,
+    positions_B: torch.Tensor,
+    scaling: float,
+    partial_BWND: torch.Tensor,
+    weight_BWN: torch.Tensor,
+) -> None:
+    """Attend over each split of the keys; as in `latent.attend_splits`, whose `join_splits` joins the splits."""
+    check_rows(query_BND, keys_BMCD, values_BMCD)
+    rows, heads, size = query_BND.shape
+    splits = partial_BWND.shape[1]
+    _split_kernel[(rows, heads, splits)](
+        query_BND,
+        keys_BMCD,
+        values_BMCD,
+        positions_B,
+        partial_BWND,
+        weight_BWN,
+        keys_BMCD.shape[2],
+        scaling,
+        N=heads,
+        M=keys_BMCD.shape[1],
+        D=size,
+        D_PAD=power_of_two(size, 16),
+        SPLITS=splits,
+        BLOCK_C=KEYS_A_STEP,
+        num_warps=4,
+    )

@@ -1,0 +1,101 @@
+"""RMS norm of rows, and the sum that ends a layer. Shape suffixes: B rows, H hidden size, K experts of a row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .primitives import check_rows, power_of_two
+
+
+def rms_norm_plain(x_BH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return the RMS norm: in float32, rounded, then times the weight."""
+    wide = x_BH.float()
+    return weight_H * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x_BH.dtype)
+
+
+def finish_layer_plain(
+    residual_BH: torch.Tensor,
+    routed_BKH: torch.Tensor,
+    weights_BK: torch.Tensor,
+    shared_BH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a layer's output, [B, H]: residual + weighted experts + shared experts; and its norm."""
+    routed = (routed_BKH.float() * weights_BK.unsqueeze(-1)).sum(dim=1).to(residual_BH.dtype)
+    out = residual_BH + (routed + shared_BH)
+    return out, rms_norm_plain(out, norm_H, eps)
+
+
+@triton.jit
+def _finish_layer_kernel(
+    residual_ptr: tl.tensor,
+    routed_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    shared_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    normed_ptr: tl.tensor,
+    eps: tl.tensor,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+) -> None:
+    row = tl.program_id(0)
+    dtype = out_ptr.dtype.element_ty
+    h = tl.arange(0, BLOCK_H)
+    held = h < H
+    out = tl.load(residual_ptr + row * H + h, mask=held, other=0.0).to(tl.float32)
+    if K > 0:
+        total = tl.zeros([BLOCK_H], tl.float32)
+        for slot in tl.static_range(K):
+            weight = tl.load(weights_ptr + row * K + slot)
+            total += weight * tl.load(routed_ptr + (row * K + slot) * H + h, mask=held, other=0.0).to(tl.float32)
+        total = total.to(dtype).to(tl.float32)
+        if SHARED:
+            total += tl.load(shared_ptr + row * H + h, mask=held, other=0.0).to(tl.float32)
+        out += total.to(dtype).to(tl.float32)
+    elif SHARED:
+        out += tl.load(shared_ptr + row * H + h, mask=held, other=0.0).to(tl.float32)
+    out = out.to(dtype)
+    tl.store(out_ptr + row * H + h, out, mask=held)
+    wide = out.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(wide * wide, axis=0) / H + eps)
+    norm = tl.load(norm_ptr + h, mask=held, other=0.0).to(tl.float32)
+    tl.store(normed_ptr + row * H + h, ((wide * inverse).to(dtype).to(tl.float32) * norm).to(dtype), mask=held)
+
+
+def finish_layer(
+    residual_BH: torch.Tensor,
+    routed_BKH: torch.Tensor | None,
+    weights_BK: torch.Tensor | None,
+    shared_BH: torch.Tensor | None,
+    norm_H: torch.Tensor,
+    eps: float,
+    out_BH: torch.Tensor,
+    normed_BH: torch.Tensor,
+) -> None:
+    """Write `finish_layer_plain`; without routed and shared experts, the norm alone.
+
+    ``out_BH`` may be the residual itself. Rounds where the plain form rounds. All tensors are contiguous.
+    """
+    check_rows(residual_BH, out_BH, normed_BH)
+    rows, hidden = residual_BH.shape
+    _finish_layer_kernel[(rows,)](
+        residual_BH,
+        residual_BH if routed_BKH is None else routed_BKH,
+        residual_BH if weights_BK is None else weights_BK,
+        residual_BH if shared_BH is None else shared_BH,
+        norm_H,
+        out_BH,
+        normed_BH,
+        eps,
+        H=hidden,
+        BLOCK_H=power_of_two(hidden, 16),
+        K=0 if weights_BK is None else weights_BK.shape[1],
+        SHARED=shared_BH is not None,
+        num_warps=8,
+    )

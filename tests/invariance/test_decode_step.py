@@ -1,0 +1,118 @@
+"""A decoding step by kernels against the model's own forward pass, on mini models of all three architectures.
+
+On a CPU the kernels run in Triton's interpreter. float32 agrees to 1e-4 of the largest logit: both sum in float32, in
+another order, through three layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import MINI_VOCABULARY, mini_language
+
+pytest.importorskip("triton")
+
+from deepseek_vl2.kernels import decode
+from deepseek_vl2.kernels.decode import decode_step, experts_hit, new_buffers
+from deepseek_vl2.kernels.runtime import fill_caches
+from deepseek_vl2.kernels.weights import read_weights, rotary_tables, why_not_model
+from deepseek_vl2.models.cache import new_cache
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+STEPS = 2
+PROMPT = 9
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny": ("tiny", {}),
+    "tiny, grouped keys": ("tiny", {"num_key_value_heads": 2}),
+    "small": ("small", {}),
+    "small, yarn": (
+        "small",
+        {
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 1024,
+                "mscale": 0.7,
+                "mscale_all_dim": 0.7,
+            }
+        },
+    ),
+    "small, no shared experts": ("small", {"n_shared_experts": None}),
+    "base": ("base", {}),
+    "base, groups": ("base", {"n_group": 4, "topk_group": 2}),
+}
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(decode, "PROGRAMS", 6)  # the interpreter runs them one after the other
+
+
+def padded_prompt(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, MINI_VOCABULARY, (rows, PROMPT), device=DEVICE)
+    mask = torch.ones(rows, PROMPT, dtype=torch.bool, device=DEVICE)
+    for row in range(rows):
+        mask[row, : row % 4] = False
+    return ids, mask
+
+
+@pytest.mark.parametrize("rows", [1, 3, pytest.param(18, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "variant",
+    [name if name in ("tiny", "small", "base") else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS],
+)
+@torch.no_grad()
+def test_steps_equal_forward(variant: str, rows: int) -> None:
+    kind, changes = VARIANTS[variant]
+    model = mini_language(kind, **changes).to(DEVICE)
+    assert why_not_model(model) is None
+    ids, mask = padded_prompt(rows)
+    cache = new_cache(model.config)
+    plain = model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+
+    weights = read_weights(model)
+    buffers = new_buffers(weights, rows, *rotary_tables(model, 64))
+    fill_caches(weights, buffers, cache, mask)
+    assert buffers.positions.tolist() == mask.sum(1).tolist()
+    for _ in range(STEPS):
+        token = plain.argmax(-1)
+        buffers.tokens.copy_(token)
+        buffers.logits.fill_(float("nan"))
+        mask = torch.cat((mask, mask.new_ones(rows, 1)), dim=1)
+        plain = model(token[:, None], attention_mask=mask, past_key_values=cache).logits[:, -1]
+        decode_step(weights, buffers)
+        assert torch.allclose(buffers.logits, plain, atol=1e-4 * float(plain.abs().max()), rtol=0)
+        assert torch.equal(buffers.tokens, plain.argmax(-1))
+    assert buffers.positions.tolist() == mask.sum(1).tolist()
+    hit = experts_hit(weights, buffers)
+    assert len(hit) == 2 and all(3 <= count <= min(8, 3 * rows) for count in hit)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "small", "base"])
+@pytest.mark.parametrize("rows", [1, 3])
+@torch.no_grad()
+def test_half_precision_stays_near(kind: str, rows: int) -> None:
+    """In bfloat16 the step is about as far from float32 as the plain form is; the interpreter rounds worse."""
+    model = mini_language(kind).to(DEVICE)
+    ids, mask = padded_prompt(rows)
+    token = torch.full((rows, 1), 7, device=DEVICE)
+    longer = torch.cat((mask, mask.new_ones(rows, 1)), dim=1)
+    cache = new_cache(model.config)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    exact = model(token, attention_mask=longer, past_key_values=cache).logits[:, -1]
+
+    model = model.to(torch.bfloat16)
+    cache = new_cache(model.config)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    weights = read_weights(model)
+    buffers = new_buffers(weights, rows, *rotary_tables(model, 32))
+    fill_caches(weights, buffers, cache, mask)
+    buffers.tokens.copy_(token[:, 0])
+    plain = model(token, attention_mask=longer, past_key_values=cache).logits[:, -1]
+    decode_step(weights, buffers)
+    distance = (buffers.logits - exact).norm() / exact.norm()
+    plain_distance = (plain - exact).norm() / exact.norm()
+    assert distance < (1.2 if DEVICE.type == "cuda" else 3) * plain_distance + 2e-3

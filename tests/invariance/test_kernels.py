@@ -1,0 +1,366 @@
+"""Each kernel against the plain function beside it: on a GPU, or on a CPU through Triton's interpreter.
+
+Inputs are drawn anew in every run. Outputs are poisoned before: what a kernel does not write stays NaN. The measure is
+|out - plain| / |plain|, the plain form computed in float32 from the same rounded inputs. float32 agrees to 1e-5, which
+leaves room for another order of sums; half precision to the rounding of inputs of a product and of results, 2^-8 of
+bfloat16 and 2^-11 of float16, some of which add up where results are rounded twice. The interpreter cuts bfloat16 off
+where a GPU rounds it: twice the error, and all in one direction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from deepseek_vl2.kernels import experts, gate, latent, linear, multihead, norm
+from deepseek_vl2.kernels.gate import CORRECTED, GREEDY, GROUP_LIMITED, GateRule
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+# Half precisions differ in rounding alone: the slow interpreter sees one of them, a GPU all.
+DTYPES = [torch.float32, torch.bfloat16, *([torch.float16] if ON_GPU else [])]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3 if ON_GPU else 1.6e-2}
+ROWS = [2, 16, pytest.param(33, marks=pytest.mark.slow), *([5, 64] if ON_GPU else [])]
+
+
+def slow(*values: int) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full(shape, float("nan"), device=DEVICE, dtype=dtype)
+
+
+def check(out: torch.Tensor, plain: torch.Tensor, dtype: torch.dtype) -> None:
+    assert out.shape == plain.shape
+    assert torch.isfinite(out).all(), "a result was not written, or not finite"
+    error = (out.double() - plain.double()).norm() / plain.double().norm()
+    assert error < TOLERANCE[dtype], f"relative error {error:.2e}"
+
+
+# ---------------------------------------------------------------- products
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sizes", "width"), [((40,), 64), ((96, 41), 48), ((33, 7, 70), 640), ((16, 16, 16), 1280)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_one_row_linear(dtype: torch.dtype, sizes: tuple[int, ...], width: int, normed: bool) -> None:
+    x, weights = draw(width, dtype=dtype), [draw(size, width, dtype=dtype, scale=width**-0.5) for size in sizes]
+    weight = 1 + 0.1 * draw(width, dtype=dtype) if normed else None
+    residual = draw(sum(sizes), dtype=dtype)
+    out = poisoned(sum(sizes), dtype=dtype)
+    linear.one_row_linear(x, weights, out, weight, 1e-6, residual)
+    wide = [w.float() for w in weights]
+    plain_norm = None if weight is None else weight.float()
+    check(out, linear.norm_linear_plain(x[None].float(), wide, plain_norm, 1e-6, residual[None].float())[0], dtype)
+    in_place = residual.clone()
+    linear.one_row_linear(x, weights, in_place, weight, 1e-6, in_place)
+    assert torch.equal(in_place, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [5, 320, 3000])
+def test_best_of_one_row(dtype: torch.dtype, size: int) -> None:
+    x, weight = draw(64, dtype=dtype), draw(size, 64, dtype=dtype)
+    weight[-1] = weight[size // 2] = 10 * x  # two that are equal and largest
+    out, chosen = poisoned(size), torch.full((1,), -1, device=DEVICE)
+    best = (poisoned(-(-size // 8)), torch.full((-(-size // 8),), -1, device=DEVICE, dtype=torch.int32))
+    linear.one_row_linear(x, [weight], out, rounded=True, best=best)
+    linear.pick_best(best, chosen)
+    assert torch.equal(out, out.to(dtype).float())
+    check(out, weight.float() @ x.float(), dtype)
+    assert chosen.item() == size // 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("sizes", "width"), [((40,), 64), ((96, 40), 48), ((130, 17, 64), 320)])
+def test_few_rows_linear(dtype: torch.dtype, rows: int, sizes: tuple[int, ...], width: int) -> None:
+    x = draw(rows, width + 8, dtype=dtype)[:, :width]  # a row has a gap behind it
+    weights = [draw(size, width, dtype=dtype, scale=width**-0.5) for size in sizes]
+    residual = draw(rows, sum(sizes), dtype=dtype)
+    out = poisoned(rows, sum(sizes), dtype=dtype)
+    linear.few_rows_linear(x, weights, out, residual)
+    wide = [weight.float() for weight in weights]
+    check(out, linear.norm_linear_plain(x.float(), wide, residual_BN=residual.float()), dtype)
+    logits = poisoned(rows, sizes[0])
+    linear.few_rows_linear(x, weights[:1], logits, rounded=True)
+    assert torch.equal(logits, logits.to(dtype).float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [3, 17])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_few_rows_of_groups(dtype: torch.dtype, rows: int, transposed: bool) -> None:
+    groups, width, size = 3, 32, 24
+    x = draw(rows, groups, width + 8, dtype=dtype)[..., :width]
+    stored = draw(groups, *((width, size) if transposed else (size, width)), dtype=dtype, scale=width**-0.5)
+    weight = stored.mT if transposed else stored
+    out = poisoned(rows, groups, size + 8, dtype=dtype)
+    linear.few_rows_of_groups(x, weight, out[..., :size])
+    check(out[..., :size], torch.einsum("bgk,gnk->bgn", x.float(), weight.float()), dtype)
+    assert out[..., size:].isnan().all()
+
+
+def test_rows_with_gaps_are_refused() -> None:
+    with pytest.raises(ValueError, match="rows without gaps"):
+        linear.one_row_linear(draw(128)[::2], [draw(8, 64)], poisoned(8))
+
+
+# ---------------------------------------------------------------- norm, end of a layer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("chosen", "shared"), [(0, False), (0, True), (3, False), (6, True)])
+@pytest.mark.parametrize("width", [64, 640])
+def test_finish_layer(dtype: torch.dtype, chosen: int, shared: bool, width: int) -> None:
+    rows = 5
+    residual, weight = draw(rows, width, dtype=dtype), 1 + 0.1 * draw(width, dtype=dtype)
+    routed = draw(rows, chosen, width, dtype=dtype) if chosen else None
+    weights = torch.rand(rows, chosen, device=DEVICE) if chosen else None
+    common = draw(rows, width, dtype=dtype) if shared else None
+    out, normed = poisoned(rows, width, dtype=dtype), poisoned(rows, width, dtype=dtype)
+    norm.finish_layer(residual, routed, weights, common, weight, 1e-6, out, normed)
+    none = torch.zeros_like(residual)
+    if routed is None or weights is None:
+        routed, weights = none[:, None], torch.ones(rows, 1, device=DEVICE)
+    plain = norm.finish_layer_plain(residual, routed, weights, none if common is None else common, weight, 1e-6)
+    check(out, plain[0], dtype)
+    check(normed, plain[1], dtype)
+
+
+# ---------------------------------------------------------------- gate
+
+RULES = [
+    GateRule(8, 3),
+    GateRule(64, 6, scale=1.5),
+    GateRule(72, 6, sigmoid=True, method=CORRECTED, normalised=True, scale=2.0),
+    GateRule(24, 4, method=GROUP_LIMITED, groups=6, kept_groups=2),
+    GateRule(24, 5, sigmoid=True, method=CORRECTED, groups=4, kept_groups=2, normalised=True),
+    GateRule(16, 2, method=GREEDY, groups=4, kept_groups=2),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("width", [64, 320])
+def test_route(dtype: torch.dtype, rule: GateRule, width: int) -> None:
+    rows = 7
+    x, weight = draw(rows, width, dtype=dtype), 1 + 0.1 * draw(width, dtype=dtype)
+    matrix = draw(rule.experts, width, dtype=dtype, scale=width**-0.5)
+    bias = 0.3 * draw(rule.experts) if rule.method == CORRECTED else None
+    normed = poisoned(rows, width, dtype=dtype)
+    ids = torch.full((rows, rule.chosen), -1, device=DEVICE, dtype=torch.int32)
+    weights = poisoned(rows, rule.chosen)
+    gate.route(x, weight, 1e-6, matrix, bias, rule, normed, ids, weights)
+    plain_normed, _, _ = gate.route_plain(x, weight, 1e-6, matrix, bias, rule)
+    check(normed, plain_normed, dtype)
+    # From here the kernel's own normed rows: a bit's difference in them may exchange two experts of all but one score.
+    logits = torch.nn.functional.linear(normed.float(), matrix.float())
+    plain_ids, plain_weights = gate.choose_plain(logits, bias, rule)
+    assert torch.equal(ids.sort(dim=1).values.long(), plain_ids.sort(dim=1).values)
+    order, plain_order = ids.argsort(dim=1), plain_ids.argsort(dim=1)
+    check(weights.gather(1, order), plain_weights.gather(1, plain_order), torch.float32)
+
+
+def test_ties_go_to_the_first_expert() -> None:
+    rule = GateRule(8, 3)
+    weights, ids = poisoned(1, 3), torch.full((1, 3), -1, device=DEVICE, dtype=torch.int32)
+    gate.route(
+        draw(1, 64), draw(64), 1e-6, torch.zeros(8, 64, device=DEVICE), None, rule, poisoned(1, 64), ids, weights
+    )
+    assert ids.tolist() == [[0, 1, 2]]
+    assert torch.allclose(weights, torch.full_like(weights, 1 / 8))
+
+
+# ---------------------------------------------------------------- experts
+
+
+def layer(width: int, experts_: int, inner: int, shared: int, dtype: torch.dtype) -> experts.ExpertWeights:
+    def matrix(*shape: int) -> torch.Tensor:
+        return draw(*shape, dtype=dtype, scale=shape[-1] ** -0.5)
+
+    return experts.ExpertWeights(
+        matrix(experts_, 2 * inner, width) if experts_ else None,
+        matrix(experts_, width, inner) if experts_ else None,
+        matrix(shared, width) if shared else None,
+        matrix(shared, width) if shared else None,
+        matrix(width, shared) if shared else None,
+    )
+
+
+def wide(weights: experts.ExpertWeights) -> experts.ExpertWeights:
+    parts = (weights.gate_up, weights.down, weights.shared_gate, weights.shared_up, weights.shared_down)
+    return experts.ExpertWeights(*(None if part is None else part.float() for part in parts))
+
+
+def random_ids(rows: int, experts_: int, chosen: int) -> torch.Tensor:
+    return torch.rand(rows, experts_, device=DEVICE).argsort(dim=1)[:, :chosen].int()
+
+
+SHAPES = [(64, 8, 32, 64), slow(64, 0, 0, 96), (48, 5, 40, 0), slow(320, 12, 24, 72)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "count", "inner", "shared"), SHAPES)
+def test_experts_of_one_row(dtype: torch.dtype, width: int, count: int, inner: int, shared: int) -> None:
+    weights, rule = layer(width, count, inner, shared, dtype), GateRule(count, 3) if count else None
+    x, weight, residual = draw(width, dtype=dtype), 1 + 0.1 * draw(width, dtype=dtype), draw(width, dtype=dtype)
+    chosen = 3 if count else 0
+    hidden = poisoned(chosen * inner + shared, dtype=dtype)
+    ids, shares = torch.full((chosen,), -1, device=DEVICE, dtype=torch.int32), poisoned(chosen)
+    logits = draw(count) if count else None
+    routing = dict(ids_K=ids, weights_K=shares) if count else {}
+    experts.one_row_inner(x, weight, 1e-6, weights, hidden, rule, logits, **routing)
+    normed = norm.rms_norm_plain(x[None].float(), weight.float(), 1e-6)
+    plain_ids = None
+    if rule is not None and logits is not None:
+        plain_ids, plain_shares = gate.choose_plain(logits[None], None, rule)
+        assert torch.equal(ids.long(), plain_ids[0])
+        check(shares, plain_shares[0], torch.float32)
+    routed, common = experts.inner_plain(normed, wide(weights), plain_ids)
+    parts = [part.flatten() for part in (routed, common) if part is not None]
+    check(hidden, torch.cat(parts), dtype)
+
+    out = poisoned(width, dtype=dtype)
+    experts.one_row_down(hidden, weights, residual, out, **routing)
+    inner_rows = hidden.float()[: chosen * inner].view(1, chosen, inner) if count else None
+    common_rows = hidden.float()[None, chosen * inner :] if shared else None
+    routed, common = experts.down_plain(inner_rows, common_rows, wide(weights), plain_ids)
+    plain = residual.float()
+    if routed is not None:
+        plain = plain + (routed[0] * shares[:, None]).sum(0)
+    if common is not None:
+        plain = plain + common[0]
+    check(out, plain, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("width", "count", "inner", "shared"), SHAPES)
+def test_experts_of_few_rows(dtype: torch.dtype, rows: int, width: int, count: int, inner: int, shared: int) -> None:
+    weights, chosen = layer(width, count, inner, shared, dtype), 3 if count else 0
+    x = draw(rows, width, dtype=dtype)
+    ids = random_ids(rows, count, chosen) if count else None
+    if ids is not None and rows > 16:
+        ids[:, 0], ids[:, 1:] = 0, random_ids(rows, count - 1, chosen - 1) + 1  # more than one block of rows
+    routed = poisoned(rows, chosen, inner, dtype=dtype) if count else None
+    common = poisoned(rows, shared, dtype=dtype) if shared else None
+    experts.few_rows_inner(x, weights, routed, common, ids)
+    plain = experts.inner_plain(x.float(), wide(weights), ids)
+    out_routed = poisoned(rows, chosen, width, dtype=dtype) if count else None
+    out_common = poisoned(rows, width, dtype=dtype) if shared else None
+    for out, want in zip((routed, common), plain, strict=True):
+        if out is not None and want is not None:
+            check(out, want, dtype)
+    experts.few_rows_down(routed, common, weights, out_routed, out_common, ids)
+    inputs = [None if part is None else part.float() for part in (routed, common)]
+    plain = experts.down_plain(inputs[0], inputs[1], wide(weights), ids)
+    for out, want in zip((out_routed, out_common), plain, strict=True):
+        if out is not None and want is not None:
+            check(out, want, dtype)
+
+
+# ---------------------------------------------------------------- attention
+
+POSITIONS = {1: [70], 3: [0, 95, 31], 5: [1, 32, 64, 33, 63]}
+
+
+def tables(room: int, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.outer(torch.arange(room, device=DEVICE).float(), 0.3 ** torch.arange(size // 2, device=DEVICE))
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", sorted(POSITIONS))
+@pytest.mark.parametrize("absorb", [True, False])
+@pytest.mark.parametrize(("rank", "unrotated", "rotated", "value"), [(32, 16, 8, 16), (80, 24, 16, 20)])
+def test_latent_prepare(
+    dtype: torch.dtype, rows: int, absorb: bool, rank: int, unrotated: int, rotated: int, value: int
+) -> None:
+    heads, room = 3, 96
+    projected = draw(rows, heads * (unrotated + rotated) + rank + rotated, dtype=dtype)
+    kv_b = draw(heads, unrotated + value, rank, dtype=dtype, scale=unrotated**-0.5)
+    weight, positions = 1 + 0.1 * draw(rank, dtype=dtype), torch.tensor(POSITIONS[rows], device=DEVICE).int()
+    cos, sin = tables(room, rotated, dtype)
+    query = poisoned(rows, heads, rank + rotated, dtype=dtype)
+    cache = poisoned(rows + 1, room, rank + rotated, dtype=dtype)[:rows]
+    latent.prepare(projected, kv_b, weight, 1e-6, cos, sin, positions, query, cache, absorb)
+    split = heads * (unrotated + rotated)
+    angles = (cos[positions.long()].float(), sin[positions.long()].float())
+    plain_query, plain_token = latent.prepare_plain(
+        projected[:, :split].unflatten(1, (heads, -1)).float(), projected[:, split:].float(), kv_b.float(),
+        weight.float(), 1e-6, *angles,
+    )  # fmt: skip
+    if absorb:
+        check(query, plain_query, dtype)
+    else:
+        check(query[..., rank:], plain_query[..., rank:], dtype)
+        assert query[..., :rank].isnan().all()
+    index = torch.arange(rows, device=DEVICE)
+    check(cache[index, positions.long()], plain_token, dtype)
+    cache[index, positions.long()] = float("nan")
+    assert cache.isnan().all(), "something else in the cache was written"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", sorted(POSITIONS))
+@pytest.mark.parametrize("splits", [1, slow(2), 7])
+@pytest.mark.parametrize(("heads", "rank", "rotated"), [(4, 32, 8), slow(18, 80, 16)])
+def test_latent_attention(dtype: torch.dtype, rows: int, splits: int, heads: int, rank: int, rotated: int) -> None:
+    room, unrotated, value = 96, 8, 24
+    query = draw(rows, heads, rank + rotated, dtype=dtype)
+    cache = draw(rows, room, rank + rotated, dtype=dtype)
+    positions = torch.tensor(POSITIONS[rows], device=DEVICE).int()
+    for row, position in enumerate(POSITIONS[rows]):
+        cache[row, position + 1 :] = float("nan")  # nothing behind a row's last token may be read
+    partial, weight = poisoned(rows, splits, heads, rank), poisoned(rows, splits, heads)
+    latent.attend_splits(query, cache, positions, 0.2, partial, weight)
+    mixed = poisoned(rows, heads, rank, dtype=dtype)
+    latent.join_splits(partial, weight, positions, mixed)
+    plain = latent.attend_plain(query.float(), cache.float().nan_to_num(), positions, rank, 0.2)
+    check(mixed, plain, dtype)
+    kv_b = draw(heads, unrotated + value, rank, dtype=dtype, scale=rank**-0.5)
+    out = poisoned(rows, heads, value, dtype=dtype)
+    latent.join_splits(partial, weight, positions, out, kv_b)
+    check(out, torch.einsum("bnr,nvr->bnv", plain, kv_b.float()[:, unrotated:]), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", sorted(POSITIONS))
+@pytest.mark.parametrize("splits", [1, 3, slow(16)])
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 4, 16), (6, 2, 40)])
+def test_multihead_attention(dtype: torch.dtype, rows: int, splits: int, heads: int, key_heads: int, size: int) -> None:
+    room = 96
+    projected = draw(rows, (heads + 2 * key_heads) * size, dtype=dtype)
+    positions = torch.tensor(POSITIONS[rows], device=DEVICE).int()
+    cos, sin = tables(room, size, dtype)
+    query = poisoned(rows, heads, size, dtype=dtype)
+    keys, values = draw(rows, key_heads, room, size, dtype=dtype), draw(rows, key_heads, room, size, dtype=dtype)
+    for row, position in enumerate(POSITIONS[rows]):
+        keys[row, :, position:] = values[row, :, position:] = float("nan")
+    multihead.rotate_and_write(projected, cos, sin, positions, query, keys, values)
+    q, k, v = projected.float().unflatten(1, (-1, size)).split([heads, key_heads, key_heads], dim=1)
+    angles = [table[positions.long()].float()[:, None] for table in (cos, sin)]
+    check(query, multihead.rotate_halves_plain(q, *angles), dtype)
+    index = torch.arange(rows, device=DEVICE)
+    check(keys[index, :, positions.long()], multihead.rotate_halves_plain(k, *angles), dtype)
+    assert torch.equal(values[index, :, positions.long()].float(), v)
+
+    partial, weight = poisoned(rows, splits, heads, size), poisoned(rows, splits, heads)
+    multihead.attend_splits(query, keys, values, positions, 0.3, partial, weight)
+    out = poisoned(rows, heads, size, dtype=dtype)
+    latent.join_splits(partial, weight, positions, out, keys_a_step=multihead.KEYS_A_STEP)
+    plain = multihead.attend_plain(
+        query.float(), keys.float().nan_to_num(), values.float().nan_to_num(), positions, 0.3
+    )
+    check(out, plain, dtype)
