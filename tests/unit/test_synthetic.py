@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("font_roboto", reason="the fonts of the extra 'synthetic' are not installed")
 
 from deepseek_vl2.synthetic import samples, suite
+from deepseek_vl2.synthetic.curves import main as draw_log
 from deepseek_vl2.synthetic.drawing import draw_scene
 from deepseek_vl2.synthetic.evaluate import main as evaluate
 from deepseek_vl2.synthetic.nano import nano_config, nano_processor
@@ -184,3 +185,16 @@ def test_evaluate_tells_mistakes_in_a_line(capsys, tmp_path):
     with pytest.raises(SystemExit) as refused:
         evaluate(["--number", "0"])
     assert refused.value.code == 2
+
+
+def test_curves_of_a_log(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    log.write_text(
+        '{"step": 1, "loss": 4.0, "load_max": 2.0}\n{"step": 2, "loss": 0.5}\n{"step": 2, "train_loss": 1}\n'
+    )
+    assert draw_log([str(log), "--output", str(tmp_path / "c.svg")]) == 0
+    drawn = (tmp_path / "c.svg").read_text()
+    assert drawn.count("<polyline") == 2 and "busiest expert" in drawn and "0 to 2" in drawn
+    log.write_text("not JSON\n")
+    assert draw_log([str(log), "--output", str(tmp_path / "c.svg")]) == 1
+    assert "line 1" in capsys.readouterr().err
