@@ -24,7 +24,8 @@ from deepseek_vl2.utils.io import resolve_model_path
 from .nano import nano_processor, new_nano
 from .samples import MIXTURES, SyntheticConversations
 
-MAX_LENGTH = 1024
+# Longer conversations lose their last turns: one in a hundred would make all others of its batch wait.
+MAX_LENGTH = 512
 DECAY = 0.25  # of the steps, at the end of the schedule "stable"
 SCHEDULES = ("cosine", "stable")
 
@@ -112,9 +113,8 @@ def build_trainer(args: Namespace) -> VLTrainer:
         seed=args.seed,
         report_to="none",
     )
-    collator = ConversationCollator(
-        processor, max_length=MAX_LENGTH, image_dtype=torch.bfloat16 if settings.bf16 else torch.float32
-    )
+    image_dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    collator = ConversationCollator(processor, max_length=MAX_LENGTH, overlong="cut", image_dtype=image_dtype)
     pictures = SyntheticConversations(args.steps * args.batch_size, args.first_picture, args.mixture)
     return VLTrainer(model, settings, collator, processing_class=processor, train_dataset=pictures)
 
