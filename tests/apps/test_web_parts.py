@@ -12,6 +12,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gradio as gr
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +21,7 @@ from web_support import GIRAFFE, ScriptedBackend
 from deepseek_vl2.cli.main import main as cli_main
 from deepseek_vl2.serve.web import command, rendering
 from deepseek_vl2.serve.web.backend import LoadStatus, ModelBackend
+from deepseek_vl2.serve.web.events import DemoEvents
 from deepseek_vl2.serve.web.examples import EXAMPLES, LOGO, PICTURES
 from deepseek_vl2.serve.web.jobs import Job, JobLine, Stage
 from deepseek_vl2.serve.web.limits import Limits
@@ -288,6 +290,17 @@ def test_status_line() -> None:
     assert 'value="0.430"' in rendering.status_html(LoadStatus(text="Loading", fraction=0.43))
     assert "alert" in rendering.status_html(LoadStatus(failed=True, text="<no>"))
     assert "&lt;no&gt;" in rendering.status_html(LoadStatus(failed=True, text="<no>"))
+
+
+def test_an_example_is_taken_by_its_number_alone(tmp_path: Path) -> None:
+    """A visitor may claim that an example is made of any file; Gradio would publish what the handler returns."""
+    events = DemoEvents(ScriptedBackend({}), JobLine(ScriptedBackend({}), 1), Limits())
+    claimed = {"text": "x", "files": [{"path": str(tmp_path / "secret.txt")}]}
+    for index, example in enumerate(EXAMPLES):
+        taken = events.take_example(gr.SelectData(None, {"index": index, "value": claimed}))
+        assert taken == {"text": example.question, "files": example.files}
+    for index in (-1, len(EXAMPLES), None, "0", [0]):
+        assert events.take_example(gr.SelectData(None, {"index": index, "value": claimed})) == gr.skip()
 
 
 # ---------------------------------------------------------------- what ships
