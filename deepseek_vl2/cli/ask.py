@@ -121,7 +121,7 @@ def check_drawing(path: str, images: list[Image.Image]) -> None:
     if not images:
         raise ValueError("There is no image to draw boxes on: give one with --image.")
     file = Path(path)
-    if file.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:  # some formats can be read alone
         raise ValueError(f"{path}: use the name of an image file, such as boxes.jpg or boxes.png.")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"There is no directory {file.parent} to write {file.name} into.")

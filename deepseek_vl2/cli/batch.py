@@ -185,7 +185,8 @@ def read_jobs(path: Path) -> list[Job]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines: JSON may hold separators such as U+2028 as they are, and they end no line.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8: {error}.") from error
     jobs = [

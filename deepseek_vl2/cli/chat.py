@@ -330,7 +330,7 @@ class Chat:
 
     def set_seed(self, text: str) -> None:
         """``/seed``"""
-        self.args.seed = int(text) if text else None
+        self.args.seed = whole_number(-(2**63))(text) if text else None
 
     def set_max_new_tokens(self, text: str) -> None:
         """``/max_new_tokens``"""

@@ -112,6 +112,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.Capture
         (["ask", ""], "question is empty"),
         (["ask", "x", "--output", "a.jpg"], "no image to draw"),
         (["ask", "x", "--image", PICTURE, "--output", "a.txt"], "name of an image file"),
+        (["ask", "x", "--image", PICTURE, "--output", "a.psd"], "name of an image file"),
         (["ask", "x", "--image", PICTURE, "--output", "no/such/a.jpg"], "no directory"),
         (["ground", PICTURE], "Say what to find"),
         (["ground", PICTURE, "a<|/ref|>"], "must not hold the tag"),

@@ -123,6 +123,15 @@ def test_bad_lines_are_reported_and_skipped(
     assert "line 3" in capsys.readouterr().err
 
 
+def test_separators_within_a_text_end_no_line(tmp_path: Path) -> None:
+    questions = tmp_path / "q.jsonl"
+    asked = {"prompt": "one\u2028two\u0085three"}
+    questions.write_bytes(f"{json.dumps(asked, ensure_ascii=False)}\r\n{json.dumps(asked)}\n".encode())
+    assert run(questions, tmp_path / "a.jsonl") == 0
+    first, second = records(tmp_path / "a.jsonl")
+    assert first["answer"] == second["answer"] and (first["line"], second["line"]) == (1, 2)
+
+
 def count_answers(monkeypatch: pytest.MonkeyPatch, fail_after: int | None = None) -> list[int]:
     """Count the lines that are generated for; a run ends with Ctrl-C after so many."""
     lines: list[int] = []

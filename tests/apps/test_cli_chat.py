@@ -127,7 +127,7 @@ def test_a_system_prompt_stands_in_front(chat: Chat) -> None:
         ("/temperature hot", "not a number"),
         ("/temperature -1", "at least 0"),
         ("/top_p 2", "at most 1"),
-        ("/seed x", "invalid literal"),
+        ("/seed x", "not a whole number"),
         ("/max_new_tokens 0", "positive"),
         ("/save", "Name a file"),
         ("/save no/such/dir.md", "No such file"),

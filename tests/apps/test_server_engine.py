@@ -10,6 +10,7 @@ import torch
 from server_support import GREEDY, job, picture, running_engine, text_prompt, wait_until
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.serve.api import engine as engine_module
 from deepseek_vl2.serve.api.engine import Engine, EngineOptions, EngineStopped, QueueFull
 from deepseek_vl2.serve.api.sampling import SamplingOptions
 from deepseek_vl2.serve.api.slots import SlotCache, cache_bytes
@@ -134,6 +135,24 @@ def test_cancelling_frees_the_slot(engine: Engine, processor: DeepseekVLV2Proces
     assert len(listener.wait().ids) == 3
     assert not any(listener.done.is_set() for _, listener in pairs)
     assert engine.stats.cancelled == 4
+
+
+@pytest.mark.parametrize("text", ["Hello", "a " * 90], ids=["short", "in chunks"])
+def test_who_leaves_while_the_prompt_runs_gets_no_step(
+    text: str, engine: Engine, processor: DeepseekVLV2Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a first token there is nothing to embed; on a GPU an id of -1 would end the whole process's use of it."""
+    leaving, _ = job(text_prompt(processor, text), 20)
+    sample = engine_module.sample
+
+    def leave_then_sample(logits_BV: torch.Tensor, rows: list) -> tuple:
+        engine.cancel(leaving)
+        return sample(logits_BV, rows)
+
+    monkeypatch.setattr(engine_module, "sample", leave_then_sample)
+    engine.submit([leaving])
+    wait_until(lambda: engine.stats.cancelled == 1)
+    assert (engine.stats.failed, engine.stats.steps, engine.busy_slots) == (0, 0, 0)
 
 
 def test_bounds(engine: Engine, processor: DeepseekVLV2Processor) -> None:

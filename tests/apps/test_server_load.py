@@ -136,6 +136,21 @@ def test_time_runs_out(demo: Any) -> None:
         wait_until(lambda: server.engine.busy_slots == 0)
 
 
+def test_a_stream_is_counted_when_it_is_over(demo: Any) -> None:
+    with make_server(*demo) as server:
+        body = json.dumps(chat_body(max_tokens=200, ignore_eos=True, stream=True)).encode()
+        asked = urllib.request.Request(f"{server.url}/v1/chat/completions", body, {"Content-Type": "application/json"})
+        begin = time.monotonic()
+        with urllib.request.urlopen(asked) as response:
+            response.read()
+        took = time.monotonic() - begin
+        text = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        # Most of the time is behind the first token, at which the response begins.
+        assert float(values["deepseek_vl2_request_seconds_sum"]) > took / 2
+        assert values["deepseek_vl2_request_seconds_count"] == "1.0"
+
+
 def test_metrics_and_health(demo: Any) -> None:
     with make_server(*demo) as server:
         post(server.port, chat_body(max_tokens=3, ignore_eos=True))

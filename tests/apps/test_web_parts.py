@@ -290,6 +290,20 @@ def test_status_line() -> None:
     assert "&lt;no&gt;" in rendering.status_html(LoadStatus(failed=True, text="<no>"))
 
 
+def test_an_example_is_taken_by_its_number_alone(tmp_path: Path) -> None:
+    """A visitor may claim that an example is made of any file; Gradio would publish what the handler returns."""
+    gr = pytest.importorskip("gradio", reason='needs Gradio: pip install "deepseek_vl2[gradio]"')
+    from deepseek_vl2.serve.web.events import DemoEvents
+
+    events = DemoEvents(ScriptedBackend({}), JobLine(ScriptedBackend({}), 1), Limits())
+    claimed = {"text": "x", "files": [{"path": str(tmp_path / "secret.txt")}]}
+    for index, example in enumerate(EXAMPLES):
+        taken = events.take_example(gr.SelectData(None, {"index": index, "value": claimed}))
+        assert taken == {"text": example.question, "files": example.files}
+    for index in (-1, len(EXAMPLES), None, "0", [0]):
+        assert events.take_example(gr.SelectData(None, {"index": index, "value": claimed})) == gr.skip()
+
+
 # ---------------------------------------------------------------- what ships
 
 
@@ -344,6 +358,19 @@ def test_without_gradio_one_line_says_what_to_install(
     assert capsys.readouterr().err == (
         'deepseek-vl2 demo: demo needs the package gradio: pip install "deepseek_vl2[gradio]"\n'
     )
+
+
+@pytest.mark.parametrize("name", ["./no_such", "no_such/model"])
+def test_a_mistyped_model_ends_the_program_at_once(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gradio")
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
+    for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    assert cli_main(["demo", "--model", name]) == 1
+    error = capsys.readouterr().err
+    assert "There is no" in error and error.count("\n") == 1
 
 
 def test_options_of_the_original_script_are_understood() -> None:

@@ -29,6 +29,7 @@ from .settings import Settings
 logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499  # what nginx calls it; nobody is there to read it
+LAST_WORDS_SECONDS = 5.0  # for the event that tells a reading client that time ran out
 
 
 class EventStream(Response):
@@ -37,15 +38,17 @@ class EventStream(Response):
     Args:
         events: the events.
         close: called at the end, however it comes.
+        seconds: when it ends all the same, for a client that stays and reads nothing; ``None`` for never.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None], seconds: float | None = None) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self.events = events
         self.close = close
+        self.seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
@@ -53,6 +56,8 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async with anyio.create_task_group() as group:
                 group.start_soon(self._watch, receive, group.cancel_scope)
+                if self.seconds is not None:
+                    group.cancel_scope.deadline = anyio.current_time() + self.seconds
                 with contextlib.suppress(OSError):  # the client left while it was written to
                     async for event in self.events:
                         await send({"type": "http.response.body", "body": event, "more_body": True})
@@ -135,21 +140,28 @@ class ChatService:
         """
         deadline = Deadline(self.settings.request_seconds)
         answers = Answers(self.engine, deadline)
-        status = 500
+
+        def count(status: int) -> None:
+            self.metrics.count(status, deadline.elapsed(), answers.first_token_seconds)
+
         try:
             with self._admitted() as stack:
                 stack.callback(answers.cancel)
                 response = await self._respond(request, answers, stack)
-            status = response.status_code
-            return response
         except ApiError as error:
-            status = error.status
+            count(error.status)
             raise
         except (Disconnected, ClientDisconnect):
-            status = CLIENT_LEFT
-            return Response(status_code=status)
-        finally:
-            self.metrics.count(status, deadline.elapsed(), answers.first_token_seconds)
+            count(CLIENT_LEFT)
+            return Response(status_code=CLIENT_LEFT)
+        except BaseException:
+            count(500)
+            raise
+        if isinstance(response, EventStream):
+            stack.callback(count, response.status_code)  # a stream is over when its last event is sent
+        else:
+            count(response.status_code)
+        return response
 
     async def _respond(self, request: Request, answers: Answers, stack: contextlib.ExitStack) -> Response:
         check_content_type(request)
@@ -166,7 +178,8 @@ class ChatService:
         if asked.stream:
             # Only after the first token, so that what fails before has a status of its own.
             first = await unless_disconnected(request, answers.next)
-            return EventStream(reply.stream(first), stack.close)
+            left = answers.deadline.left()
+            return EventStream(reply.stream(first), stack.close, None if left is None else left + LAST_WORDS_SECONDS)
         response = JSONResponse(await unless_disconnected(request, reply.whole))
         stack.close()
         return response

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ examples:
 KEY_VARIABLE = "DEEPSEEK_VL2_API_KEY"
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 DTYPES = ("bfloat16", "float16", "float32")
+MAX_LENGTH = 4096
 
 
 def positive(text: str) -> int:
@@ -42,7 +44,7 @@ def not_negative(text: str) -> int:
 def seconds(text: str) -> float:
     """Read a time; it must be positive."""
     value = float(text)
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a time above 0 seconds")
     return value
 
@@ -53,8 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = parser.epilog or EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "model", help="'nano' (ships with the package), 'demo' (random weights), a directory, or a hub id"
-    )
+        "name", nargs="?", metavar="MODEL",
+        help="directory or hub id of a checkpoint, or 'demo' (random weights); default: 'nano', the small model that "
+        "ships with the package",
+    )  # fmt: skip
+    parser.add_argument("--model", "--model_path", "-m", metavar="MODEL", help="the same, as for the other commands")
     _add_http_arguments(parser.add_argument_group("where it listens, and to whom"))
     _add_engine_arguments(parser.add_argument_group("model and batching"))
     _add_limit_arguments(parser.add_argument_group("limits of a request"))
@@ -84,8 +89,9 @@ def _add_engine_arguments(group: Any) -> None:
     )
     group.add_argument("--slots", type=positive, default=16, help="answers written together (default: %(default)s)")
     group.add_argument(
-        "--max_length", type=positive, default=4096,
-        help="tokens of a prompt and its answer; slots times this many are reserved (default: %(default)s)",
+        "--max_length", type=positive,
+        help="tokens of a prompt and its answer; slots times this many are reserved "
+        f"(default: {MAX_LENGTH}, or what the model knows if that is less)",
     )  # fmt: skip
     group.add_argument(
         "--queue", type=not_negative, default=64, help="requests that may wait for a slot (default: %(default)s)"
@@ -137,6 +143,31 @@ def model_name(path: str) -> str:
     return Path(path).resolve().name if Path(path).exists() else path
 
 
+def chosen_model(args: argparse.Namespace) -> str:
+    """Return the model that the options name: nano without one, or the demo checkpoint where nano is not installed.
+
+    Raises:
+        ValueError: two are named.
+    """
+    from deepseek_vl2.utils.demo import DEMO_NAME
+    from deepseek_vl2.utils.io import NANO_NAME, nano_is_installed
+
+    if args.name is not None and args.model is not None and args.name != args.model:
+        raise ValueError(f"Two models are named, {args.name} and {args.model}: a server has one.")
+    return args.name or args.model or (NANO_NAME if nano_is_installed() else DEMO_NAME)
+
+
+def room(wanted: int | None, positions: int) -> int:
+    """Return the tokens of a prompt and its answer: what was asked for, else the default or all the model knows.
+
+    Raises:
+        ValueError: more is asked for than the model knows.
+    """
+    if wanted is not None and wanted > positions:
+        raise ValueError(f"--max-length {wanted} exceeds the {positions} positions the model knows.")
+    return min(MAX_LENGTH, positions) if wanted is None else wanted
+
+
 def build_server(args: argparse.Namespace) -> Any:
     """Load the model and return a `Server`.
 
@@ -145,6 +176,7 @@ def build_server(args: argparse.Namespace) -> Any:
     """
     import torch
 
+    from deepseek_vl2.cli.options import check_device, check_reachable
     from deepseek_vl2.serve.api.app import Server
     from deepseek_vl2.serve.api.engine import EngineOptions
     from deepseek_vl2.serve.api.settings import MEBI, ImageLimits, Settings
@@ -152,6 +184,12 @@ def build_server(args: argparse.Namespace) -> Any:
     from deepseek_vl2.utils.io import load_pretrained_model
 
     keys = (*args.api_key, *filter(None, [os.environ.get(KEY_VARIABLE)]))
+    if not all(key.strip() for key in keys):
+        raise ValueError("An API key is empty, as from a variable that is not set: name one, or leave --api-key out.")
+    name = chosen_model(args)
+    if args.device is not None:
+        check_device(args.device)
+    check_reachable(name)
     images = ImageLimits(
         max_images=args.max_images,
         max_bytes=args.max_image_mib * MEBI,
@@ -161,7 +199,7 @@ def build_server(args: argparse.Namespace) -> Any:
         seconds=args.image_seconds,
     )
     settings = Settings(
-        model_name=args.served_model_name or model_name(args.model),
+        model_name=args.served_model_name or model_name(name),
         api_keys=keys,
         cors_origins=tuple(args.cors_origin),
         images=images,
@@ -171,21 +209,15 @@ def build_server(args: argparse.Namespace) -> Any:
         max_choices=args.max_choices,
         max_requests=2 * (args.slots + args.queue),
     )
-    options = EngineOptions(args.slots, args.max_length, args.queue, args.prefill_chunk, args.tiles_a_step)
-    try:
-        device = None if args.device is None else torch.device(args.device)
-    except RuntimeError as error:
-        raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     dtype = getattr(torch, args.dtype)
-    _, processor, model = load_pretrained_model(args.model, device=device, dtype=dtype)
+    where: dict[str, Any] = {"device_map": "auto"} if args.device == "auto" else {"device": args.device}
+    _, processor, model = load_pretrained_model(name, dtype=dtype, **where)
     config = model.config.language_config
-    if args.max_length > config.max_position_embeddings:
-        raise ValueError(
-            f"--max-length {args.max_length} exceeds the {config.max_position_embeddings} positions the model knows."
-        )
-    size = cache_bytes(config, args.slots, args.max_length, dtype) / 2**30
+    length = room(args.max_length, config.max_position_embeddings)
+    options = EngineOptions(args.slots, length, args.queue, args.prefill_chunk, args.tiles_a_step)
+    size = cache_bytes(config, args.slots, length, dtype) / 2**30
     logging.getLogger(__name__).info(
-        "The cache of %d slots of %d tokens takes %.2f GiB on %s.", args.slots, args.max_length, size, model.device
+        "The cache of %d slots of %d tokens takes %.2f GiB on %s.", args.slots, length, size, model.device
     )
     return Server(model, processor, settings, options)
 

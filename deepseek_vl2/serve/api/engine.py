@@ -333,6 +333,7 @@ class Engine:
 
     def _decode(self) -> None:
         """Write one more token of every answer."""
+        self._drop_cancelled()  # who left while its prompt ran has no token to go on from
         rows = list(self.decoding)
         if not rows:
             return
@@ -393,7 +394,7 @@ class Engine:
                 self._fail(sequence, error)
         for sequence in rows:
             if sequence.finished:
-                self.stats.finished += 1
+                self.stats.finished += not sequence.failed
                 self._leave(sequence)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:

@@ -14,8 +14,8 @@ from .download import DownloadError, download
 from .errors import ApiError
 from .settings import ImageLimits
 
-# Formats that Pillow decodes by itself; for others it may start programs.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+# Formats that Pillow decodes by itself; for others it may start programs. MPO files are opened as JPEG.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 def image_error(place: str, message: str) -> ApiError:

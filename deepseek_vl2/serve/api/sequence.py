@@ -90,6 +90,7 @@ class Sequence:
         self.generated = 0
         self.last_token = -1
         self.finished = False
+        self.failed = False
 
     def accept(self, token: int, logprobs: TokenLogprobs | None) -> None:
         """Take the next token, and tell what came of it."""
@@ -115,5 +116,5 @@ class Sequence:
 
     def fail(self, error: Exception) -> None:
         """End the answer with an error."""
-        self.finished = True
+        self.finished = self.failed = True
         self.job.deliver(Failure(error))

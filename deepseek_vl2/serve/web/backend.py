@@ -168,7 +168,8 @@ class ModelBackend:
             self._status = LoadStatus(ready=True, text=self._describe(self._loaded[2]), fraction=1.0)
             logger.info("loaded %s in %.1f s", self._status.text, time.monotonic() - begin)
         except Exception as error:  # shown on the page, where whoever waits for the model looks
-            logger.exception("loading %s failed", self.model_path)
+            mistake = isinstance(error, (ValueError, OSError))  # of whoever named the model: no place in the program
+            logger.error("loading %s failed: %s", self.model_path, error, exc_info=not mistake)
             self._status = LoadStatus(failed=True, text=f"{self.model_path} could not be loaded: {error}")
         finally:
             self._settled.set()

@@ -10,7 +10,7 @@ import time
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from importlib.util import find_spec
 
-from deepseek_vl2.cli.options import add_model_arguments, check_device, chunk_size, whole_number
+from deepseek_vl2.cli.options import add_model_arguments, check_device, check_reachable, chunk_size, whole_number
 from deepseek_vl2.serve.web.limits import Limits
 
 DESCRIPTION = "A web page to chat with the model about pictures. Only this machine reaches it unless told otherwise."
@@ -56,7 +56,7 @@ def main(args: Namespace) -> int:
 
     Raises:
         ValueError: Gradio is missing, or there is no such device.
-        OSError: the port is taken.
+        OSError: the port is taken, or there is no such model.
     """
     if find_spec("gradio") is None:
         raise ValueError('demo needs the package gradio: pip install "deepseek_vl2[gradio]"')
@@ -79,7 +79,9 @@ def _serve(args: Namespace) -> int:
 
     transformers_logging.disable_progress_bar()  # the page shows it
     limits = Limits(images=args.max_images, file_mb=args.max_image_mb, waiting=args.max_waiting)
-    backend = ModelBackend(args.model or default_model(), args.device, getattr(torch, args.dtype), args.chunk_size)
+    name = args.model or default_model()
+    check_reachable(name)  # a mistyped name ends the program, rather than standing on a page that never answers
+    backend = ModelBackend(name, args.device, getattr(torch, args.dtype), args.chunk_size)
     page = build_page(backend, limits)
     address = launch(page, limits, args.host, args.port, args.share, args.root_path)
     backend.start()

@@ -1,0 +1,93 @@
+"""The server's command line, and the bound of a stream that nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import ArgumentParser, Namespace
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("llguidance")
+
+from deepseek_vl2.serve.api import command
+from deepseek_vl2.serve.api.chat import EventStream
+from deepseek_vl2.serve.api.images import decode_images, image_error
+from deepseek_vl2.serve.api.settings import ImageLimits
+
+
+def parsed(*arguments: str) -> Namespace:
+    parser = ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_the_model_is_named_either_way_or_not_at_all() -> None:
+    assert command.chosen_model(parsed()) == "nano"
+    assert command.chosen_model(parsed("demo")) == "demo"
+    assert command.chosen_model(parsed("--model", "demo")) == "demo"
+    with pytest.raises(ValueError, match="Two models"):
+        command.chosen_model(parsed("demo", "--model", "nano"))
+
+
+def test_by_default_a_short_model_gets_the_room_it_has() -> None:
+    assert command.room(None, 2048) == 2048
+    assert command.room(None, 163_840) == command.MAX_LENGTH
+    assert command.room(2048, 2048) == 2048
+    with pytest.raises(ValueError, match="2049 exceeds the 2048"):
+        command.room(2049, 2048)
+
+
+def test_nano_is_served_with_nothing_but_the_command() -> None:
+    server = command.build_server(parsed("--device", "cpu", "--slots", "1"))
+    assert server.settings.model_name == "nano"
+    assert server.engine.options.max_length == 2048
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--api_key", ""), "API key is empty"),
+        (("--api_key", "good", "--api_key", " "), "API key is empty"),
+        (("--device", "cuda:99"), "no device cuda:99"),
+        (("--device", "teapot"), "no kind of device"),
+    ],
+)
+def test_mistakes_are_told_before_the_model_is_loaded(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(parsed(*arguments)) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_times_are_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("inf", "nan", "0"):
+        with pytest.raises(SystemExit):
+            parsed("--shutdown_seconds", text)
+
+
+def test_what_is_no_image_is_told_as_such() -> None:
+    with pytest.raises(type(image_error("", "")), match="not an image of a known format"):
+        decode_images([("messages.0", b"<svg/>")], ImageLimits())
+
+
+def test_a_client_that_stays_and_reads_nothing_holds_a_stream_only_so_long() -> None:
+    closed = []
+
+    async def events() -> AsyncIterator[bytes]:
+        yield b"data: {}\n\n"
+
+    async def receive() -> Any:
+        await anyio.sleep_forever()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await anyio.sleep_forever()  # the client's window is full
+
+    stream = EventStream(events(), lambda: closed.append(True), seconds=0.05)
+    asyncio.run(asyncio.wait_for(stream({"type": "http"}, receive, send), 10))
+    assert closed == [True]
