@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..models.attention import DeepseekV2Attention, DeepseekV2MultiHeadAttention
+from ..models.loss import OutputHead
 from ..models.modeling_deepseek import DeepseekV2DecoderLayer, DeepseekV2ForCausalLM
 from ..models.moe import EXPERTS_IMPLEMENTATION, DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, MoEGate
 from ..models.norm import DeepseekV2RMSNorm
@@ -25,6 +26,7 @@ MAX_CHOSEN = 16
 OWN_MODULES = (
     nn.Embedding,
     nn.Linear,
+    OutputHead,
     DeepseekV2Attention,
     DeepseekV2DecoderLayer,
     DeepseekV2Experts,
