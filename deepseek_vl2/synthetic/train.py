@@ -1,7 +1,7 @@
 """Train nano on synthetic pictures, from nothing or from another stage's weights.
 
 Examples:
-    python -m deepseek_vl2.synthetic.train --output runs/first --steps 8500
+    python -m deepseek_vl2.synthetic.train --output runs/first --steps 8500 --max_length 1024
     python -m deepseek_vl2.synthetic.train --output runs/second --init runs/first --mixture second
         --schedule stable --first_picture 2000000
     python -m deepseek_vl2.synthetic.train --output runs/short --steps 200 --batch_size 8 --workers 1
@@ -24,8 +24,6 @@ from deepseek_vl2.utils.io import resolve_model_path
 from .nano import nano_processor, new_nano
 from .samples import MIXTURES, SyntheticConversations
 
-# Longer conversations lose their last turns: one in a hundred would make all others of its batch wait.
-MAX_LENGTH = 512
 DECAY = 0.25  # of the steps, at the end of the schedule "stable"
 SCHEDULES = ("cosine", "stable")
 
@@ -45,6 +43,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--compile", action="store_true", help="compile the layers: slower to start, faster afterwards")
     parser.add_argument("--steps", type=int, default=12000, help="optimizer steps (default: 12000)")
     parser.add_argument("--batch_size", type=int, default=128, help="pictures a step (default: 128)")
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        default=512,
+        help="tokens; longer conversations, which would make their batch wait, lose their end (default: 512)",
+    )
     parser.add_argument("--learning_rate", type=float, default=1.2e-3, help="highest learning rate (default: 0.0012)")
     parser.add_argument("--warmup_steps", type=int, default=400, help="steps up to it (default: 400)")
     parser.add_argument("--workers", type=int, default=15, help="processes that draw pictures (default: 15)")
@@ -114,7 +118,7 @@ def build_trainer(args: Namespace) -> VLTrainer:
         report_to="none",
     )
     image_dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    collator = ConversationCollator(processor, max_length=MAX_LENGTH, overlong="cut", image_dtype=image_dtype)
+    collator = ConversationCollator(processor, max_length=args.max_length, overlong="cut", image_dtype=image_dtype)
     pictures = SyntheticConversations(args.steps * args.batch_size, args.first_picture, args.mixture)
     return VLTrainer(model, settings, collator, processing_class=processor, train_dataset=pictures)
 
