@@ -18,7 +18,7 @@ from deepseek_vl2.cli.main import run_guarded
 from deepseek_vl2.cli.options import add_generation_arguments, add_model_arguments, load
 
 DEFAULT_IMAGE = Path(__file__).resolve().parent / "images" / "shapes.png"
-DEFAULT_PROMPT = "Locate <|ref|>the large red diamond<|/ref|> in the given image."
+DEFAULT_PROMPT = "<|grounding|>Describe the image."
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:

@@ -359,7 +359,7 @@ def which_image(scenes: Sequence[Scene], rng: Random) -> Turn | None:
 
 Builder = Callable[[Scene, Random], Turn | None]
 
-# How often each is asked in the first stage of training, relative to the others.
+# How often each is asked in the mixture "first", relative to the others.
 WEIGHTS: dict[Builder, float] = {
     locate: 2.6,
     locate_all: 1.2,
@@ -376,5 +376,25 @@ WEIGHTS: dict[Builder, float] = {
     exists: 0.7,
 }
 
-# The second stage adds questions with long answers of names and letters: much to learn from one picture.
+# "second" adds questions with long answers of names and letters: much to learn from one picture.
 SECOND_WEIGHTS: dict[Builder, float] = {**WEIGHTS, list_things: 2.0, transcribe: 12.0, read_line: 4.0}
+
+# "third" asks most for what is learned last: which of several things, and how many.
+THIRD_WEIGHTS: dict[Builder, float] = {
+    locate: 6.0,
+    locate_all: 3.0,
+    absent: 0.8,
+    describe: 1.0,
+    list_things: 0.8,
+    read: 3.0,
+    read_fine: 4.0,
+    transcribe: 4.0,
+    read_line: 2.0,
+    count: 4.0,
+    colour_of: 0.6,
+    shape_of: 0.6,
+    size_of: 0.6,
+    position_of: 1.2,
+    relation: 2.5,
+    exists: 0.8,
+}

@@ -14,6 +14,7 @@ from deepseek_vl2.models.tiling import MAX_TILED_IMAGES
 from .drawing import draw_scene
 from .questions import (
     SECOND_WEIGHTS,
+    THIRD_WEIGHTS,
     WEIGHTS,
     Builder,
     Turn,
@@ -179,20 +180,37 @@ Plans = dict[Callable[[Random], Scene], float]
 
 
 class Mixture(NamedTuple):
-    """What a stage of training draws and asks, each with its share."""
+    """What a stage of training draws and asks, each with its share.
+
+    Fields:
+        plans: the scenes.
+        weights: the questions.
+        comparisons: share of the samples that ask about several images.
+        telling_last: answers that tell much of the picture stand last, so that no later answer can be read off them.
+    """
 
     plans: Plans
     weights: dict[Builder, float]
+    comparisons: float = 0.1
+    telling_last: bool = False
 
 
+# The words of the first are nano's vocabulary.
 MIXTURES: dict[str, Mixture] = {
     "first": Mixture({mixed_scene: 0.45, crowd_scene: 0.13, words_scene: 0.42}, WEIGHTS),
     "second": Mixture(
         {mixed_scene: 0.30, crowd_scene: 0.12, words_scene: 0.20, page_scene: 0.24, easy_scene: 0.14}, SECOND_WEIGHTS
     ),
+    "third": Mixture(
+        {mixed_scene: 0.42, crowd_scene: 0.22, words_scene: 0.14, page_scene: 0.06, easy_scene: 0.16},
+        THIRD_WEIGHTS,
+        comparisons=0.2,
+        telling_last=True,
+    ),
 }
-COMPARISONS = 0.1  # of all samples: questions about several images
 TURNS = (7, 10)
+# How much an answer tells of what else is in the picture.
+TELLING = {"locate": 1, "read_line": 1, "locate_all": 2, "list": 3, "transcribe": 3, "describe": 4}
 # Tasks whose answer could be copied from an earlier turn with the same answer, instead of looking again.
 COPIED = ("locate", "locate_all", "describe", "read", "read_fine", "list", "transcribe")
 
@@ -213,15 +231,17 @@ def ask(weights: dict[Builder, float], scene: Scene, number: int, rng: Random) -
 def training_sample(seed: int, mixture: str = "first") -> Sample:
     """Return the sample of a seed, below `HELD_OUT`, in one of `MIXTURES`."""
     rng = Random(seed)
-    plans, weights = MIXTURES[mixture]
+    plans, weights, comparisons, telling_last = MIXTURES[mixture]
     while True:
-        if rng.random() < COMPARISONS:
+        if rng.random() < comparisons:
             scenes = scenes_to_compare(rng, 2 if rng.random() < 0.85 else 3)
             asked = {turn.question: turn for turn in (which_image(scenes, rng) for _ in range(5)) if turn is not None}
             turns = list(asked.values())
         else:
             scenes = [rng.choices(list(plans), list(plans.values()))[0](rng)]
             turns = ask(weights, scenes[0], rng.randint(*TURNS), rng)
+            if telling_last:
+                turns.sort(key=lambda turn: TELLING.get(turn.task, 0))
         if turns:
             return Sample([draw_scene(scene, rng) for scene in scenes], turns)
 

@@ -17,6 +17,15 @@ from deepseek_vl2.utils.grounding import parse_grounding
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
+# What images/shapes.png shows, in thousandths of its sides.
+SHAPES = {
+    "a large green ring": (84, 81, 391, 371),
+    "a small blue arrow": (86, 605, 214, 761),
+    "a large blue cross": (248, 440, 542, 718),
+    "a large green arrow": (580, 142, 892, 373),
+    "a large red circle": (598, 465, 958, 806),
+}
+
 
 @pytest.fixture(scope="module")
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -43,10 +52,11 @@ def test_example_runs(example: str, cache_home: Path) -> None:
 def test_the_first_command_finds_what_the_readme_shows(cache_home: Path) -> None:
     done = run_python(["inference.py", "--output", str(cache_home / "vg.png")], cache_home)
     assert done.returncode == 0, done.stderr[-2000:]
-    (found,) = parse_grounding(done.stdout.split("<|Assistant|>:")[1])
-    assert found.label == "the large red diamond"
-    # the box that was drawn: see images/README.md
-    assert iou(found.boxes[0], (717, 257, 951, 521)) > 0.75
+    found = parse_grounding(done.stdout.split("<|Assistant|>:")[1])
+    assert {reference.label for reference in found} == set(SHAPES)
+    for reference in found:
+        # the boxes that were drawn: see images/README.md
+        assert iou(reference.boxes[0], SHAPES[reference.label]) > 0.75, reference
     drawing = Image.open(cache_home / "vg.png")
     assert drawing.size == Image.open(ROOT / "images" / "shapes.png").size
     assert drawing.tobytes() != Image.open(ROOT / "images" / "shapes.png").convert("RGB").tobytes()

@@ -62,7 +62,7 @@ def test_held_out_seeds_are_beyond_the_training_set():
     with pytest.raises(IndexError):
         pictures[10]
     with pytest.raises(ValueError, match="mixture"):
-        samples.SyntheticConversations(1, mixture="third")
+        samples.SyntheticConversations(1, mixture="tenth")
 
 
 @pytest.mark.parametrize("task", samples.TASKS)
