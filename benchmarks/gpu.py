@@ -191,12 +191,14 @@ class Bench:
             try:
                 table.append(self._decode_row(size, model, rows))
             except Exception as error:  # another batch may still work
-                table.append([size, rows, f"**{type(error).__name__}**: {str(error)[:300]}", *["-"] * 6])
+                table.append([size, rows, f"**{type(error).__name__}**: {str(error)[:300]}", *["-"] * 8])
         head = [
             "size",
             "batch",
             "kernels, ms a step",
             "again",
+            "no early start, ms",
+            "same logits",
             "plain, ms",
             "experts hit",
             "GB read",
@@ -213,9 +215,27 @@ class Bench:
         read = bytes_read(weights, session.buffers.rows, CONTEXT + 50, hit, session)
         floor = 1e3 * read / self.bandwidth
         plain = self._plain_step(model, rows)
+        late, same = self._without_early_start(model, rows)
         hits = f"{statistics.mean(hit):.1f}" if hit else "-"
-        shown = [f"{times[0]:.3f}", f"{times[1]:.3f}", plain, hits, f"{read / GB:.2f}", f"{floor:.3f}"]
+        shown = [f"{times[0]:.3f}", f"{times[1]:.3f}", late, same, plain, hits, f"{read / GB:.2f}", f"{floor:.3f}"]
         return [size, rows, *shown, f"{min(times) / floor:.2f}"]
+
+    @torch.no_grad()
+    def _without_early_start(self, model: Any, rows: int) -> tuple[str, str]:
+        """Return the time of a step whose kernels wait for one another to end, and whether it says the same."""
+        session = self.random_session(model, rows, rows)
+        late = runtime.Session(session.weights, rows, session.buffers.cos, session.buffers.sin, early=False)
+        for ours, theirs in zip(session.buffers.caches, late.buffers.caches, strict=True):
+            for source, target in zip(ours, theirs, strict=True):
+                target.copy_(source)
+        late.buffers.tokens.copy_(session.buffers.tokens)
+        late.buffers.positions.copy_(session.buffers.positions)
+        same = True
+        for _ in range(8):
+            session.step()
+            late.step()
+            same = same and torch.equal(session.buffers.logits, late.buffers.logits)
+        return f"{statistics.median(self.milliseconds(late.step, 30)):.3f}", "yes" if same else "**no**"
 
     @torch.no_grad()
     def _plain_step(self, model: Any, rows: int) -> str:

@@ -73,7 +73,6 @@ class Tuner:
         self.routed_out, self.shared_out = draw(rows, rule.chosen, hidden), draw(rows, hidden)
         chosen = torch.rand(rows, rule.experts, device=like.device).argsort(dim=1)[:, : rule.chosen]
         self.ids, self.shares = chosen.int(), torch.rand(rows, rule.chosen, device=like.device)
-        self.gate = torch.randn(rule.experts, device=like.device)
         self.hit = int(chosen.unique().numel())
 
     def project(self, layer: Layer, blocks: Blocks) -> None:
@@ -97,8 +96,7 @@ class Tuner:
         """Gate and up of the experts."""
         if self.rows == 1:
             experts.one_row_inner(
-                self.x[0], layer.post_norm, 1e-6, layer.experts, self.inner, layer.rule, self.gate, layer.bias,
-                self.ids[0], self.shares[0], **blocks,
+                self.x[0], layer.post_norm, 1e-6, layer.experts, self.inner, self.ids[0], **blocks,
             )  # fmt: skip
         else:
             experts.few_rows_inner(self.x, layer.experts, self.routed, self.shared, self.ids, **blocks)

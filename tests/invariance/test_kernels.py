@@ -171,6 +171,25 @@ def test_route(dtype: torch.dtype, rule: GateRule, width: int) -> None:
     check(weights.gather(1, order), plain_weights.gather(1, plain_order), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("width", [64, 640])
+def test_route_of_one_row(dtype: torch.dtype, rule: GateRule, width: int) -> None:
+    x, weight = draw(width, dtype=dtype), 1 + 0.1 * draw(width, dtype=dtype)
+    matrix = draw(rule.experts, width, dtype=dtype, scale=width**-0.5)
+    bias = 0.3 * draw(rule.experts) if rule.method == CORRECTED else None
+    logits, ticket = poisoned(rule.experts), torch.zeros(1, device=DEVICE, dtype=torch.int32)
+    ids, weights = torch.full((rule.chosen,), -1, device=DEVICE, dtype=torch.int32), poisoned(rule.chosen)
+    for _ in range(2):  # the second time it finds the ticket as the first one left it
+        gate.one_row_route(x, weight, 1e-6, matrix, bias, rule, logits, ticket, ids, weights)
+        assert ticket.item() == 0
+    normed = norm.rms_norm_plain(x[None].float(), weight.float(), 1e-6)
+    check(logits, torch.nn.functional.linear(normed, matrix.float())[0], torch.float32)
+    plain_ids, plain_weights = gate.choose_plain(logits[None], bias, rule)
+    assert torch.equal(ids.sort().values.long(), plain_ids[0].sort().values)
+    check(weights[ids.argsort()], plain_weights[0][plain_ids[0].argsort()], torch.float32)
+
+
 def test_ties_go_to_the_first_expert() -> None:
     rule = GateRule(8, 3)
     weights, ids = poisoned(1, 3), torch.full((1, 3), -1, device=DEVICE, dtype=torch.int32)
@@ -212,20 +231,16 @@ SHAPES = [(64, 8, 32, 64), slow(64, 0, 0, 96), (48, 5, 40, 0), slow(320, 12, 24,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "count", "inner", "shared"), SHAPES)
 def test_experts_of_one_row(dtype: torch.dtype, width: int, count: int, inner: int, shared: int) -> None:
-    weights, rule = layer(width, count, inner, shared, dtype), GateRule(count, 3) if count else None
+    weights = layer(width, count, inner, shared, dtype)
     x, weight, residual = draw(width, dtype=dtype), 1 + 0.1 * draw(width, dtype=dtype), draw(width, dtype=dtype)
     chosen = 3 if count else 0
     hidden = poisoned(chosen * inner + shared, dtype=dtype)
-    ids, shares = torch.full((chosen,), -1, device=DEVICE, dtype=torch.int32), poisoned(chosen)
-    logits = draw(count) if count else None
+    plain_ids = random_ids(1, count, 3).long() if count else None
+    ids = None if plain_ids is None else plain_ids[0].int()
+    shares = torch.rand(chosen, device=DEVICE)
     routing = dict(ids_K=ids, weights_K=shares) if count else {}
-    experts.one_row_inner(x, weight, 1e-6, weights, hidden, rule, logits, **routing)
+    experts.one_row_inner(x, weight, 1e-6, weights, hidden, ids)
     normed = norm.rms_norm_plain(x[None].float(), weight.float(), 1e-6)
-    plain_ids = None
-    if rule is not None and logits is not None:
-        plain_ids, plain_shares = gate.choose_plain(logits[None], None, rule)
-        assert torch.equal(ids.long(), plain_ids[0])
-        check(shares, plain_shares[0], torch.float32)
     routed, common = experts.inner_plain(normed, wide(weights), plain_ids)
     parts = [part.flatten() for part in (routed, common) if part is not None]
     check(hidden, torch.cat(parts), dtype)
