@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, dot, let_next_start, load_rows, power_of_two, wait_for_inputs
+from .primitives import check_rows, dot, let_next_start, load_rows, power_of_two, prefetch_rows, wait_for_inputs
 
 MAX_WEIGHTS = 3
 
@@ -216,6 +216,7 @@ def _few_rows_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROUNDED: tl.constexpr,
     EARLY: tl.constexpr = False,
@@ -237,6 +238,8 @@ def _few_rows_kernel(
     shift = tl.where(in_third, N1 + N2, tl.where(in_second, N1, 0))
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
+    if W_K == 1:
+        prefetch_rows(matrix, n, size, W_N, PREFETCH, EARLY)
     wait_for_inputs(EARLY)
     # The weight stands on the left: its many rows fill the matrix unit, and the few tokens are its narrow side.
     total = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
@@ -264,6 +267,7 @@ def few_rows_blocks(rows: int, outputs: int, inputs: int) -> dict[str, int]:
         "BLOCK_K": min(power_of_two(inputs, 16), 128),
         "BLOCK_B": min(power_of_two(rows, 16), 64),
         "STAGES": 4,
+        "PREFETCH": min(power_of_two(inputs, 64) // 2, 16384 // block_n),  # 32 kB a program, or half of its rows
         "num_warps": 4,
     }
 

@@ -62,6 +62,21 @@ def load_rows(
     return parts
 
 
+@triton.jit
+def prefetch_rows(
+    matrix_ptr: tl.tensor, rows: tl.tensor, size: tl.tensor, ROW: tl.constexpr, READ: tl.constexpr, EARLY: tl.constexpr
+) -> None:
+    """Bring the first READ numbers (a power of two) of some rows, ROW apart, into the L2 cache; with EARLY only."""
+    if EARLY:
+        LINE: tl.constexpr = 64  # numbers of two bytes in a line of 128
+        start = tl.arange(0, (READ + LINE - 1) // LINE) * LINE
+        places = matrix_ptr + tl.minimum(rows, size - 1).to(tl.int64)[:, None] * ROW + start[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places.to(tl.int64)], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+
+
 def early_start(device: torch.device) -> dict[str, Any]:
     """Return the options with which a kernel starts while the one before it still runs; none where it cannot.
 

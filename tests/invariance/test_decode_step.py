@@ -116,3 +116,19 @@ def test_half_precision_stays_near(kind: str, rows: int) -> None:
     distance = (buffers.logits - exact).norm() / exact.norm()
     plain_distance = (plain - exact).norm() / exact.norm()
     assert distance < (1.2 if DEVICE.type == "cuda" else 3) * plain_distance + 2e-3
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="only a GPU starts kernels early")
+@pytest.mark.parametrize("kind", ["tiny", "small", "base"])
+@pytest.mark.parametrize("rows", [1, 3, 18])
+@torch.no_grad()
+def test_an_early_start_changes_no_bit(kind: str, rows: int) -> None:
+    model = mini_language(kind).to(DEVICE, torch.bfloat16)
+    weights, tables = read_weights(model), rotary_tables(model, 64)
+    both = [new_buffers(weights, rows, *tables, early=early) for early in (True, False)]
+    for buffers in both:
+        buffers.tokens.fill_(7)
+        for _ in range(40):
+            decode_step(weights, buffers)
+    assert torch.equal(both[0].logits, both[1].logits)
+    assert all(torch.equal(*pair) for pair in zip(*(sum(b.caches, ()) for b in both), strict=True))
