@@ -313,21 +313,31 @@ class Bench:
         embeds = model.prepare_inputs_embeds(**inputs)
         tiles = inputs.images.flatten(0, 1).to(embeds.dtype)
         features, fresh = model.vision(tiles), [prompt(self.processor) for _ in range(4)]
+
+        def language() -> torch.Tensor:
+            outputs = model.language(inputs_embeds=embeds, attention_mask=inputs.attention_mask, logits_to_keep=1)
+            return outputs.logits[:, -1]
+
+        def plain() -> torch.Tensor:
+            with plain_path():
+                return language()
+
+        error = float((language() - plain()).norm() / plain().norm())
         parts: dict[str, Callable[[], Any]] = {
             "image and text on the host": lambda: prompt(self.processor),
             "to the device": lambda: fresh.pop().to(self.device),
             "vision tower": lambda: model.vision(tiles),
             "projector": lambda: model.projector(features),
             "vision, projector, merging": lambda: model.prepare_inputs_embeds(**inputs),
-            "language model, last logits": lambda: model.language(
-                inputs_embeds=embeds, attention_mask=inputs.attention_mask, logits_to_keep=1
-            ),
+            "language model, last logits": language,
+            "the same without kernels": plain,
             "generate, one token": lambda: model.generate(
                 **inputs, max_new_tokens=1, do_sample=False, eos_token_id=None
             ),
         }
         times = {name: [self.wall(run) for _ in range(4)][1:] for name, run in parts.items()}
-        return [[name, f"{statistics.median(each):.1f}"] for name, each in times.items()]
+        rows = [[name, f"{statistics.median(each):.1f}"] for name, each in times.items()]
+        return [*rows, ["(relative error of these logits against those without kernels)", f"{error:.1e}"]]
 
     def _request(self, model: Any) -> list[str]:
         def ask(new: int) -> None:

@@ -16,8 +16,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from deepseek_vl2.kernels import experts, gate, latent, linear, multihead, norm
+from support import mini_language
+
+from deepseek_vl2.kernels import experts, gate, latent, linear, multihead, norm, prompt
 from deepseek_vl2.kernels.gate import CORRECTED, GREEDY, GROUP_LIMITED, GateRule
+from deepseek_vl2.models.moe import eager_experts_forward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -282,6 +285,41 @@ def test_experts_of_few_rows(dtype: torch.dtype, rows: int, width: int, count: i
     for out, want in zip((out_routed, out_common), plain, strict=True):
         if out is not None and want is not None:
             check(out, want, dtype)
+
+
+# ---------------------------------------------------------------- experts of a prompt
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inner", [24, 1100])
+def test_silu_of_gate_times_up(dtype: torch.dtype, inner: int) -> None:
+    both = draw(9, 2 * inner, dtype=dtype)
+    gated, up = both.float().chunk(2, dim=-1)
+    check(prompt.silu_of_gate_times_up(both), torch.nn.functional.silu(gated) * up, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [40, 1100])
+def test_sum_of_experts(dtype: torch.dtype, width: int) -> None:
+    tokens, chosen = 7, 3
+    rows, weights = draw(tokens * chosen, width, dtype=dtype), torch.rand(tokens, chosen, device=DEVICE)
+    places = torch.randperm(tokens * chosen, device=DEVICE)
+    plain = (rows.float()[places].view(tokens, chosen, width) * weights[..., None]).sum(1)
+    check(prompt.sum_of_experts(rows, places, weights), plain, dtype)
+
+
+@pytest.mark.parametrize("tokens", [1, 37])
+@torch.no_grad()
+def test_experts_of_a_prompt(tokens: int) -> None:
+    dtype = torch.bfloat16
+    layer_ = mini_language("small").model.layers[1].mlp.experts.to(DEVICE, dtype)
+    ids = random_ids(tokens, layer_.num_experts, 3).long()
+    ids[ids == 1] = 2  # one expert has no token, and one may have a token twice
+    hidden, weights = draw(tokens, layer_.hidden_size, dtype=dtype), torch.rand(tokens, 3, device=DEVICE)
+    assert prompt.takes(layer_, hidden)
+    got = prompt.experts_of_prompt(layer_, hidden, ids, weights)
+    check(got, eager_experts_forward(layer_.float(), hidden.float(), ids, weights), dtype)
+    assert not prompt.takes(layer_, hidden)  # in float32 now
 
 
 # ---------------------------------------------------------------- attention
