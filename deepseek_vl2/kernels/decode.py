@@ -98,7 +98,7 @@ class Buffers:
         logits: [B, vocabulary], float32.
         cos: table for all positions, [C, rotated], and ``sin``.
         caches: of each layer: ([B, C, R + P],) or keys and values, [B, M, C, D] each.
-        tickets: [B], 0 between the kernels, see `gate.route`.
+        ticket: 0 between the kernels, see `gate.one_row_route`.
         early: the options of launches, see `primitives.early_start`.
     """
 
@@ -110,7 +110,7 @@ class Buffers:
     caches: list[Cache]
     hidden: torch.Tensor
     normed: torch.Tensor
-    tickets: torch.Tensor
+    ticket: torch.Tensor
     early: dict[str, Any] = field(default_factory=dict)
     scratch: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -147,7 +147,7 @@ def new_buffers(weights: Weights, rows: int, cos: torch.Tensor, sin: torch.Tenso
     """Return buffers for that many rows; the tables' length is the cache's room.
 
     With ``early`` the kernels for one row start before the ones in front of them have ended, where the device can do
-    that. Those for several rows do not: that made steps of 8 and 64 rows 5 and 3 % slower on an H200.
+    that; for several rows it was slower (benchmarks/gpu_first_run.md).
 
     Raises:
         ValueError: more rows than the kernels take.
@@ -164,7 +164,7 @@ def new_buffers(weights: Weights, rows: int, cos: torch.Tensor, sin: torch.Tenso
         caches=[new_cache(layer.attention, rows, cos) for layer in weights.layers],
         hidden=weights.head.new_zeros(rows, hidden),
         normed=weights.head.new_zeros(rows, hidden),
-        tickets=torch.zeros(rows, dtype=torch.int32, device=device),
+        ticket=torch.zeros(1, dtype=torch.int32, device=device),
         early=early_start(device) if early and rows == 1 else {},
     )
 
@@ -181,7 +181,7 @@ def project(weights: Attention, buffers: Buffers, source: torch.Tensor, normed: 
     if buffers.rows == 1:
         linear.one_row_linear(source[0], weights.projections, projected[0], *normed, **buffers.early)
     else:
-        linear.few_rows_linear(source, weights.projections, projected)
+        linear.few_rows_linear(source, weights.projections, projected, **buffers.early)
 
 
 def attend_latent(weights: Attention, buffers: Buffers, cache: torch.Tensor, mixed: torch.Tensor) -> None:
@@ -200,7 +200,7 @@ def attend_latent(weights: Attention, buffers: Buffers, cache: torch.Tensor, mix
     if not alone:
         unrotated = weights.unrotated
         heads_query = projected[:, : heads * (unrotated + rotated)].unflatten(1, (heads, -1))[..., :unrotated]
-        linear.few_rows_of_groups(heads_query, kv_b[:, :unrotated].mT, query[..., :rank])
+        linear.few_rows_of_groups(heads_query, kv_b[:, :unrotated].mT, query[..., :rank], **buffers.early)
     splits = splits_of(rows, triton.cdiv(heads, 16))
     partial = buffers.take("partial", rows, splits, heads, rank, dtype=torch.float32)
     share = buffers.take("share", rows, splits, heads, dtype=torch.float32)
@@ -209,8 +209,8 @@ def attend_latent(weights: Attention, buffers: Buffers, cache: torch.Tensor, mix
         latent.join_splits(partial, share, buffers.positions, mixed, kv_b, **buffers.early)
         return
     latents = buffers.take("latents", rows, heads, rank)
-    latent.join_splits(partial, share, buffers.positions, latents)
-    linear.few_rows_of_groups(latents, kv_b[:, weights.unrotated :], mixed)
+    latent.join_splits(partial, share, buffers.positions, latents, **buffers.early)
+    linear.few_rows_of_groups(latents, kv_b[:, weights.unrotated :], mixed, **buffers.early)
 
 
 def attend_multihead(weights: Attention, buffers: Buffers, cache: Cache, mixed: torch.Tensor) -> None:
@@ -238,7 +238,7 @@ def attend(weights: Attention, buffers: Buffers, cache: Cache) -> None:
     if buffers.rows == 1:
         linear.one_row_linear(mixed[0].flatten(), [weights.out], hidden[0], residual_N=hidden[0], **buffers.early)
     else:
-        linear.few_rows_linear(mixed.flatten(1), [weights.out], hidden, hidden)
+        linear.few_rows_linear(mixed.flatten(1), [weights.out], hidden, hidden, **buffers.early)
 
 
 def feed_one_row(layer: Layer, buffers: Buffers) -> None:
@@ -250,11 +250,11 @@ def feed_one_row(layer: Layer, buffers: Buffers) -> None:
         experts.one_row_inner(hidden, layer.post_norm, layer.eps, weights, inner, **early)
         experts.one_row_down(inner, weights, hidden, hidden, **early)
         return
-    logits = buffers.take("gate", 1, rule.experts, dtype=torch.float32)
+    logits = buffers.take("gate", rule.experts, dtype=torch.float32)
     ids = buffers.take(f"ids {id(layer)}", 1, chosen, dtype=torch.int32)
     shares = buffers.take("shares", 1, chosen, dtype=torch.float32)
-    gate.route(
-        buffers.hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, buffers.tickets, ids, shares,
+    gate.one_row_route(
+        hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, buffers.ticket, ids[0], shares[0],
         **early,
     )  # fmt: skip
     experts.one_row_inner(hidden, layer.post_norm, layer.eps, weights, inner, ids[0], **early)
@@ -264,32 +264,29 @@ def feed_one_row(layer: Layer, buffers: Buffers) -> None:
 def feed_few_rows(layer: Layer, buffers: Buffers, next_norm: torch.Tensor, next_eps: float) -> None:
     """Add a layer's experts, or its dense MLP, to the hidden states, and write the next norm of them."""
     hidden, normed, rule, weights = buffers.hidden, buffers.normed, layer.rule, layer.experts
+    early = buffers.early
     rows, width = hidden.shape
     ids = shares = routed = routed_out = shared = shared_out = None
     if rule is not None and layer.gate is not None:
         ids = buffers.take(f"ids {id(layer)}", rows, rule.chosen, dtype=torch.int32)
         shares = buffers.take("shares", rows, rule.chosen, dtype=torch.float32)
-        logits = buffers.take("gate", rows, rule.experts, dtype=torch.float32)
-        gate.route(
-            hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, buffers.tickets, ids, shares,
-            normed,
-        )  # fmt: skip
+        gate.route(hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, normed, ids, shares, **early)
         routed = buffers.take("routed", rows, rule.chosen, weights.inner)
         routed_out = buffers.take("routed out", rows, rule.chosen, width)
     else:
-        norm.finish_layer(hidden, None, None, None, layer.post_norm, layer.eps, hidden, normed)
+        norm.finish_layer(hidden, None, None, None, layer.post_norm, layer.eps, hidden, normed, **early)
     if weights.shared_gate is not None:
         shared = buffers.take("shared", rows, weights.shared_inner)
         shared_out = buffers.take("shared out", rows, width)
-    experts.few_rows_inner(normed, weights, routed, shared, ids)
-    experts.few_rows_down(routed, shared, weights, routed_out, shared_out, ids)
-    norm.finish_layer(hidden, routed_out, shares, shared_out, next_norm, next_eps, hidden, normed)
+    experts.few_rows_inner(normed, weights, routed, shared, ids, **early)
+    experts.few_rows_down(routed, shared, weights, routed_out, shared_out, ids, **early)
+    norm.finish_layer(hidden, routed_out, shares, shared_out, next_norm, next_eps, hidden, normed, **early)
 
 
 def predict(weights: Weights, buffers: Buffers) -> None:
     """Write the logits, and the likeliest ids in place of those read."""
     if buffers.rows > 1:
-        linear.few_rows_linear(buffers.normed, [weights.head], buffers.logits, rounded=True)
+        linear.few_rows_linear(buffers.normed, [weights.head], buffers.logits, rounded=True, **buffers.early)
         torch.argmax(buffers.logits, dim=-1, out=buffers.tokens)
         return
     block = linear.one_row_blocks(weights.head.shape[1])["BLOCK_N"]
