@@ -1,6 +1,6 @@
 """Measure the package on an NVIDIA GPU in one command, under 8 minutes on an H200.
 
-    python benchmarks/gpu.py --quick                                # small alone, two minutes: kernels, decoding
+    python benchmarks/gpu.py --quick                                # small alone, about a minute
     python benchmarks/gpu.py --markdown benchmarks/gpu.md           # all sizes
 
 Released shapes, random weights in bfloat16 made on the GPU; one 1024x768 image (7 tiles) and a short question, about
@@ -22,6 +22,7 @@ import platform
 import statistics
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
@@ -32,6 +33,7 @@ import torch
 import transformers
 from gpu_end_to_end import prompt, random_model
 from gpu_kernels import TOLERANCE, KernelChecks
+from gpu_tokens import compare, record_steps
 
 from deepseek_vl2 import kernels
 from deepseek_vl2.kernels import runtime
@@ -41,8 +43,12 @@ from deepseek_vl2.models.cache import new_cache
 from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
 
 GB = 1e9
-BF16_STEP = 2.0**-8  # distance of neighbouring bfloat16 numbers, relative to their size
 CONTEXT = 1450
+# What the host calls when it waits for the device, or copies something from there.
+WAITS = frozenset(
+    ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaMemcpyAsync",
+     "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+)  # fmt: skip
 
 
 class Report:
@@ -92,29 +98,6 @@ def plain_path() -> Iterator[None]:
         os.environ.pop(kernels.SWITCH)
         if before is not None:
             os.environ[kernels.SWITCH] = before
-
-
-class Agreement:
-    """Counts where logits of another path choose another token than the plain path's."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.tokens, self.differ, self.near = name, 0, 0, 0
-        self.errors: list[float] = []
-
-    def compare(self, logits: torch.Tensor, plain: torch.Tensor) -> None:
-        """Compare one step's logits, [rows, vocabulary]."""
-        self.errors += ((logits - plain).norm(dim=-1) / plain.norm(dim=-1)).tolist()
-        other = logits.argmax(-1) != plain.argmax(-1)
-        top = plain.topk(2, dim=-1).values
-        close = top[:, 0] - top[:, 1] <= 2 * BF16_STEP * top[:, 0].abs()  # each of the two may be off by a step
-        self.tokens += len(plain)
-        self.differ += int(other.sum())
-        self.near += int((other & close).sum())
-
-    def row(self) -> list[Any]:
-        """Return the counts and errors as a row of a table."""
-        errors = [f"{statistics.median(self.errors):.1e}", f"{max(self.errors):.1e}"]
-        return [self.name, self.tokens, self.differ, self.near, self.differ - self.near, *errors]
 
 
 class Bench:
@@ -208,12 +191,14 @@ class Bench:
             try:
                 table.append(self._decode_row(size, model, rows))
             except Exception as error:  # another batch may still work
-                table.append([size, rows, f"**{type(error).__name__}**: {str(error)[:300]}", *["-"] * 6])
+                table.append([size, rows, f"**{type(error).__name__}**: {str(error)[:300]}", *["-"] * 8])
         head = [
             "size",
             "batch",
             "kernels, ms a step",
             "again",
+            "no early start, ms",
+            "same logits",
             "plain, ms",
             "experts hit",
             "GB read",
@@ -230,9 +215,27 @@ class Bench:
         read = bytes_read(weights, session.buffers.rows, CONTEXT + 50, hit, session)
         floor = 1e3 * read / self.bandwidth
         plain = self._plain_step(model, rows)
+        late, same = self._without_early_start(model, rows)
         hits = f"{statistics.mean(hit):.1f}" if hit else "-"
-        shown = [f"{times[0]:.3f}", f"{times[1]:.3f}", plain, hits, f"{read / GB:.2f}", f"{floor:.3f}"]
+        shown = [f"{times[0]:.3f}", f"{times[1]:.3f}", late, same, plain, hits, f"{read / GB:.2f}", f"{floor:.3f}"]
         return [size, rows, *shown, f"{min(times) / floor:.2f}"]
+
+    @torch.no_grad()
+    def _without_early_start(self, model: Any, rows: int) -> tuple[str, str]:
+        """Return the time of a step whose kernels wait for one another to end, and whether it says the same."""
+        session = self.random_session(model, rows, rows)
+        late = runtime.Session(session.weights, rows, session.buffers.cos, session.buffers.sin, early=False)
+        for ours, theirs in zip(session.buffers.caches, late.buffers.caches, strict=True):
+            for source, target in zip(ours, theirs, strict=True):
+                target.copy_(source)
+        late.buffers.tokens.copy_(session.buffers.tokens)
+        late.buffers.positions.copy_(session.buffers.positions)
+        same = True
+        for _ in range(8):
+            session.step()
+            late.step()
+            same = same and torch.equal(session.buffers.logits, late.buffers.logits)
+        return f"{statistics.median(self.milliseconds(late.step, 30)):.3f}", "yes" if same else "**no**"
 
     @torch.no_grad()
     def _plain_step(self, model: Any, rows: int) -> str:
@@ -254,58 +257,31 @@ class Bench:
 
     # ---------------------------------------------------------------- tokens
 
-    @torch.no_grad()
-    def agreement(self, size: str, model: Any, rows: int, steps: int) -> list[list[Any]]:
+    def agreements(self, size: str, model: Any, batches: tuple[int, ...], steps: int) -> None:
         """Feed the plain path's greedy tokens to the kernels too, and compare what each would say next.
 
         The plain path with the original's order of operations ("eager") is compared likewise: rounding alone sends
-        tokens to other experts, and this says how often.
+        tokens to other experts, and this says how often. Where choices differ, float32 says which is nearer.
         """
-        language = model.language
-        vocabulary = language.lm_head.weight.shape[0]
-        generator = torch.Generator(self.device).manual_seed(rows)
-        ids = torch.randint(3, vocabulary, (rows, 40), generator=generator, device=self.device)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        for row in range(rows):
-            mask[row, : row % 7] = False
-        cache, eager_cache = new_cache(language.config), new_cache(language.config)
-        engine = runtime.engine_of(language)
-        session = engine.session(language, rows, 1024)
-
-        def plain(tokens: torch.Tensor, held: Any, attention: str = "sdpa") -> torch.Tensor:
-            language.config._attn_implementation = attention
-            return language(tokens, attention_mask=mask, past_key_values=held, logits_to_keep=1).logits[:, -1]
-
-        logits = plain(ids, cache)
-        plain(ids, eager_cache)
-        runtime.fill_caches(engine.weights, session.buffers, cache, mask)
-        ours, eagers = Agreement("kernels"), Agreement("plain, eager")
-        for _ in range(steps):
-            token = logits.argmax(-1)
-            session.buffers.tokens.copy_(token)
-            session.step()
-            mask = torch.cat((mask, mask.new_ones(rows, 1)), dim=1)
-            logits = plain(token[:, None], cache)
-            ours.compare(session.buffers.logits, logits)
-            eagers.compare(plain(token[:, None], eager_cache, "eager"), logits)
-        language.config._attn_implementation = "sdpa"
-        return [[size, rows, *each.row()] for each in (ours, eagers)]
-
-    def agreements(self, size: str, model: Any, batches: tuple[int, ...], steps: int) -> None:
-        """Report the agreement for several batch sizes."""
-        rows = [row for batch in batches for row in self.agreement(size, model, batch, steps)]
-        head = [
-            "size",
-            "batch",
-            "",
-            "tokens",
-            "differ",
-            "of these near ties",
-            "others",
-            "logits' error, median",
-            "worst",
-        ]
-        self.report.table("Greedy tokens against the plain path, all fed its tokens", head, rows)
+        rows, errors, cases = [], [], []
+        for batch in batches:
+            trace = record_steps(model.language, batch, steps)
+            for path in ("kernels", "plain, eager"):
+                rows.append([size, batch, path, *compare(trace.logits[path], trace.logits["plain"])])
+                cases += [[size, batch, path, *case] for case in trace.cases(path)]
+            for path, logits in trace.logits.items():
+                errors.append([size, batch, path, *compare(logits, trace.exact)])
+        head = ["tokens", "differ", "of these near ties", "others", "logits' error, median", "worst"]
+        self.report.table(
+            "Greedy tokens against the plain path, all fed its tokens", ["size", "batch", "path", *head], rows
+        )
+        self.report.table("The same against float32", ["size", "batch", "path", *head], errors)
+        named = ["plain's two", "kernels", "eager", "float32", "first layer of other experts", "their margin", "such"]
+        self.report.table(
+            "Where tokens differ: both tokens' logits, least near first (at most 12 of a batch and path)",
+            ["size", "batch", "path", "step", "row", "near tie", *named],
+            cases,
+        )
 
     # ---------------------------------------------------------------- whole requests
 
@@ -329,6 +305,39 @@ class Bench:
         self.report.add(
             f"\n{size}: first session (compiling or reading kernels, recording the graph) {first_start:.1f} s"
         )
+        self.report.table(f"{size}: the parts of a first token, each waited for", ["part", "ms"], self._parts(model))
+
+    @torch.no_grad()
+    def _parts(self, model: Any) -> list[list[str]]:
+        inputs = prompt(self.processor).to(self.device)
+        embeds = model.prepare_inputs_embeds(**inputs)
+        tiles = inputs.images.flatten(0, 1).to(embeds.dtype)
+        features, fresh = model.vision(tiles), [prompt(self.processor) for _ in range(4)]
+
+        def language() -> torch.Tensor:
+            outputs = model.language(inputs_embeds=embeds, attention_mask=inputs.attention_mask, logits_to_keep=1)
+            return outputs.logits[:, -1]
+
+        def plain() -> torch.Tensor:
+            with plain_path():
+                return language()
+
+        error = float((language() - plain()).norm() / plain().norm())
+        parts: dict[str, Callable[[], Any]] = {
+            "image and text on the host": lambda: prompt(self.processor),
+            "to the device": lambda: fresh.pop().to(self.device),
+            "vision tower": lambda: model.vision(tiles),
+            "projector": lambda: model.projector(features),
+            "vision, projector, merging": lambda: model.prepare_inputs_embeds(**inputs),
+            "language model, last logits": language,
+            "the same without kernels": plain,
+            "generate, one token": lambda: model.generate(
+                **inputs, max_new_tokens=1, do_sample=False, eos_token_id=None
+            ),
+        }
+        times = {name: [self.wall(run) for _ in range(4)][1:] for name, run in parts.items()}
+        rows = [[name, f"{statistics.median(each):.1f}"] for name, each in times.items()]
+        return [*rows, ["(relative error of these logits against those without kernels)", f"{error:.1e}"]]
 
     def _request(self, model: Any) -> list[str]:
         def ask(new: int) -> None:
@@ -342,34 +351,62 @@ class Bench:
         whole = statistics.median(self.wall(lambda: ask(new)) for _ in range(repeats - 1))
         return [f"{host:.1f}", f"{first:.1f}", f"{(whole - first) / (new - 1):.3f}"]
 
-    def profile(self, size: str, model: Any) -> None:
-        """Report where a step's and a prompt's time goes, kernel by kernel."""
-        session = self.random_session(model, 1, 0)
+    def profile(self, size: str, model: Any, batches: tuple[int, ...]) -> None:
+        """Report where a step's and a prompt's time goes, kernel by kernel, and where the host waits."""
         inputs = prompt(self.processor).to(self.device)
 
         def ask() -> None:
             model.generate(**inputs, max_new_tokens=1, do_sample=False, eos_token_id=None)
 
-        for name, run in (("a step, batch 1", session.step), ("a prompt", ask)):
-            run()
-            self.synchronize()
-            activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-            with torch.profiler.profile(activities=activities) as profile:
+        for rows in batches:
+            events = self._events(self.random_session(model, rows, 0).step, 5)
+            self._kernel_table(f"{size}: a step, batch {rows}", events, 5, by_neighbour=True)
+        events = self._events(ask, 1)
+        self._kernel_table(f"{size}: a prompt", events, 1, by_neighbour=False)
+        waits = Counter(event.name for event in events if event.name in WAITS)
+        shown = ", ".join(f"{name} {count}" for name, count in waits.most_common()) or "none"
+        self.report.add(f"\nCalls of the host for that prompt that wait for the device, or may: {shown}.")
+
+    def _events(self, run: Callable[[], Any], repeats: int) -> list[Any]:
+        """Return the profiler's events of some runs after two others."""
+        run(), run()
+        self.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.on_gpu:
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities) as profile:
+            for _ in range(repeats):
                 run()
-                self.synchronize()
-            found = [
-                e for e in profile.key_averages() if getattr(e, "device_type", None) != torch.autograd.DeviceType.CPU
-            ]
-            found.sort(key=lambda event: -event.self_device_time_total)
-            total = sum(event.self_device_time_total for event in found) or 1.0
-            rows = [
-                [e.key[:70].replace("|", "/"), e.count, f"{e.self_device_time_total:.0f}",
-                 f"{e.self_device_time_total / e.count:.1f}", f"{100 * e.self_device_time_total / total:.1f}"]
-                for e in found[: 14 if self.quick else 22]
-            ]  # fmt: skip
-            self.report.table(
-                f"{size}: {name}, {total:.0f} us on the device", ["kernel", "calls", "us", "us each", "%"], rows
-            )
+            self.synchronize()
+        return list(profile.events() or [])
+
+    def _kernel_table(self, title: str, events: list[Any], repeats: int, by_neighbour: bool) -> None:
+        """Report the device's events by name, and by the one before, with the idle time in front of each."""
+        kinds = torch.autograd.DeviceType
+        kernels_run = sorted(
+            (e for e in events if e.device_type == (kinds.CUDA if self.on_gpu else kinds.CPU)),
+            key=lambda event: event.time_range.start,
+        )
+        if not kernels_run:
+            self.report.add(f"\n{title}: the profiler saw no kernels.")
+            return
+        groups: dict[str, list[tuple[float, float]]] = {}
+        end, before = kernels_run[0].time_range.start, ""
+        for event in kernels_run:
+            name = event.name.replace("|", "/").replace("void ", "")[: 30 if by_neighbour else 90]
+            gap = event.time_range.start - end
+            label = f"{name} < {before}" if by_neighbour else name
+            groups.setdefault(label, []).append((event.time_range.elapsed_us(), gap))
+            end, before = max(end, event.time_range.end), name
+        rows = []
+        for name, times in sorted(groups.items(), key=lambda item: -sum(map(sum, item[1])))[: 24 if self.quick else 36]:
+            took, gaps = (statistics.median(part) for part in zip(*times, strict=True))
+            whole = sum(time for time, _ in times) / repeats
+            rows.append([name, f"{len(times) / repeats:g}", f"{took:.1f}", f"{gaps:.1f}", f"{whole:.0f}"])
+        busy = sum(event.time_range.elapsed_us() for event in kernels_run) / repeats
+        span = (end - kernels_run[0].time_range.start) / repeats
+        head = ["kernel < the one before" if by_neighbour else "kernel", "calls", "us", "idle before, us", "us in all"]
+        self.report.table(f"{title}: {busy:.0f} us in kernels, {span:.0f} us from first to last", head, rows)
 
     # ---------------------------------------------------------------- others
 
@@ -429,9 +466,8 @@ class Bench:
             self.agreements(size, model, (1, 8) if self.quick else (1, 8, 33), 24 if self.quick else 48)
         with report.section(f"{size}: requests"):
             self.requests(size, model, start)
-        if size != "base":
-            with report.section(f"{size}: profile"):
-                self.profile(size, model)
+        with report.section(f"{size}: profile"):
+            self.profile(size, model, (1, 8, 64))
 
 
 def bytes_read(weights: Weights, rows: int, tokens: int, hit: list[int], session: runtime.Session) -> int:

@@ -162,10 +162,11 @@ class KernelChecks:
         if rows == 1:
             logits = self.poisoned(rule.experts, dtype=torch.float32)
             hidden = self.poisoned(rule.chosen * inner + common)
-            linear.one_row_linear(x[0], [layer.gate], logits, layer.post_norm, layer.eps, BLOCK_N=2)
-            experts.one_row_inner(
-                x[0], layer.post_norm, layer.eps, layer.experts, hidden, rule, logits, layer.bias, ids[0], shares[0]
+            ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
+            gate.one_row_route(
+                x[0], layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, ticket, ids[0], shares[0]
             )
+            experts.one_row_inner(x[0], layer.post_norm, layer.eps, layer.experts, hidden, ids[0])
             experts.one_row_down(hidden, layer.experts, residual[0], out[0], ids[0], shares[0])
         else:
             gate.route(x, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, normed, ids, shares)

@@ -3,16 +3,15 @@
     python benchmarks/gpu_tune.py [--sizes small] [--rows 1 8 64] [--best 3]
 
 Each candidate runs over all layers' own weights in one graph, so that no weight is in a cache; the figures are
-microseconds a call, its launch included, and the bandwidth of the weights it reads. A candidate that does not compile,
-or needs more shared memory than there is, is left out.
+microseconds a call, its launch included (each starts while the one before ends), and the bandwidth of the weights it
+reads. A candidate that does not compile, or needs more shared memory than there is, is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,17 +20,32 @@ from triton.errors import TritonError
 
 from deepseek_vl2.kernels import experts, linear
 from deepseek_vl2.kernels.decode import Layer, Weights
+from deepseek_vl2.kernels.primitives import early_start
 from deepseek_vl2.kernels.weights import read_weights
 
 Blocks = dict[str, Any]
 Run = Callable[[Layer, Blocks], None]
 
 
-def grid(**choices: tuple[int, ...]) -> Iterator[Blocks]:
-    """Return all combinations of block sizes; the first one stands for the kernel's own."""
-    yield {}
-    for values in itertools.product(*choices.values()):
-        yield dict(zip(choices, values, strict=True))
+def listed(names: str, *candidates: tuple[int, ...]) -> list[Blocks]:
+    """Return block sizes by name; the first ones, empty, stand for the kernel's own."""
+    return [{}, *(dict(zip(names.split(), values, strict=True)) for values in candidates)]
+
+
+# Candidates of products, gate and up, and down: each must leave two programs or more on a multiprocessor.
+ONE_ROW = (
+    listed("BLOCK_N BLOCK_K num_warps", (4, 512, 4), (4, 1024, 4), (2, 1024, 4), (4, 1024, 8), (8, 1024, 8)),
+    listed("BLOCK_N BLOCK_H num_warps", (2, 512, 4), (2, 1024, 4), (4, 512, 8), (4, 1024, 8), (8, 512, 8)),
+    listed(
+        "BLOCK_H BLOCK_I AHEAD num_warps", (4, 512, 6, 8), (2, 512, 6, 4), (2, 1024, 3, 4), (4, 256, 11, 4),
+        (2, 512, 6, 2), (8, 256, 11, 8), (1, 1024, 3, 4), (4, 512, 2, 4),
+    ),
+)  # fmt: skip
+FEW_ROWS = (
+    listed("BLOCK_N BLOCK_K STAGES num_warps", (16, 128, 4, 4), (32, 64, 4, 4), (32, 128, 3, 4), (16, 256, 3, 4)),
+    listed("BLOCK_N BLOCK_H STAGES num_warps", (32, 64, 4, 4), (32, 128, 3, 4), (64, 64, 3, 4), (64, 128, 2, 8)),
+    listed("BLOCK_N BLOCK_I STAGES num_warps", (32, 64, 4, 4), (32, 128, 3, 4), (64, 128, 3, 4), (128, 64, 3, 8)),
+)
 
 
 def time_calls(layers: list[Layer], run: Run, blocks: Blocks) -> float:
@@ -73,7 +87,6 @@ class Tuner:
         self.routed_out, self.shared_out = draw(rows, rule.chosen, hidden), draw(rows, hidden)
         chosen = torch.rand(rows, rule.experts, device=like.device).argsort(dim=1)[:, : rule.chosen]
         self.ids, self.shares = chosen.int(), torch.rand(rows, rule.chosen, device=like.device)
-        self.gate = torch.randn(rule.experts, device=like.device)
         self.hit = int(chosen.unique().numel())
 
     def project(self, layer: Layer, blocks: Blocks) -> None:
@@ -97,8 +110,7 @@ class Tuner:
         """Gate and up of the experts."""
         if self.rows == 1:
             experts.one_row_inner(
-                self.x[0], layer.post_norm, 1e-6, layer.experts, self.inner, layer.rule, self.gate, layer.bias,
-                self.ids[0], self.shares[0], **blocks,
+                self.x[0], layer.post_norm, 1e-6, layer.experts, self.inner, self.ids[0], **blocks,
             )  # fmt: skip
         else:
             experts.few_rows_inner(self.x, layer.experts, self.routed, self.shared, self.ids, **blocks)
@@ -114,7 +126,7 @@ class Tuner:
                 self.routed, self.shared, layer.experts, self.routed_out, self.shared_out, self.ids, **blocks
             )
 
-    def tasks(self) -> list[tuple[str, Run, int, Iterator[Blocks]]]:
+    def tasks(self) -> list[tuple[str, Run, int, list[Blocks]]]:
         """Return each kernel's name, what runs it, the bytes of weights it reads, and its candidates."""
         layer = self.layers[0]
         a, e = layer.attention, layer.experts
@@ -122,27 +134,12 @@ class Tuner:
         projections = sum(weight.nbytes for weight in a.projections)
         inner = self.hit * e.gate_up.nbytes // e.experts + 2 * e.shared_gate.nbytes
         down = self.hit * e.down.nbytes // e.experts + e.shared_gate.nbytes
-        one, warps = self.rows == 1, (4, 8)
-        linears = (
-            dict(BLOCK_N=(2, 4, 8, 16), BLOCK_K=(256, 512, 1024), num_warps=(2, *warps))
-            if one
-            else dict(BLOCK_N=(16, 32, 64), BLOCK_K=(64, 128, 256), STAGES=(3, 4), num_warps=(4,))
-        )
-        ups = (
-            dict(BLOCK_N=(2, 4, 8), BLOCK_H=(256, 512, 1024), num_warps=(2, *warps))
-            if one
-            else dict(BLOCK_N=(32, 64, 128), BLOCK_H=(64, 128), STAGES=(3, 4), num_warps=warps)
-        )
-        downs = (
-            dict(BLOCK_H=(2, 4, 8), BLOCK_I=(128, 256, 512), num_warps=(2, *warps))
-            if one
-            else dict(BLOCK_N=(32, 64, 128), BLOCK_I=(64, 128), STAGES=(3, 4), num_warps=warps)
-        )
+        linears, ups, downs = ONE_ROW if self.rows == 1 else FEW_ROWS
         return [
-            ("projections", self.project, projections, grid(**linears)),
-            ("output projection", self.output, a.out.nbytes, grid(**linears)),
-            ("experts, gate and up", self.up, inner, grid(**ups)),
-            ("experts, down", self.down, down, grid(**downs)),
+            ("projections", self.project, projections, linears),
+            ("output projection", self.output, a.out.nbytes, linears),
+            ("experts, gate and up", self.up, inner, ups),
+            ("experts, down", self.down, down, downs),
         ]
 
 
@@ -154,7 +151,7 @@ def tune(size: str, rows: int, weights: Weights, best: int) -> None:
         found: list[tuple[float, Blocks]] = []
         for blocks in candidates:
             try:
-                found.append((time_calls(tuner.layers, run, blocks), blocks))
+                found.append((time_calls(tuner.layers, run, {**early_start(weights.head.device), **blocks}), blocks))
             except (TritonError, RuntimeError) as error:
                 print(f"{name} {blocks}: {type(error).__name__}: {str(error)[:120]}")
         for place, (time, blocks) in enumerate([*found[:1], *sorted(found, key=lambda pair: pair[0])[:best]]):

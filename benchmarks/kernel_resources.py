@@ -35,7 +35,7 @@ from deepseek_vl2.models.modeling_deepseek import DeepseekV2ForCausalLM
 RELEASES = Path(__file__).resolve().parents[1] / "tests" / "golden" / "releases"
 ARCHITECTURE = 90
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Resources:
 
 def describe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, str]:
     """Return a launch as a source to compile, and a key that tells it from others."""
-    values = dict(zip(kernel.arg_names, args, strict=False))
+    values = {name: p.default for name, p in kernel.signature.parameters.items() if p.default is not p.empty}
+    values.update(zip(kernel.arg_names, args, strict=False))
     values.update({name: value for name, value in options.items() if name in kernel.arg_names})
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
@@ -135,8 +136,10 @@ def resources(size: str, rows: int) -> list[Resources]:
     """Return what the kernels of a step take."""
     language, known = language_model(size), dict[str, Resources]()
     weights = read_weights(language)
+    buffers = new_buffers(weights, rows, *rotary_tables(language, 2048))
+    buffers.early = {"EARLY": True, "launch_pdl": True}  # as on the device
     with compiling(known), torch.no_grad():
-        decode_step(weights, new_buffers(weights, rows, *rotary_tables(language, 2048)))
+        decode_step(weights, buffers)
     return list(known.values())
 
 

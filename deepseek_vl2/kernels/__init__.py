@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..models.generation import SampleCall
 
-__all__ = ["SWITCH", "release", "sample", "why_not"]
+__all__ = ["SWITCH", "release", "run_experts", "sample", "why_not"]
 
 SWITCH = "DEEPSEEK_VL2_KERNELS"
 
@@ -54,3 +54,29 @@ def sample(call: SampleCall) -> torch.Tensor | None:
     from . import runtime
 
     return runtime.sample(call)
+
+
+_failed: list[str] = []
+
+
+def run_experts(
+    layer: Any, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
+) -> torch.Tensor | None:
+    """Run a layer's experts for many tokens; ``None`` where the kernels cannot. Registered with `models.moe`."""
+    if hidden_NH.device.type != "cuda" or _failed or _why_not_here() is not None:
+        return None
+    import torch
+
+    from . import prompt, runtime
+
+    if runtime.why_not_device(hidden_NH) is not None or not prompt.takes(layer, hidden_NH):
+        return None
+    try:
+        with torch.cuda.device(hidden_NH.device):
+            return prompt.experts_of_prompt(layer, hidden_NH, ids_NK, weights_NK)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler or its tools may raise: the plain form still works
+        _failed.append(f"{type(error).__name__}: {error}")
+        runtime.logger.warning("Prompts run without the kernels from now on: %s", _failed[0])
+        return None

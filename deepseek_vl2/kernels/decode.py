@@ -10,6 +10,7 @@ part of a head, E routed experts, K experts of a row.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +18,7 @@ import triton
 from . import experts, gate, latent, linear, multihead, norm
 from .experts import ExpertWeights
 from .gate import GateRule
-from .primitives import power_of_two
+from .primitives import early_start, power_of_two
 
 # Up to this many rows, each row may read the heads' part of kv_b_proj for itself: it stays in the L2 cache.
 MAX_ROWS_PER_HEAD = 4
@@ -97,6 +98,8 @@ class Buffers:
         logits: [B, vocabulary], float32.
         cos: table for all positions, [C, rotated], and ``sin``.
         caches: of each layer: ([B, C, R + P],) or keys and values, [B, M, C, D] each.
+        ticket: 0 between the kernels, see `gate.one_row_route`.
+        early: the options of launches, see `primitives.early_start`.
     """
 
     tokens: torch.Tensor
@@ -107,6 +110,8 @@ class Buffers:
     caches: list[Cache]
     hidden: torch.Tensor
     normed: torch.Tensor
+    ticket: torch.Tensor
+    early: dict[str, Any] = field(default_factory=dict)
     scratch: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -138,8 +143,11 @@ def new_cache(attention: Attention, rows: int, cos: torch.Tensor) -> Cache:
     return like.new_zeros(shape), like.new_zeros(shape)
 
 
-def new_buffers(weights: Weights, rows: int, cos: torch.Tensor, sin: torch.Tensor) -> Buffers:
+def new_buffers(weights: Weights, rows: int, cos: torch.Tensor, sin: torch.Tensor, early: bool = True) -> Buffers:
     """Return buffers for that many rows; the tables' length is the cache's room.
+
+    With ``early`` the kernels for one row start before the ones in front of them have ended, where the device can do
+    that; for several rows it was slower (benchmarks/gpu_first_run.md).
 
     Raises:
         ValueError: more rows than the kernels take.
@@ -156,6 +164,8 @@ def new_buffers(weights: Weights, rows: int, cos: torch.Tensor, sin: torch.Tenso
         caches=[new_cache(layer.attention, rows, cos) for layer in weights.layers],
         hidden=weights.head.new_zeros(rows, hidden),
         normed=weights.head.new_zeros(rows, hidden),
+        ticket=torch.zeros(1, dtype=torch.int32, device=device),
+        early=early_start(device) if early and rows == 1 else {},
     )
 
 
@@ -169,9 +179,9 @@ def project(weights: Attention, buffers: Buffers, source: torch.Tensor, normed: 
     width = sum(weight.shape[0] for weight in weights.projections)
     projected = buffers.take("projected", buffers.rows, width)
     if buffers.rows == 1:
-        linear.one_row_linear(source[0], weights.projections, projected[0], *normed)
+        linear.one_row_linear(source[0], weights.projections, projected[0], *normed, **buffers.early)
     else:
-        linear.few_rows_linear(source, weights.projections, projected)
+        linear.few_rows_linear(source, weights.projections, projected, **buffers.early)
 
 
 def attend_latent(weights: Attention, buffers: Buffers, cache: torch.Tensor, mixed: torch.Tensor) -> None:
@@ -184,36 +194,37 @@ def attend_latent(weights: Attention, buffers: Buffers, cache: torch.Tensor, mix
     query = buffers.take("query", rows, heads, rank + rotated)
     alone = rows <= MAX_ROWS_PER_HEAD
     latent.prepare(
-        projected, kv_b, weights.norm, weights.eps, buffers.cos, buffers.sin, buffers.positions, query, cache, alone
-    )
+        projected, kv_b, weights.norm, weights.eps, buffers.cos, buffers.sin, buffers.positions, query, cache, alone,
+        **buffers.early,
+    )  # fmt: skip
     if not alone:
         unrotated = weights.unrotated
         heads_query = projected[:, : heads * (unrotated + rotated)].unflatten(1, (heads, -1))[..., :unrotated]
-        linear.few_rows_of_groups(heads_query, kv_b[:, :unrotated].mT, query[..., :rank])
+        linear.few_rows_of_groups(heads_query, kv_b[:, :unrotated].mT, query[..., :rank], **buffers.early)
     splits = splits_of(rows, triton.cdiv(heads, 16))
     partial = buffers.take("partial", rows, splits, heads, rank, dtype=torch.float32)
     share = buffers.take("share", rows, splits, heads, dtype=torch.float32)
-    latent.attend_splits(query, cache, buffers.positions, weights.scaling, partial, share)
+    latent.attend_splits(query, cache, buffers.positions, weights.scaling, partial, share, **buffers.early)
     if alone:
-        latent.join_splits(partial, share, buffers.positions, mixed, kv_b)
+        latent.join_splits(partial, share, buffers.positions, mixed, kv_b, **buffers.early)
         return
     latents = buffers.take("latents", rows, heads, rank)
-    latent.join_splits(partial, share, buffers.positions, latents)
-    linear.few_rows_of_groups(latents, kv_b[:, weights.unrotated :], mixed)
+    latent.join_splits(partial, share, buffers.positions, latents, **buffers.early)
+    linear.few_rows_of_groups(latents, kv_b[:, weights.unrotated :], mixed, **buffers.early)
 
 
 def attend_multihead(weights: Attention, buffers: Buffers, cache: Cache, mixed: torch.Tensor) -> None:
     """Write each head's attention over keys and values, [B, N, D], from "projected"."""
-    rows, heads, size = buffers.rows, weights.heads, weights.size
+    rows, heads, size, early = buffers.rows, weights.heads, weights.size, buffers.early
     projected = buffers.take("projected", rows, (heads + 2 * weights.key_heads) * size)
     query = buffers.take("query", rows, heads, size)
     keys, values = cache
-    multihead.rotate_and_write(projected, buffers.cos, buffers.sin, buffers.positions, query, keys, values)
+    multihead.rotate_and_write(projected, buffers.cos, buffers.sin, buffers.positions, query, keys, values, **early)
     splits = splits_of(rows, heads)
     partial = buffers.take("partial", rows, splits, heads, size, dtype=torch.float32)
     share = buffers.take("share", rows, splits, heads, dtype=torch.float32)
-    multihead.attend_splits(query, keys, values, buffers.positions, weights.scaling, partial, share)
-    latent.join_splits(partial, share, buffers.positions, mixed, keys_a_step=multihead.KEYS_A_STEP)
+    multihead.attend_splits(query, keys, values, buffers.positions, weights.scaling, partial, share, **early)
+    latent.join_splits(partial, share, buffers.positions, mixed, keys_a_step=multihead.KEYS_A_STEP, **early)
 
 
 def attend(weights: Attention, buffers: Buffers, cache: Cache) -> None:
@@ -225,55 +236,57 @@ def attend(weights: Attention, buffers: Buffers, cache: Cache) -> None:
         attend_multihead(weights, buffers, cache, mixed)
     hidden = buffers.hidden
     if buffers.rows == 1:
-        linear.one_row_linear(mixed[0].flatten(), [weights.out], hidden[0], residual_N=hidden[0])
+        linear.one_row_linear(mixed[0].flatten(), [weights.out], hidden[0], residual_N=hidden[0], **buffers.early)
     else:
-        linear.few_rows_linear(mixed.flatten(1), [weights.out], hidden, hidden)
+        linear.few_rows_linear(mixed.flatten(1), [weights.out], hidden, hidden, **buffers.early)
 
 
 def feed_one_row(layer: Layer, buffers: Buffers) -> None:
     """Add a layer's experts, or its dense MLP, to the hidden state of one row."""
-    hidden, rule, weights = buffers.hidden[0], layer.rule, layer.experts
+    hidden, rule, weights, early = buffers.hidden[0], layer.rule, layer.experts, buffers.early
     chosen = rule.chosen if rule is not None else 0
     inner = buffers.take("inner", chosen * weights.inner + weights.shared_inner)
     if rule is None or layer.gate is None:
-        experts.one_row_inner(hidden, layer.post_norm, layer.eps, weights, inner)
-        experts.one_row_down(inner, weights, hidden, hidden)
+        experts.one_row_inner(hidden, layer.post_norm, layer.eps, weights, inner, **early)
+        experts.one_row_down(inner, weights, hidden, hidden, **early)
         return
     logits = buffers.take("gate", rule.experts, dtype=torch.float32)
     ids = buffers.take(f"ids {id(layer)}", 1, chosen, dtype=torch.int32)
     shares = buffers.take("shares", 1, chosen, dtype=torch.float32)
-    linear.one_row_linear(hidden, [layer.gate], logits, layer.post_norm, layer.eps, BLOCK_N=2)
-    experts.one_row_inner(
-        hidden, layer.post_norm, layer.eps, weights, inner, rule, logits, layer.bias, ids[0], shares[0]
-    )
-    experts.one_row_down(inner, weights, hidden, hidden, ids[0], shares[0])
+    gate.one_row_route(
+        hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, buffers.ticket, ids[0], shares[0],
+        **early,
+    )  # fmt: skip
+    experts.one_row_inner(hidden, layer.post_norm, layer.eps, weights, inner, ids[0], **early)
+    experts.one_row_down(inner, weights, hidden, hidden, ids[0], shares[0], **early)
 
 
 def feed_few_rows(layer: Layer, buffers: Buffers, next_norm: torch.Tensor, next_eps: float) -> None:
     """Add a layer's experts, or its dense MLP, to the hidden states, and write the next norm of them."""
     hidden, normed, rule, weights = buffers.hidden, buffers.normed, layer.rule, layer.experts
+    early = buffers.early
     rows, width = hidden.shape
     ids = shares = routed = routed_out = shared = shared_out = None
     if rule is not None and layer.gate is not None:
         ids = buffers.take(f"ids {id(layer)}", rows, rule.chosen, dtype=torch.int32)
         shares = buffers.take("shares", rows, rule.chosen, dtype=torch.float32)
-        gate.route(hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, normed, ids, shares)
+        gate.route(hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, normed, ids, shares, **early)
         routed = buffers.take("routed", rows, rule.chosen, weights.inner)
         routed_out = buffers.take("routed out", rows, rule.chosen, width)
     else:
-        norm.finish_layer(hidden, None, None, None, layer.post_norm, layer.eps, hidden, normed)
+        norm.finish_layer(hidden, None, None, None, layer.post_norm, layer.eps, hidden, normed, **early)
     if weights.shared_gate is not None:
         shared = buffers.take("shared", rows, weights.shared_inner)
         shared_out = buffers.take("shared out", rows, width)
-    experts.few_rows_inner(normed, weights, routed, shared, ids)
-    experts.few_rows_down(routed, shared, weights, routed_out, shared_out, ids)
-    norm.finish_layer(hidden, routed_out, shares, shared_out, next_norm, next_eps, hidden, normed)
+    experts.few_rows_inner(normed, weights, routed, shared, ids, **early)
+    experts.few_rows_down(routed, shared, weights, routed_out, shared_out, ids, **early)
+    norm.finish_layer(hidden, routed_out, shares, shared_out, next_norm, next_eps, hidden, normed, **early)
 
 
 def predict(weights: Weights, buffers: Buffers) -> None:
     """Write the logits, and the likeliest ids in place of those read."""
     if buffers.rows > 1:
-        linear.few_rows_linear(buffers.normed, [weights.head], buffers.logits, rounded=True)
+        linear.few_rows_linear(buffers.normed, [weights.head], buffers.logits, rounded=True, **buffers.early)
         torch.argmax(buffers.logits, dim=-1, out=buffers.tokens)
         return
     block = linear.one_row_blocks(weights.head.shape[1])["BLOCK_N"]
@@ -283,8 +296,9 @@ def predict(weights: Weights, buffers: Buffers) -> None:
         buffers.take("best id", programs, dtype=torch.int32),
     )
     hidden, logits = buffers.hidden[0], buffers.logits[0]
-    linear.one_row_linear(hidden, [weights.head], logits, weights.norm, weights.eps, rounded=True, best=best)
-    linear.pick_best(best, buffers.tokens)
+    early = buffers.early
+    linear.one_row_linear(hidden, [weights.head], logits, weights.norm, weights.eps, rounded=True, best=best, **early)
+    linear.pick_best(best, buffers.tokens, **early)
 
 
 def decode_step(weights: Weights, buffers: Buffers) -> None:

@@ -10,14 +10,14 @@ width of the shared experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .gate import GateRule, choose_experts
-from .primitives import check_rows, dot, power_of_two
+from .primitives import check_rows, dot, let_next_start, load_rows, power_of_two, wait_for_inputs
 
 
 @dataclass(frozen=True)
@@ -109,32 +109,21 @@ def silu_product(gate: tl.tensor, up: tl.tensor) -> tl.tensor:
 def _one_row_inner_kernel(
     x_ptr: tl.tensor,
     norm_ptr: tl.tensor,
-    logits_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
     gate_up_ptr: tl.tensor,
     shared_gate_ptr: tl.tensor,
     shared_up_ptr: tl.tensor,
     inner_ptr: tl.tensor,
     ids_ptr: tl.tensor,
-    weights_ptr: tl.tensor,
     eps: tl.tensor,
-    scale: tl.tensor,
     H: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     S: tl.constexpr,
+    CHOSEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    E: tl.constexpr,
-    E_PAD: tl.constexpr,
-    CHOSEN: tl.constexpr,
-    CHOSEN_PAD: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    CORRECTED: tl.constexpr,
-    LIMITED: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    KEPT_GROUPS: tl.constexpr,
-    NORMALISED: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
+    let_next_start(EARLY)
     program = tl.program_id(0)
     shared_blocks: tl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
     blocks: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
@@ -144,40 +133,30 @@ def _one_row_inner_kernel(
     block = program
     shift = CHOSEN * I
     size = tl.where(routed, I, S)
-    if E > 0:
+    if CHOSEN > 0:
         if routed:
-            e = tl.arange(0, E_PAD)
-            logits = tl.load(logits_ptr + e, mask=e < E, other=float("-inf"))
-            ids, weights = choose_experts(
-                logits, bias_ptr, scale, E, E_PAD, CHOSEN, CHOSEN_PAD, SIGMOID, CORRECTED, LIMITED, GROUP_SIZE,
-                KEPT_GROUPS, NORMALISED,
-            )  # fmt: skip
-            slots = tl.arange(0, CHOSEN_PAD)
-            if program == shared_blocks:
-                tl.store(ids_ptr + slots, ids, mask=slots < CHOSEN)
-                tl.store(weights_ptr + slots, weights, mask=slots < CHOSEN)
+            wait_for_inputs(EARLY)
             slot = (program - shared_blocks) // blocks
             block = (program - shared_blocks) % blocks
             shift = slot * I
-            expert = tl.sum(tl.where(slots == slot, ids, 0), axis=0).to(tl.int64)
-            gate_ptr = gate_up_ptr + expert * (2 * I * H)
+            gate_ptr = gate_up_ptr + tl.load(ids_ptr + slot).to(tl.int64) * (2 * I * H)
             up_ptr = gate_ptr + I * H
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    # The shared experts come first, and their weights are on the way before the row and the choice are waited for.
+    gates = load_rows(gate_ptr, rows, size, H, H, BLOCK_H)
+    ups = load_rows(up_ptr, rows, size, H, H, BLOCK_H)
+    wait_for_inputs(EARLY)
     gate = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     squares = tl.zeros([BLOCK_H], tl.float32)
-    for start in tl.static_range(0, H, BLOCK_H):
-        h = start + tl.arange(0, BLOCK_H)
+    for part in tl.static_range((H + BLOCK_H - 1) // BLOCK_H):
+        h = part * BLOCK_H + tl.arange(0, BLOCK_H)
         held = h < H
-        mask = (rows < size)[:, None] & held[None, :]
-        offsets = rows[:, None] * H + h[None, :]
-        gate_weight = tl.load(gate_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
-        up_weight = tl.load(up_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_ptr + h, mask=held, other=0.0).to(tl.float32)
         squares += x * x
         x *= tl.load(norm_ptr + h, mask=held, other=0.0).to(tl.float32)
-        gate += gate_weight.to(tl.float32) * x[None, :]
-        up += up_weight.to(tl.float32) * x[None, :]
+        gate += gates[part].to(tl.float32) * x[None, :]
+        up += ups[part].to(tl.float32) * x[None, :]
     inverse = tl.rsqrt(tl.sum(squares, axis=0) / H + eps)
     out = silu_product(tl.sum(gate, axis=1) * inverse, tl.sum(up, axis=1) * inverse)
     tl.store(inner_ptr + shift + rows, out.to(inner_ptr.dtype.element_ty), mask=rows < size)
@@ -189,51 +168,39 @@ def one_row_inner(
     eps: float,
     weights: ExpertWeights,
     inner_N: torch.Tensor,
-    rule: GateRule | None = None,
-    logits_E: torch.Tensor | None = None,
-    bias_E: torch.Tensor | None = None,
     ids_K: torch.Tensor | None = None,
-    weights_K: torch.Tensor | None = None,
-    **blocks: int,
+    **blocks: Any,
 ) -> None:
-    """Norm one row, choose its experts from their logits, and write silu(gate) * up of all of them.
+    """Norm one row, and write silu(gate) * up of its experts.
 
     Args:
         x_H: the row, before its norm, which is folded into the products.
         norm_H: the norm's weight.
         eps: the norm's epsilon.
         weights: of the experts.
-        inner_N: K * I numbers of the routed experts, best first, then S of the shared ones.
-        rule: how experts are chosen; with routed experts only, like all that follows.
-        logits_E: float32.
-        bias_E: what a corrected choice adds to the scores.
-        ids_K: written, int32.
-        weights_K: written, float32.
-        blocks: block sizes instead of the usual ones.
+        inner_N: K * I numbers of the routed experts, in the order of their ids, then S of the shared ones.
+        ids_K: the experts chosen, int32; with routed experts only.
+        blocks: block sizes instead of the usual ones, and options of the launch (`early_start`).
     """
     check_rows(x_H, norm_H, inner_N)
     weights.check()
-    constants = (rule or GateRule(0, 0)).constants()
     hidden, some = x_H.shape[-1], weights.any
+    chosen = 0 if ids_K is None else ids_K.shape[-1]
     sizes = {"BLOCK_N": 4, "BLOCK_H": min(power_of_two(hidden, 16), 512), "num_warps": 4, **blocks}
-    routed_blocks = constants["CHOSEN"] * triton.cdiv(weights.inner, sizes["BLOCK_N"])
+    routed_blocks = chosen * triton.cdiv(weights.inner, sizes["BLOCK_N"])
     _one_row_inner_kernel[(triton.cdiv(weights.shared_inner, sizes["BLOCK_N"]) + routed_blocks,)](
         x_H,
         norm_H,
-        inner_N if logits_E is None else logits_E,
-        inner_N if bias_E is None else bias_E,
         some if weights.gate_up is None else weights.gate_up,
         some if weights.shared_gate is None else weights.shared_gate,
         some if weights.shared_up is None else weights.shared_up,
         inner_N,
         inner_N if ids_K is None else ids_K,
-        inner_N if weights_K is None else weights_K,
         eps,
-        1.0 if rule is None else rule.scale,
         H=hidden,
         I=weights.inner,
         S=weights.shared_inner,
-        **constants,
+        CHOSEN=chosen,
         **sizes,
     )
 
@@ -253,13 +220,23 @@ def _one_row_down_kernel(
     CHOSEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
+    let_next_start(EARLY)
     rows = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     held_rows = (rows < H)[:, None]
     step = tl.arange(0, BLOCK_I)
     total = tl.zeros([BLOCK_H, BLOCK_I], tl.float32)
-    # The shared experts come first: their weights can be on the way while the ids of the others arrive.
-    for start in tl.static_range(0, S, BLOCK_I):
+    # The shared experts come first: their weights, up to some registers full, are on the way before the wait.
+    ahead: tl.constexpr = min(S, AHEAD * BLOCK_I)
+    parts = load_rows(shared_down_ptr, rows, H, S, ahead, BLOCK_I)
+    wait_for_inputs(EARLY)
+    for part in tl.static_range((ahead + BLOCK_I - 1) // BLOCK_I):
+        s = part * BLOCK_I + step
+        inner = tl.load(inner_ptr + CHOSEN * I + s, mask=s < S, other=0.0).to(tl.float32)
+        total += parts[part].to(tl.float32) * inner[None, :]
+    for start in tl.static_range(AHEAD * BLOCK_I, S, BLOCK_I):
         s = start + step
         offsets = rows[:, None] * S + s[None, :]
         mask = held_rows & (s < S)[None, :]
@@ -287,7 +264,7 @@ def one_row_down(
     out_H: torch.Tensor,
     ids_K: torch.Tensor | None = None,
     weights_K: torch.Tensor | None = None,
-    **blocks: int,
+    **blocks: Any,
 ) -> None:
     """Write residual + weighted sum of one row's experts + its shared experts, all summed in float32.
 
@@ -298,13 +275,13 @@ def one_row_down(
         out_H: may be the residual itself.
         ids_K: the experts chosen, int32; with routed experts only.
         weights_K: their weights, float32.
-        blocks: block sizes instead of the usual ones.
+        blocks: block sizes instead of the usual ones, and options of the launch (`early_start`).
     """
     check_rows(inner_N, residual_H, out_H)
     weights.check()
     hidden, some = out_H.shape[-1], weights.any
     widest = power_of_two(max(weights.inner, weights.shared_inner), 16)
-    sizes = {"BLOCK_H": 4, "BLOCK_I": min(widest, 512), "num_warps": 4, **blocks}
+    sizes = {"BLOCK_H": 4, "BLOCK_I": min(widest, 512), "AHEAD": 6, "num_warps": 4, **blocks}
     _one_row_down_kernel[(triton.cdiv(hidden, sizes["BLOCK_H"]),)](
         inner_N,
         inner_N if ids_K is None else ids_K,
@@ -376,7 +353,10 @@ def _few_rows_inner_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
+    let_next_start(EARLY)
+    wait_for_inputs(EARLY)
     program = tl.program_id(0) // ROW_BLOCKS
     row_block = tl.program_id(0) % ROW_BLOCKS
     shared_blocks: tl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
@@ -443,7 +423,10 @@ def _few_rows_down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_I: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
+    let_next_start(EARLY)
+    wait_for_inputs(EARLY)
     program = tl.program_id(0) // ROW_BLOCKS
     row_block = tl.program_id(0) % ROW_BLOCKS
     blocks: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
@@ -499,7 +482,7 @@ def few_rows_inner(
     routed_BKI: torch.Tensor | None,
     shared_BS: torch.Tensor | None,
     ids_BK: torch.Tensor | None = None,
-    **blocks: int,
+    **blocks: Any,
 ) -> None:
     """Write `inner_plain` of contiguous, normed rows; ids are int32, and an id of -1 stands for no expert."""
     check_rows(x_BH)
@@ -535,7 +518,7 @@ def few_rows_down(
     routed_BKH: torch.Tensor | None,
     shared_BH: torch.Tensor | None,
     ids_BK: torch.Tensor | None = None,
-    **blocks: int,
+    **blocks: Any,
 ) -> None:
     """Write `down_plain` of contiguous rows; ids are int32, and an id of -1 stands for no expert."""
     weights.check()

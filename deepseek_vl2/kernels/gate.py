@@ -6,13 +6,14 @@ Shape suffixes: B rows, H hidden size, E routed experts, K experts of a row, G g
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, power_of_two
+from .primitives import check_rows, let_next_start, load_rows, power_of_two, wait_for_inputs
 
 GREEDY, GROUP_LIMITED, CORRECTED = 0, 1, 2
 METHODS = {"greedy": GREEDY, "group_limited_greedy": GROUP_LIMITED, "noaux_tc": CORRECTED}
@@ -174,7 +175,10 @@ def _route_kernel(
     GROUP_SIZE: tl.constexpr,
     KEPT_GROUPS: tl.constexpr,
     NORMALISED: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
+    let_next_start(EARLY)
+    wait_for_inputs(EARLY)
     row = tl.program_id(0)
     dtype = x_ptr.dtype.element_ty
     e = tl.arange(0, E_PAD)
@@ -217,8 +221,12 @@ def route(
     normed_BH: torch.Tensor,
     ids_BK: torch.Tensor,
     weights_BK: torch.Tensor,
+    **options: Any,
 ) -> None:
-    """Write `route_plain` of contiguous rows; ids are int32, weights float32. One program a row."""
+    """Write `route_plain` of contiguous rows; ids are int32, weights float32. One program a row.
+
+    Options: of the launch, see `primitives.early_start`.
+    """
     check_rows(x_BH, weight_EH, normed_BH, ids_BK, weights_BK)
     constants = rule.constants()
     _route_kernel[(x_BH.shape[0],)](
@@ -236,4 +244,113 @@ def route(
         AT_ONCE=4,
         **constants,
         num_warps=16 if rule.experts > 64 else 8,
+        **options,
+    )
+
+
+@triton.jit
+def _one_row_route_kernel(
+    x_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    logits_ptr: tl.tensor,
+    ticket_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    eps: tl.tensor,
+    scale: tl.tensor,
+    H: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    CHOSEN_PAD: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    LIMITED: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    KEPT_GROUPS: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    EARLY: tl.constexpr = False,
+) -> None:
+    let_next_start(EARLY)
+    own = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    parts = load_rows(weight_ptr, own, E, H, H, BLOCK_H)
+    wait_for_inputs(EARLY)
+    total = tl.zeros([BLOCK_E, BLOCK_H], tl.float32)
+    squares = tl.zeros([BLOCK_H], tl.float32)
+    for part in tl.static_range((H + BLOCK_H - 1) // BLOCK_H):
+        h = part * BLOCK_H + tl.arange(0, BLOCK_H)
+        x = tl.load(x_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+        squares += x * x
+        x *= tl.load(norm_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+        total += parts[part].to(tl.float32) * x[None, :]
+    own_logits = tl.sum(total, axis=1) * tl.rsqrt(tl.sum(squares, axis=0) / H + eps)
+    tl.store(logits_ptr + own, own_logits, mask=own < E)
+    # Whoever draws the last ticket sees all logits, and chooses.
+    tl.debug_barrier()
+    ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
+    if ticket == PROGRAMS - 1:
+        e = tl.arange(0, E_PAD)
+        logits = tl.load(logits_ptr + e, mask=e < E, other=float("-inf"), cache_modifier=".cg")
+        ids, weights = choose_experts(
+            logits, bias_ptr, scale, E, E_PAD, CHOSEN, CHOSEN_PAD, SIGMOID, CORRECTED, LIMITED, GROUP_SIZE,
+            KEPT_GROUPS, NORMALISED,
+        )  # fmt: skip
+        slot = tl.arange(0, CHOSEN_PAD)
+        tl.store(ids_ptr + slot, ids, mask=slot < CHOSEN)
+        tl.store(weights_ptr + slot, weights, mask=slot < CHOSEN)
+        tl.store(ticket_ptr, 0)
+
+
+def one_row_route(
+    x_H: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    weight_EH: torch.Tensor,
+    bias_E: torch.Tensor | None,
+    rule: GateRule,
+    logits_E: torch.Tensor,
+    ticket_1: torch.Tensor,
+    ids_K: torch.Tensor,
+    weights_K: torch.Tensor,
+    **blocks: Any,
+) -> None:
+    """Choose one row's experts as `route_plain` does, by several programs; its norm is folded into the logits.
+
+    Args:
+        x_H: the row, before its norm.
+        norm_H: the norm's weight.
+        eps: the norm's epsilon.
+        weight_EH: the gate's, contiguous.
+        bias_E: what a corrected choice adds to the scores.
+        rule: how experts are chosen.
+        logits_E: written, float32.
+        ticket_1: int32; 0, before and after.
+        ids_K: written, int32, best first.
+        weights_K: written, float32.
+        blocks: block sizes instead of the usual ones, and options of the launch (`early_start`).
+    """
+    check_rows(x_H, weight_EH, logits_E, ids_K, weights_K)
+    hidden = x_H.shape[-1]
+    sizes = {"BLOCK_E": 2, "BLOCK_H": min(power_of_two(hidden, 16), 512), "num_warps": 8, **blocks}
+    programs = triton.cdiv(rule.experts, sizes["BLOCK_E"])
+    _one_row_route_kernel[(programs,)](
+        x_H,
+        norm_H,
+        weight_EH,
+        logits_E if bias_E is None else bias_E,
+        logits_E,
+        ticket_1,
+        ids_K,
+        weights_K,
+        eps,
+        rule.scale,
+        H=hidden,
+        PROGRAMS=programs,
+        **rule.constants(),
+        **sizes,
     )

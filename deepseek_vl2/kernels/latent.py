@@ -9,11 +9,13 @@ new one last; there is no padding in it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, dot, power_of_two
+from .primitives import check_rows, dot, let_next_start, power_of_two, wait_for_inputs
 
 
 def rotate_pairs_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -107,7 +109,9 @@ def _prepare_kernel(
     R_PAD: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ABSORB: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
+    let_next_start(EARLY)
     row = tl.program_id(0)
     head = tl.program_id(1)
     part = tl.program_id(2)
@@ -115,6 +119,7 @@ def _prepare_kernel(
     query_row = query_ptr + (row * N + head) * (R + P)
     position = tl.load(positions_ptr + row)
     if head == N:  # behind the heads: the latent
+        wait_for_inputs(EARLY)
         if part == 0:
             r = tl.arange(0, R_PAD)
             compressed = projected_ptr + row * width + N * (D + P)
@@ -127,17 +132,20 @@ def _prepare_kernel(
             _rotate_pairs(compressed + R, out_ptr + R, cos_ptr, sin_ptr, position, P, HALF_PAD)
     else:
         query = projected_ptr + row * width + head * (D + P)
-        if part == 0:
-            _rotate_pairs(query + D, query_row + R, cos_ptr, sin_ptr, position, P, HALF_PAD)
         if ABSORB:
             d = tl.arange(0, D_PAD)
             r = part * BLOCK_R + tl.arange(0, BLOCK_R)
             matrix = kv_b_ptr + head * ((D + V) * R)
             mask = (d < D)[:, None] & (r < R)[None, :]
-            weight = tl.load(matrix + d[:, None] * R + r[None, :], mask=mask, other=0.0).to(tl.float32)
+            weight = tl.load(matrix + d[:, None] * R + r[None, :], mask=mask, other=0.0)
+            wait_for_inputs(EARLY)
             x = tl.load(query + d, mask=d < D, other=0.0).to(tl.float32)
-            out = tl.sum(weight * x[:, None], axis=0)
+            out = tl.sum(weight.to(tl.float32) * x[:, None], axis=0)
             tl.store(query_row + r, out.to(query_ptr.dtype.element_ty), mask=r < R)
+        else:
+            wait_for_inputs(EARLY)
+        if part == 0:
+            _rotate_pairs(query + D, query_row + R, cos_ptr, sin_ptr, position, P, HALF_PAD)
 
 
 def prepare(
@@ -151,6 +159,7 @@ def prepare(
     query_BNL: torch.Tensor,
     cache_BCL: torch.Tensor,
     absorb: bool = True,
+    **options: Any,
 ) -> None:
     """Write `prepare_plain`: the new token into the cache, and its queries.
 
@@ -165,6 +174,7 @@ def prepare(
         query_BNL: written, [B, N, R + P], contiguous; only the rotated part without ``absorb``.
         cache_BCL: written at the positions.
         absorb: take the unrotated part through kv_b_proj here, which reads that weight once for each row.
+        options: of the launch, see `primitives.early_start`.
     """
     check_rows(projected_BX, kv_b_NER, cache_BCL)
     rows, heads = query_BNL.shape[:2]
@@ -193,6 +203,7 @@ def prepare(
         BLOCK_R=block,
         ABSORB=absorb,
         num_warps=4,
+        **options,
     )
 
 
@@ -222,10 +233,13 @@ def _split_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
+    let_next_start(EARLY)
     row = tl.program_id(0)
     split = tl.program_id(2)
     head = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    wait_for_inputs(EARLY)
     position = tl.load(positions_ptr + row)
     keys_each, live = live_splits(position, BLOCK_C, SPLITS)
     if split < live:
@@ -269,11 +283,12 @@ def attend_splits(
     scaling: float,
     partial_BWNR: torch.Tensor,
     weight_BWN: torch.Tensor,
+    **options: Any,
 ) -> None:
     """Attend over each split of the keys: `attend_plain` of it, and the base-2 logarithm of its softmax's weight.
 
     The keys up to a row's position are cut evenly into at most W splits; those without keys are left unwritten.
-    All but the cache is contiguous; the results are float32.
+    All but the cache is contiguous; the results are float32. Options: of the launch, see `primitives.early_start`.
     """
     check_rows(query_BNL, cache_BCL)
     rows, heads, width = query_BNL.shape
@@ -297,6 +312,7 @@ def attend_splits(
         BLOCK_N=16,
         STAGES=3,
         num_warps=4,
+        **options,
     )
 
 
@@ -320,7 +336,9 @@ def _join_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PROJECT: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
+    let_next_start(EARLY)
     row = tl.program_id(0)
     head = tl.program_id(1)
     r = tl.arange(0, R_PAD)
@@ -329,6 +347,7 @@ def _join_kernel(
         matrix = kv_b_ptr + (head * (D + V) + D) * R
         mask = (v < V)[:, None] & (r < R)[None, :]
         weight = tl.load(matrix + v[:, None] * R + r[None, :], mask=mask, other=0.0)
+    wait_for_inputs(EARLY)
     _, live = live_splits(tl.load(positions_ptr + row), BLOCK_C, SPLITS)
     mixed = tl.zeros([R_PAD], tl.float32)
     highest = float("-inf")
@@ -361,10 +380,12 @@ def join_splits(
     out_BNV: torch.Tensor,
     kv_b_NER: torch.Tensor | None = None,
     keys_a_step: int = KEYS_A_STEP,
+    **options: Any,
 ) -> None:
     """Join what `attend_splits` wrote, and take it through the value's rows of kv_b_proj where that is given.
 
-    Without it ``out_BNV`` is the mixture of latents itself, [B, N, R]. All tensors are contiguous.
+    Without it ``out_BNV`` is the mixture of latents itself, [B, N, R]. All tensors are contiguous. Options: of the
+    launch, see `primitives.early_start`.
     """
     rows, splits, heads, rank = partial_BWNR.shape
     value = out_BNV.shape[-1]
@@ -387,4 +408,5 @@ def join_splits(
         BLOCK_V=block,
         PROJECT=projects,
         num_warps=4,
+        **options,
     )

@@ -6,13 +6,14 @@ Shape suffixes: B rows, K inputs, N outputs, G groups with weights of their own 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, dot, power_of_two
+from .primitives import check_rows, dot, let_next_start, load_rows, power_of_two, prefetch_rows, wait_for_inputs
 
 MAX_WEIGHTS = 3
 
@@ -54,7 +55,9 @@ def _one_row_kernel(
     RESIDUAL: tl.constexpr,
     ROUNDED: tl.constexpr,
     BEST: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
+    let_next_start(EARLY)
     program = tl.program_id(0)
     blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
     blocks2: tl.constexpr = (N2 + BLOCK_N - 1) // BLOCK_N
@@ -69,19 +72,19 @@ def _one_row_kernel(
     size = tl.where(in_third, N3, tl.where(in_second, N2, N1))
     shift = tl.where(in_third, N1 + N2, tl.where(in_second, N1, 0))
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    # All loads of the weight are on their way before the row is waited for.
+    parts = load_rows(weight_ptr, rows, size, K, K, BLOCK_K)
+    wait_for_inputs(EARLY)
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
+    for part in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+        columns = part * BLOCK_K + tl.arange(0, BLOCK_K)
         held = columns < K
-        mask = (rows < size)[:, None] & held[None, :]
-        offsets = rows.to(tl.int64)[:, None] * K + columns[None, :]
-        weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_ptr + columns, mask=held, other=0.0).to(tl.float32)
         if NORMED:
             squares += x * x
             x *= tl.load(norm_ptr + columns, mask=held, other=0.0).to(tl.float32)
-        total += weight.to(tl.float32) * x[None, :]
+        total += parts[part].to(tl.float32) * x[None, :]
     out = tl.sum(total, axis=1)
     if NORMED:
         out *= tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
@@ -111,7 +114,7 @@ def one_row_linear(
     residual_N: torch.Tensor | None = None,
     rounded: bool = False,
     best: tuple[torch.Tensor, torch.Tensor] | None = None,
-    **blocks: int,
+    **blocks: Any,
 ) -> None:
     """Write `norm_linear_plain` of one row into ``out_N``, which may be the residual itself.
 
@@ -126,7 +129,7 @@ def one_row_linear(
         residual_N: added to the result.
         rounded: round the product to the dtype of ``x_K`` although ``out_N`` is wider, as the plain form does.
         best: where to write each program's largest output, float32, and its index, int32 (one weight only).
-        blocks: block sizes instead of those of `one_row_blocks`.
+        blocks: block sizes instead of those of `one_row_blocks`, and options of the launch (`early_start`).
     """
     check_rows(x_K, out_N, *weights)
     if not 1 <= len(weights) <= MAX_WEIGHTS or (best is not None and len(weights) > 1):
@@ -156,8 +159,15 @@ def one_row_linear(
 
 @triton.jit(do_not_specialize=["N"])
 def _best_kernel(
-    best_ptr: tl.tensor, best_id_ptr: tl.tensor, out_ptr: tl.tensor, N: tl.tensor, BLOCK: tl.constexpr
+    best_ptr: tl.tensor,
+    best_id_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    N: tl.tensor,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
+    let_next_start(EARLY)
+    wait_for_inputs(EARLY)
     index = tl.arange(0, BLOCK)
     value = tl.full([BLOCK], float("-inf"), tl.float32)
     winner = tl.full([BLOCK], 2147483647, tl.int32)
@@ -173,10 +183,13 @@ def _best_kernel(
     tl.store(out_ptr, chosen.to(tl.int64))
 
 
-def pick_best(best: tuple[torch.Tensor, torch.Tensor], out_1: torch.Tensor) -> None:
-    """Write the index of the largest output, the first one of equals, from what `one_row_linear` noted."""
+def pick_best(best: tuple[torch.Tensor, torch.Tensor], out_1: torch.Tensor, **options: Any) -> None:
+    """Write the index of the largest output, the first one of equals, from what `one_row_linear` noted.
+
+    Options: of the launch, see `primitives.early_start`.
+    """
     values, ids = best
-    _best_kernel[(1,)](values, ids, out_1, values.shape[0], BLOCK=2048, num_warps=8)
+    _best_kernel[(1,)](values, ids, out_1, values.shape[0], BLOCK=2048, num_warps=8, **options)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -203,9 +216,12 @@ def _few_rows_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROUNDED: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
+    let_next_start(EARLY)
     program = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
     blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
@@ -222,6 +238,9 @@ def _few_rows_kernel(
     shift = tl.where(in_third, N1 + N2, tl.where(in_second, N1, 0))
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
+    if W_K == 1:
+        prefetch_rows(matrix, n, size, W_N, PREFETCH, EARLY)
+    wait_for_inputs(EARLY)
     # The weight stands on the left: its many rows fill the matrix unit, and the few tokens are its narrow side.
     total = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -248,6 +267,7 @@ def few_rows_blocks(rows: int, outputs: int, inputs: int) -> dict[str, int]:
         "BLOCK_K": min(power_of_two(inputs, 16), 128),
         "BLOCK_B": min(power_of_two(rows, 16), 64),
         "STAGES": 4,
+        "PREFETCH": min(power_of_two(inputs, 64) // 2, 16384 // block_n),  # 32 kB a program, or half of its rows
         "num_warps": 4,
     }
 
@@ -258,7 +278,7 @@ def few_rows_linear(
     out_BN: torch.Tensor,
     residual_BN: torch.Tensor | None = None,
     rounded: bool = False,
-    **blocks: int,
+    **blocks: Any,
 ) -> None:
     """Write the products of a few rows with one to three matrices side by side, plus a residual.
 
@@ -268,7 +288,7 @@ def few_rows_linear(
         out_BN: of any floating dtype; may be the residual itself.
         residual_BN: added to the result; laid out like ``out_BN``.
         rounded: round the product to the dtype of ``x_BK`` although ``out_BN`` is wider.
-        blocks: block sizes instead of those of `few_rows_blocks`.
+        blocks: block sizes instead of those of `few_rows_blocks`, and options of the launch (`early_start`).
     """
     if not 1 <= len(weights) <= MAX_WEIGHTS:
         raise ValueError(f"few_rows_linear takes one to {MAX_WEIGHTS} weights, got {len(weights)}.")
@@ -280,14 +300,14 @@ def few_rows_linear(
     _launch_few_rows(x_BK.unsqueeze(1), grouped, out_BN.unsqueeze(1), residual, rounded, blocks)
 
 
-def few_rows_of_groups(x_BGK: torch.Tensor, weight_GNK: torch.Tensor, out_BGN: torch.Tensor, **blocks: int) -> None:
+def few_rows_of_groups(x_BGK: torch.Tensor, weight_GNK: torch.Tensor, out_BGN: torch.Tensor, **blocks: Any) -> None:
     """Write the products of a few rows with a matrix for each group (head), [B, G, N].
 
     Args:
         x_BGK: rows of any strides but the last.
         weight_GNK: of any strides: a transposed view will do.
         out_BGN: of any strides but the last.
-        blocks: block sizes instead of those of `few_rows_blocks`.
+        blocks: block sizes instead of those of `few_rows_blocks`, and options of the launch (`early_start`).
     """
     _launch_few_rows(x_BGK, [weight_GNK], out_BGN, None, False, blocks)
 
@@ -298,7 +318,7 @@ def _launch_few_rows(
     out_BGN: torch.Tensor,
     residual_BGN: torch.Tensor | None,
     rounded: bool,
-    blocks: dict[str, int],
+    blocks: dict[str, Any],
 ) -> None:
     check_rows(x_BGK, out_BGN)
     rows, groups, inputs = x_BGK.shape

@@ -6,12 +6,14 @@ the keys. The caches are [B, M, C, D]; row b's tokens stand at 0 .. positions[b]
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from .latent import live_splits
-from .primitives import check_rows, power_of_two
+from .primitives import check_rows, let_next_start, power_of_two, wait_for_inputs
 
 KEYS_A_STEP = 64
 
@@ -52,9 +54,12 @@ def _rotate_and_write_kernel(
     M: tl.constexpr,
     D: tl.constexpr,
     HALF_PAD: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
+    let_next_start(EARLY)
     row = tl.program_id(0)
     head = tl.program_id(1)
+    wait_for_inputs(EARLY)
     half: tl.constexpr = D // 2
     i = tl.arange(0, HALF_PAD)
     held = i < half
@@ -87,6 +92,7 @@ def rotate_and_write(
     query_BND: torch.Tensor,
     keys_BMCD: torch.Tensor,
     values_BMCD: torch.Tensor,
+    **options: Any,
 ) -> None:
     """Rotate queries and keys, and write keys and values into the caches at each row's position.
 
@@ -98,6 +104,7 @@ def rotate_and_write(
         query_BND: written.
         keys_BMCD: written at the positions.
         values_BMCD: likewise. All tensors are contiguous.
+        options: of the launch, see `primitives.early_start`.
     """
     check_rows(projected_BX, cos_CD, sin_CD, keys_BMCD)
     rows, heads, size = query_BND.shape
@@ -116,6 +123,7 @@ def rotate_and_write(
         D=size,
         HALF_PAD=power_of_two(size // 2, 8),
         num_warps=1,
+        **options,
     )
 
 
@@ -135,10 +143,13 @@ def _split_kernel(
     D_PAD: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
+    let_next_start(EARLY)
     row = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
+    wait_for_inputs(EARLY)
     position = tl.load(positions_ptr + row)
     keys_each, live = live_splits(position, BLOCK_C, SPLITS)
     if split < live:
@@ -177,6 +188,7 @@ def attend_splits(
     scaling: float,
     partial_BWND: torch.Tensor,
     weight_BWN: torch.Tensor,
+    **options: Any,
 ) -> None:
     """Attend over each split of the keys; as in `latent.attend_splits`, whose `join_splits` joins the splits."""
     check_rows(query_BND, keys_BMCD, values_BMCD)
@@ -198,4 +210,5 @@ def attend_splits(
         SPLITS=splits,
         BLOCK_C=KEYS_A_STEP,
         num_warps=4,
+        **options,
     )

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+
+try:
+    from triton.backends.nvidia.compiler import CUDAOptions
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    STARTS_EARLY = "launch_pdl" in CUDAOptions.__dataclass_fields__
+except ImportError:  # releases of Triton that know no dependent launch, or have no part for NVIDIA
+    gdc_launch_dependents = gdc_wait = None
+    STARTS_EARLY = False
 
 # Under TRITON_INTERPRET=1 kernels run on a CPU, in NumPy, which knows no bfloat16: products are of float32 there.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -17,6 +28,66 @@ def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:
         return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def let_next_start(EARLY: tl.constexpr) -> None:
+    """Let the next kernel start, as far as there is room, once all programs of this one have come here."""
+    if EARLY:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_inputs(EARLY: tl.constexpr) -> None:
+    """Wait until the kernel before, and so all before it, have ended and what they wrote can be read.
+
+    Before this a kernel may read weights alone, and may write nothing. Every program must come here.
+    """
+    if EARLY:
+        gdc_wait()
+
+
+@triton.jit
+def load_rows(
+    matrix_ptr: tl.tensor, rows: tl.tensor, size: tl.tensor, K: tl.constexpr, READ: tl.constexpr, BLOCK_K: tl.constexpr
+) -> Any:
+    """Return the first READ columns of some rows of a weight [size, K], as a tuple of blocks, each read once."""
+    parts = ()
+    for start in tl.static_range(0, READ, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        mask = (rows < size)[:, None] & (columns < K)[None, :]
+        offsets = rows.to(tl.int64)[:, None] * K + columns[None, :]
+        part = tl.load(matrix_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+        parts += (part,)  # type: ignore[assignment]
+    return parts
+
+
+@triton.jit
+def prefetch_rows(
+    matrix_ptr: tl.tensor, rows: tl.tensor, size: tl.tensor, ROW: tl.constexpr, READ: tl.constexpr, EARLY: tl.constexpr
+) -> None:
+    """Bring the first READ numbers (a power of two) of some rows, ROW apart, into the L2 cache; with EARLY only."""
+    if EARLY:
+        LINE: tl.constexpr = 64  # numbers of two bytes in a line of 128
+        start = tl.arange(0, (READ + LINE - 1) // LINE) * LINE
+        places = matrix_ptr + tl.minimum(rows, size - 1).to(tl.int64)[:, None] * ROW + start[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places.to(tl.int64)], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+
+
+def early_start(device: torch.device) -> dict[str, Any]:
+    """Return the options with which a kernel starts while the one before it still runs; none where it cannot.
+
+    This is programmatic dependent launch, of compute capability 9.0 and later. A kernel started so reads its weights
+    before it waits for the one before: it must not follow one that writes them.
+    """
+    if INTERPRETED.value or not STARTS_EARLY or device.type != "cuda":
+        return {}
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
+        return {}
+    return {"EARLY": True, "launch_pdl": True}
 
 
 def power_of_two(number: int, least: int = 1) -> int:

@@ -34,12 +34,15 @@ RING = 8
 
 
 class Session:
-    """Buffers for one batch size and room, and the graph of a step over them."""
+    """Buffers for one batch size and room, and the graph of a step over them.
 
-    def __init__(self, weights: Weights, rows: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    With ``early`` kernels start before the ones in front of them have ended, where the device can do that.
+    """
+
+    def __init__(self, weights: Weights, rows: int, cos: torch.Tensor, sin: torch.Tensor, early: bool = True) -> None:
         self.weights = weights
         with torch.inference_mode(False), torch.no_grad():  # later calls outside of inference mode write them too
-            self.buffers = new_buffers(weights, rows, cos, sin)
+            self.buffers = new_buffers(weights, rows, cos, sin, early)
         self.graph: torch.cuda.CUDAGraph | None = None
         if weights.head.device.type == "cuda":
             self._capture(weights.head.device)

@@ -2,10 +2,11 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from ..kernels import sample
+from ..kernels import run_experts, sample
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .generation import FAST_SAMPLERS
 from .modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
+from .moe import FAST_EXPERTS
 from .processing_deepseek_vl_v2 import DeepseekVLV2Processor
 
 __all__ = ["DeepseekVLV2Config", "DeepseekVLV2ForCausalLM", "DeepseekVLV2Processor"]
@@ -17,3 +18,5 @@ AutoProcessor.register(DeepseekVLV2Config, DeepseekVLV2Processor, exist_ok=True)
 
 if sample not in FAST_SAMPLERS:
     FAST_SAMPLERS.append(sample)
+if run_experts not in FAST_EXPERTS:
+    FAST_EXPERTS.append(run_experts)

@@ -180,6 +180,16 @@ def check_no_image_tokens(images_seq_mask: torch.Tensor | None) -> None:
         raise ValueError("images_seq_mask marks image tokens, but there are no images (images_spatial_crop).")
 
 
+def is_whole_prompt(attention_mask: torch.Tensor | None, past_key_values: Any) -> bool:
+    """Whether an empty cache is to be filled with a prompt without padding: its mask says nothing then.
+
+    transformers asks the same of the mask, but when the images are on their way, and would wait for them.
+    """
+    if attention_mask is None or attention_mask.dim() != 2 or not isinstance(past_key_values, Cache):
+        return False
+    return int(past_key_values.get_seq_length()) == 0 and bool(attention_mask.all())
+
+
 def is_one_of_several_processes() -> bool:
     """Whether this process trains together with others."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -434,6 +444,8 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("Give either input_ids or inputs_embeds.")
+            if images is not None and not self.training and is_whole_prompt(attention_mask, past_key_values):
+                attention_mask = None
             inputs_embeds = self.prepare_inputs_embeds(input_ids, images, images_seq_mask, images_spatial_crop)
         if attention_mask is not None:
             attention_mask = attention_mask.to(inputs_embeds.device)

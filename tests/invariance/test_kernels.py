@@ -16,8 +16,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from deepseek_vl2.kernels import experts, gate, latent, linear, multihead, norm
+from support import mini_language
+
+from deepseek_vl2.kernels import experts, gate, latent, linear, multihead, norm, prompt
 from deepseek_vl2.kernels.gate import CORRECTED, GREEDY, GROUP_LIMITED, GateRule
+from deepseek_vl2.models.moe import eager_experts_forward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -171,6 +174,25 @@ def test_route(dtype: torch.dtype, rule: GateRule, width: int) -> None:
     check(weights.gather(1, order), plain_weights.gather(1, plain_order), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("width", [64, 640])
+def test_route_of_one_row(dtype: torch.dtype, rule: GateRule, width: int) -> None:
+    x, weight = draw(width, dtype=dtype), 1 + 0.1 * draw(width, dtype=dtype)
+    matrix = draw(rule.experts, width, dtype=dtype, scale=width**-0.5)
+    bias = 0.3 * draw(rule.experts) if rule.method == CORRECTED else None
+    logits, ticket = poisoned(rule.experts), torch.zeros(1, device=DEVICE, dtype=torch.int32)
+    ids, weights = torch.full((rule.chosen,), -1, device=DEVICE, dtype=torch.int32), poisoned(rule.chosen)
+    for _ in range(2):  # the second time it finds the ticket as the first one left it
+        gate.one_row_route(x, weight, 1e-6, matrix, bias, rule, logits, ticket, ids, weights)
+        assert ticket.item() == 0
+    normed = norm.rms_norm_plain(x[None].float(), weight.float(), 1e-6)
+    check(logits, torch.nn.functional.linear(normed, matrix.float())[0], torch.float32)
+    plain_ids, plain_weights = gate.choose_plain(logits[None], bias, rule)
+    assert torch.equal(ids.sort().values.long(), plain_ids[0].sort().values)
+    check(weights[ids.argsort()], plain_weights[0][plain_ids[0].argsort()], torch.float32)
+
+
 def test_ties_go_to_the_first_expert() -> None:
     rule = GateRule(8, 3)
     weights, ids = poisoned(1, 3), torch.full((1, 3), -1, device=DEVICE, dtype=torch.int32)
@@ -212,20 +234,16 @@ SHAPES = [(64, 8, 32, 64), slow(64, 0, 0, 96), (48, 5, 40, 0), slow(320, 12, 24,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "count", "inner", "shared"), SHAPES)
 def test_experts_of_one_row(dtype: torch.dtype, width: int, count: int, inner: int, shared: int) -> None:
-    weights, rule = layer(width, count, inner, shared, dtype), GateRule(count, 3) if count else None
+    weights = layer(width, count, inner, shared, dtype)
     x, weight, residual = draw(width, dtype=dtype), 1 + 0.1 * draw(width, dtype=dtype), draw(width, dtype=dtype)
     chosen = 3 if count else 0
     hidden = poisoned(chosen * inner + shared, dtype=dtype)
-    ids, shares = torch.full((chosen,), -1, device=DEVICE, dtype=torch.int32), poisoned(chosen)
-    logits = draw(count) if count else None
+    plain_ids = random_ids(1, count, 3).long() if count else None
+    ids = None if plain_ids is None else plain_ids[0].int()
+    shares = torch.rand(chosen, device=DEVICE)
     routing = dict(ids_K=ids, weights_K=shares) if count else {}
-    experts.one_row_inner(x, weight, 1e-6, weights, hidden, rule, logits, **routing)
+    experts.one_row_inner(x, weight, 1e-6, weights, hidden, ids)
     normed = norm.rms_norm_plain(x[None].float(), weight.float(), 1e-6)
-    plain_ids = None
-    if rule is not None and logits is not None:
-        plain_ids, plain_shares = gate.choose_plain(logits[None], None, rule)
-        assert torch.equal(ids.long(), plain_ids[0])
-        check(shares, plain_shares[0], torch.float32)
     routed, common = experts.inner_plain(normed, wide(weights), plain_ids)
     parts = [part.flatten() for part in (routed, common) if part is not None]
     check(hidden, torch.cat(parts), dtype)
@@ -267,6 +285,41 @@ def test_experts_of_few_rows(dtype: torch.dtype, rows: int, width: int, count: i
     for out, want in zip((out_routed, out_common), plain, strict=True):
         if out is not None and want is not None:
             check(out, want, dtype)
+
+
+# ---------------------------------------------------------------- experts of a prompt
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inner", [24, 1100])
+def test_silu_of_gate_times_up(dtype: torch.dtype, inner: int) -> None:
+    both = draw(9, 2 * inner, dtype=dtype)
+    gated, up = both.float().chunk(2, dim=-1)
+    check(prompt.silu_of_gate_times_up(both), torch.nn.functional.silu(gated) * up, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [40, 1100])
+def test_sum_of_experts(dtype: torch.dtype, width: int) -> None:
+    tokens, chosen = 7, 3
+    rows, weights = draw(tokens * chosen, width, dtype=dtype), torch.rand(tokens, chosen, device=DEVICE)
+    places = torch.randperm(tokens * chosen, device=DEVICE)
+    plain = (rows.float()[places].view(tokens, chosen, width) * weights[..., None]).sum(1)
+    check(prompt.sum_of_experts(rows, places, weights), plain, dtype)
+
+
+@pytest.mark.parametrize("tokens", [1, 37])
+@torch.no_grad()
+def test_experts_of_a_prompt(tokens: int) -> None:
+    dtype = torch.bfloat16
+    layer_ = mini_language("small").model.layers[1].mlp.experts.to(DEVICE, dtype)
+    ids = random_ids(tokens, layer_.num_experts, 3).long()
+    ids[ids == 1] = 2  # one expert has no token, and one may have a token twice
+    hidden, weights = draw(tokens, layer_.hidden_size, dtype=dtype), torch.rand(tokens, 3, device=DEVICE)
+    assert prompt.takes(layer_, hidden)
+    got = prompt.experts_of_prompt(layer_, hidden, ids, weights)
+    check(got, eager_experts_forward(layer_.float(), hidden.float(), ids, weights), dtype)
+    assert not prompt.takes(layer_, hidden)  # in float32 now
 
 
 # ---------------------------------------------------------------- attention

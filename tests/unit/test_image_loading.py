@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support import GOLDEN
 
@@ -205,6 +206,17 @@ def test_the_transform_scales_and_normalises() -> None:
     got = ImageTransform()(image)
     assert got.shape == (3, image.height, image.width)
     assert np.abs(got.numpy() - want).max() < 1e-6  # the same float32 steps
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_transform_gives_the_bits_of_the_arithmetic(normalize: bool) -> None:
+    mean, std = (0.48145466, 0.4578275, 0.5), (0.26862954, 0.26130258, 0.5)
+    bytes_ = torch.randint(256, (2, 37, 41, 3), dtype=torch.uint8)
+    want = bytes_.permute(0, 3, 1, 2).float().div_(255)
+    if normalize:
+        want.sub_(torch.tensor(mean).view(-1, 1, 1)).div_(torch.tensor(std).view(-1, 1, 1))
+    got = ImageTransform(mean, std, normalize).batch([Image.fromarray(part.numpy()) for part in bytes_])
+    assert torch.equal(got, want)
 
 
 def test_each_channel_has_its_own_mean_and_std() -> None:
