@@ -18,7 +18,6 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .configuration_deepseek import DeepseekV2Config
-from .cpu import empty_in_huge_pages
 from .loss import compute_dtype
 
 
@@ -294,8 +293,8 @@ class CpuExperts(torch.autograd.Function):
         grad_NH = grad_NH.to(dtype)
         grad_x = torch.empty(len(order), x_NH.shape[1], dtype=dtype) if wants_hidden else None
         grad_weights = weights_NK.new_empty(len(order)) if wants_weights else None
-        grad_gate_up = empty_in_huge_pages(gate_up_proj) if wants_gate_up else None
-        grad_down = empty_in_huge_pages(down_proj) if wants_down else None
+        grad_gate_up = torch.empty_like(gate_up_proj) if wants_gate_up else None
+        grad_down = torch.empty_like(down_proj) if wants_down else None
         start = 0
         for expert, count in enumerate(parts):
             rows, start = slice(start, start + count), start + count

@@ -4,10 +4,10 @@ Examples:
     python -m deepseek_vl2.synthetic.new_shape --output runs/heart
     python -m deepseek_vl2.synthetic.new_shape --output runs/heart --steps 1000 --batch_size 16 --questions 200
 
-nano was trained on ten shapes; hearts are drawn here alone. Of the training pictures two fifths show hearts among
-known shapes, a tenth show none and are asked for one, and half are those that nano was trained on, so that nothing is
-forgotten. OUTPUT then holds the model, adapters merged, in the released layout; `table.md` with the scores before and
-after; `sheet.png` with answers about hearts.
+nano was trained on ten shapes; hearts are drawn here alone. Of the training pictures 40 % show hearts among known
+shapes, 30 % known shapes alone, asked about these and for hearts, and 30 % are those that nano was trained on, so that
+nothing is forgotten. OUTPUT then holds the model, adapters merged, in the released layout; `table.md` with the scores
+before and after; `sheet.png` with answers about hearts.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from .sheet import picture_sheet
 from .suite import JUDGES, MAX_NEW_TOKENS, Judged, Scores, TaskResult, f1, run_samples, run_task
 from .words import UNSEEN_SHAPE
 
-SHOWN, MISSED = 0.4, 0.1  # of the training pictures: with the new shape, and without it but asked for
+SHOWN, MISSED = 0.4, 0.3  # of the training pictures: with the new shape, and without it but asked for
 MOST_NEW, MOST_OTHERS = 2, 5
 NEW_TURNS = (4, 6)
 MAX_LENGTH = 384  # tokens; longer conversations lose their end
@@ -233,7 +233,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--model", default="nano", help="nano, or a checkpoint of its kind (default: nano)")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default: 400)")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures a step (default: 8)")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
+    parser.add_argument("--learning_rate", type=float, default=5e-4, help="highest learning rate (default: 0.0005)")
     parser.add_argument("--lora_rank", type=int, default=16, help="rank of the adapters (default: 16)")
     parser.add_argument(
         "--lora_parts", nargs="+", choices=PARTS, default=list(PARTS), help="what gets adapters (default: everything)"
