@@ -197,6 +197,21 @@ def sum_weighted(rows_NKH: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tens
     return total_NH
 
 
+# On a CPU sums over experts are taken for this many tokens at a time: float32 copies of their rows stay in its cache,
+# where those of all rows would be new memory in each step, which takes longer to get than the sum to compute.
+BLOCK_TOKENS = 128
+
+
+def in_blocks(x: torch.Tensor) -> bool:
+    """Whether rows are summed block by block: on a CPU, outside of compilation."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def take_rows(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return some rows of a matrix; on a CPU indexing is several times slower than this."""
+    return x.index_select(0, ids) if x.device.type == "cpu" else x[ids]
+
+
 class SortRows(torch.autograd.Function):
     """Copy each token's row once for each of its experts, sorted by expert: [N, H] to [N * K, H].
 
@@ -209,13 +224,20 @@ class SortRows(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(restored)
         ctx.top_k = top_k
-        return hidden_NH[order // top_k]
+        return take_rows(hidden_NH, order // top_k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (restored,) = ctx.saved_tensors
+        if in_blocks(grad):
+            return F.embedding_bag(restored.view(-1, ctx.top_k), grad, mode="sum"), None, None, None
         return grad[restored].unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None
+
+
+def weighted_sum(rows: torch.Tensor, weights_NK: torch.Tensor, restored: torch.Tensor) -> torch.Tensor:
+    """Return the weighted sum, [N, H] in the weights' dtype, of each token's K rows; ``restored`` says which."""
+    return (take_rows(rows, restored).view(*weights_NK.shape, -1) * weights_NK.unsqueeze(-1)).sum(dim=1)
 
 
 class SumSortedRows(torch.autograd.Function):
@@ -229,112 +251,39 @@ class SumSortedRows(torch.autograd.Function):
         ctx: Any, rows: torch.Tensor, weights_NK: torch.Tensor, order: torch.Tensor, restored: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(rows, weights_NK, order, restored)
-        return (rows[restored].view(*weights_NK.shape, -1) * weights_NK.unsqueeze(-1)).sum(dim=1)
+        if not in_blocks(rows):
+            return weighted_sum(rows, weights_NK, restored)
+        sums_NH = weights_NK.new_empty(len(weights_NK), rows.shape[1])
+        ids_NK = restored.view(weights_NK.shape)
+        blocks = (part.split(BLOCK_TOKENS) for part in (sums_NH, weights_NK, ids_NK))
+        for sums, weights, ids in zip(*blocks, strict=True):
+            sums.copy_(weighted_sum(rows, weights, ids.flatten()))
+        return sums_NH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         rows, weights_NK, order, restored = ctx.saved_tensors
-        grad_rows = grad_NH[order // weights_NK.shape[1]]
-        grad_weights = (grad_rows * rows).sum(dim=-1)[restored].view_as(weights_NK)
-        return (grad_rows * weights_NK.flatten()[order, None]).to(rows.dtype), grad_weights, None, None
+        top_k = weights_NK.shape[1]
+        tokens = order // top_k
+        weights = weights_NK.flatten()[order]
+        if not in_blocks(rows):
+            grad_rows, grad_weights = scaled_rows(grad_NH, rows, weights, tokens)
+            return grad_rows, grad_weights[restored].view_as(weights_NK), None, None
+        grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
+        blocks = (part.split(BLOCK_TOKENS * top_k) for part in (grad_rows, grad_weights, rows, weights, tokens))
+        for grad_row, grad_weight, *given in zip(*blocks, strict=True):
+            for out, computed in zip((grad_row, grad_weight), scaled_rows(grad_NH, *given), strict=True):
+                out.copy_(computed)
+        return grad_rows, grad_weights[restored].view_as(weights_NK), None, None
 
 
-# Tokens whose experts' outputs are summed at once on a CPU: their float32 copies stay in its cache.
-SUMMED_TOKENS = 64
-
-
-class CpuExperts(torch.autograd.Function):
-    """The routed experts on a CPU, [N, H] in and out, with a backward pass that writes no more than it must.
-
-    A grouped product is a loop there too. Going through it expert by expert keeps what lies between two products in
-    the cache; whole intermediates would be new memory in each step, which costs as much as the products.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_NH: torch.Tensor,
-        weights_NK: torch.Tensor,
-        gate_up_proj: torch.Tensor,
-        down_proj: torch.Tensor,
-        ids_NK: torch.Tensor,
-        act_fn: Callable[[torch.Tensor], torch.Tensor],
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        tokens, top_k = ids_NK.shape
-        sorted_ids, order = ids_NK.reshape(-1).sort()
-        restored = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-        parts = torch.bincount(sorted_ids, minlength=len(gate_up_proj)).tolist()
-        x_NH = hidden_NH.to(dtype)
-        inner_sizes = (len(order), gate_up_proj.shape[1])
-        gate_up, outputs = x_NH.new_empty(inner_sizes), x_NH.new_empty(len(order), hidden_NH.shape[1])
-        chosen = enumerate(zip((order // top_k).split(parts), gate_up.split(parts), outputs.split(parts), strict=True))
-        for expert, (token, gate_up_part, output) in chosen:
-            if len(token):
-                torch.mm(x_NH.index_select(0, token), gate_up_proj[expert].to(dtype).mT, out=gate_up_part)
-                gate, up = gate_up_part.chunk(2, dim=-1)
-                torch.mm(act_fn(gate) * up, down_proj[expert].to(dtype).mT, out=output)
-        total_NH = torch.empty_like(hidden_NH)
-        for start in range(0, tokens, SUMMED_TOKENS):
-            part = slice(start, start + SUMMED_TOKENS)
-            rows = outputs.index_select(0, restored[start * top_k : (start + SUMMED_TOKENS) * top_k])
-            total_NH[part] = (rows.view(-1, top_k, rows.shape[1]) * weights_NK[part].unsqueeze(-1)).sum(dim=1)
-        ctx.save_for_backward(x_NH, weights_NK, gate_up_proj, down_proj, gate_up, outputs, order, restored)
-        ctx.parts, ctx.act_fn, ctx.hidden_dtype = parts, act_fn, hidden_NH.dtype
-        return total_NH
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_NH, weights_NK, gate_up_proj, down_proj, gate_up, outputs, order, restored = ctx.saved_tensors
-        wants_hidden, wants_weights, wants_gate_up, wants_down = ctx.needs_input_grad[:4]
-        top_k, parts, dtype = weights_NK.shape[1], ctx.parts, x_NH.dtype
-        grad_NH = grad_NH.to(dtype)
-        grad_x = torch.empty(len(order), x_NH.shape[1], dtype=dtype) if wants_hidden else None
-        grad_weights = weights_NK.new_empty(len(order)) if wants_weights else None
-        grad_gate_up = torch.empty_like(gate_up_proj) if wants_gate_up else None
-        grad_down = torch.empty_like(down_proj) if wants_down else None
-        start = 0
-        for expert, count in enumerate(parts):
-            rows, start = slice(start, start + count), start + count
-            if not count:
-                for gradient in (grad_gate_up, grad_down):
-                    if gradient is not None:
-                        gradient[expert].zero_()
-                continue
-            token, weight = order[rows] // top_k, weights_NK.view(-1)[order[rows], None]
-            grad = grad_NH.index_select(0, token)
-            if grad_weights is not None:
-                grad_weights[rows] = (grad.to(grad_weights.dtype) * outputs[rows]).sum(dim=-1)
-            grad = (grad * weight).to(dtype)
-            with torch.enable_grad():
-                gate_up_part = gate_up[rows].detach().requires_grad_()
-                gate, up = gate_up_part.chunk(2, dim=-1)
-                inner = ctx.act_fn(gate) * up
-            if grad_down is not None:
-                write_product(grad.mT, inner.detach(), grad_down[expert])
-            if grad_x is None and grad_gate_up is None:
-                continue
-            (grad_part,) = torch.autograd.grad(inner, gate_up_part, grad @ down_proj[expert].to(dtype))
-            if grad_gate_up is not None:
-                write_product(grad_part.mT, x_NH.index_select(0, token), grad_gate_up[expert])
-            if grad_x is not None:
-                torch.mm(grad_part, gate_up_proj[expert].to(dtype), out=grad_x[rows])
-        grad_hidden = None
-        if grad_x is not None:
-            grad_hidden = F.embedding_bag(restored.view(-1, top_k), grad_x, mode="sum").to(ctx.hidden_dtype)
-        if grad_weights is not None:
-            grad_weights = grad_weights[restored].view_as(weights_NK)
-        return grad_hidden, grad_weights, grad_gate_up, grad_down, None, None, None
-
-
-def write_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """Write a matrix product into ``out``, whose dtype may be another."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
+def scaled_rows(
+    grad_NH: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of rows and of their weights, given those of the weighted sums and each row's token."""
+    grad_rows = take_rows(grad_NH, tokens)
+    return (grad_rows * weights[:, None]).to(rows.dtype), (grad_rows * rows).sum(dim=-1)
 
 
 def train_experts_forward(
@@ -396,21 +345,12 @@ def rows_are_aligned(experts: DeepseekV2Experts, hidden: torch.Tensor) -> bool:
     return all(width * itemsize % 16 == 0 for width in (experts.hidden_size, experts.inner_size))
 
 
-def goes_expert_by_expert(hidden: torch.Tensor) -> bool:
-    """Whether experts are trained by `CpuExperts`; a compiled graph cannot hold its loop over counts."""
-    return hidden.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def experts_forward(
     experts: DeepseekV2Experts, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
 ) -> torch.Tensor:
     """Run the experts in the way that suits the device and the number of tokens; [N, H]."""
     on_cpu = hidden_NH.device.type == "cpu"
     if torch.is_grad_enabled() and hasattr(F, "grouped_mm"):
-        if goes_expert_by_expert(hidden_NH):
-            gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj
-            dtype = compute_dtype(gate_up_proj)
-            return CpuExperts.apply(hidden_NH, weights_NK, gate_up_proj, down_proj, ids_NK, experts.act_fn, dtype)
         if on_cpu or rows_are_aligned(experts, hidden_NH):
             return train_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
         return eager_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
