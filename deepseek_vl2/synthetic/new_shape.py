@@ -233,7 +233,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--model", default="nano", help="nano, or a checkpoint of its kind (default: nano)")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default: 400)")
     parser.add_argument("--batch_size", type=int, default=8, help="pictures a step (default: 8)")
-    parser.add_argument("--learning_rate", type=float, default=5e-4, help="highest learning rate (default: 0.0005)")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest learning rate (default: 0.001)")
     parser.add_argument("--lora_rank", type=int, default=16, help="rank of the adapters (default: 16)")
     parser.add_argument(
         "--lora_parts", nargs="+", choices=PARTS, default=list(PARTS), help="what gets adapters (default: everything)"
