@@ -197,6 +197,21 @@ def sum_weighted(rows_NKH: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tens
     return total_NH
 
 
+# On a CPU sums over experts are taken for this many tokens at a time: float32 copies of their rows stay in its cache,
+# where those of all rows would be new memory in each step, which takes longer to get than the sum to compute.
+BLOCK_TOKENS = 128
+
+
+def in_blocks(x: torch.Tensor) -> bool:
+    """Whether rows are summed block by block: on a CPU, outside of compilation."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def take_rows(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return some rows of a matrix; on a CPU indexing is several times slower than this."""
+    return x.index_select(0, ids) if x.device.type == "cpu" else x[ids]
+
+
 class SortRows(torch.autograd.Function):
     """Copy each token's row once for each of its experts, sorted by expert: [N, H] to [N * K, H].
 
@@ -209,13 +224,20 @@ class SortRows(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(restored)
         ctx.top_k = top_k
-        return hidden_NH[order // top_k]
+        return take_rows(hidden_NH, order // top_k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (restored,) = ctx.saved_tensors
+        if in_blocks(grad):
+            return F.embedding_bag(restored.view(-1, ctx.top_k), grad, mode="sum"), None, None, None
         return grad[restored].unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None
+
+
+def weighted_sum(rows: torch.Tensor, weights_NK: torch.Tensor, restored: torch.Tensor) -> torch.Tensor:
+    """Return the weighted sum, [N, H] in the weights' dtype, of each token's K rows; ``restored`` says which."""
+    return (take_rows(rows, restored).view(*weights_NK.shape, -1) * weights_NK.unsqueeze(-1)).sum(dim=1)
 
 
 class SumSortedRows(torch.autograd.Function):
@@ -229,15 +251,39 @@ class SumSortedRows(torch.autograd.Function):
         ctx: Any, rows: torch.Tensor, weights_NK: torch.Tensor, order: torch.Tensor, restored: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(rows, weights_NK, order, restored)
-        return (rows[restored].view(*weights_NK.shape, -1) * weights_NK.unsqueeze(-1)).sum(dim=1)
+        if not in_blocks(rows):
+            return weighted_sum(rows, weights_NK, restored)
+        sums_NH = weights_NK.new_empty(len(weights_NK), rows.shape[1])
+        ids_NK = restored.view(weights_NK.shape)
+        blocks = (part.split(BLOCK_TOKENS) for part in (sums_NH, weights_NK, ids_NK))
+        for sums, weights, ids in zip(*blocks, strict=True):
+            sums.copy_(weighted_sum(rows, weights, ids.flatten()))
+        return sums_NH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         rows, weights_NK, order, restored = ctx.saved_tensors
-        grad_rows = grad_NH[order // weights_NK.shape[1]]
-        grad_weights = (grad_rows * rows).sum(dim=-1)[restored].view_as(weights_NK)
-        return (grad_rows * weights_NK.flatten()[order, None]).to(rows.dtype), grad_weights, None, None
+        top_k = weights_NK.shape[1]
+        tokens = order // top_k
+        weights = weights_NK.flatten()[order]
+        if not in_blocks(rows):
+            grad_rows, grad_weights = scaled_rows(grad_NH, rows, weights, tokens)
+            return grad_rows, grad_weights[restored].view_as(weights_NK), None, None
+        grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
+        blocks = (part.split(BLOCK_TOKENS * top_k) for part in (grad_rows, grad_weights, rows, weights, tokens))
+        for grad_row, grad_weight, *given in zip(*blocks, strict=True):
+            for out, computed in zip((grad_row, grad_weight), scaled_rows(grad_NH, *given), strict=True):
+                out.copy_(computed)
+        return grad_rows, grad_weights[restored].view_as(weights_NK), None, None
+
+
+def scaled_rows(
+    grad_NH: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of rows and of their weights, given those of the weighted sums and each row's token."""
+    grad_rows = take_rows(grad_NH, tokens)
+    return (grad_rows * weights[:, None]).to(rows.dtype), (grad_rows * rows).sum(dim=-1)
 
 
 def train_experts_forward(

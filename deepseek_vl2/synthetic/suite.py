@@ -226,6 +226,23 @@ def clean(answer: str, processor: DeepseekVLV2Processor) -> str:
     return answer.replace(tokenizer.pad_token or "", "") if tokenizer.pad_token else answer
 
 
+def run_samples(
+    model: DeepseekVLV2ForCausalLM,
+    processor: DeepseekVLV2Processor,
+    task: str,
+    samples: Iterable[Sample],
+    batch_size: int = 16,
+    judged_by: Callable[[str, Sample, str], Judged] = judge,
+    **options: Any,
+) -> TaskResult:
+    """Ask a model the first questions of some samples; ``options`` are `answer_batch`'s."""
+    result = TaskResult(task)
+    for batch in _batches(samples, batch_size):
+        answers = answer_batch(model, processor, batch, **options)
+        result.judged += [judged_by(task, s, clean(a, processor)) for s, a in zip(batch, answers, strict=True)]
+    return result
+
+
 def run_task(
     model: DeepseekVLV2ForCausalLM,
     processor: DeepseekVLV2Processor,
@@ -240,12 +257,8 @@ def run_task(
         ValueError: an unknown task.
     """
     source, cropping = UNTILED.get(task, task), False if task in UNTILED else None
-    generate = {"max_new_tokens": MAX_NEW_TOKENS.get(task, 48), **generate}
-    result = TaskResult(task)
-    for batch in _batches(held_out_samples(source, number), batch_size):
-        answers = answer_batch(model, processor, batch, cropping, **generate)
-        result.judged += [judge(task, s, clean(a, processor)) for s, a in zip(batch, answers, strict=True)]
-    return result
+    options = {"max_new_tokens": MAX_NEW_TOKENS.get(task, 48), "cropping": cropping, **generate}
+    return run_samples(model, processor, task, held_out_samples(source, number), batch_size, **options)
 
 
 # ---------------------------------------------------------------- reports

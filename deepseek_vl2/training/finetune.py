@@ -211,17 +211,21 @@ def load_data(files: list[str] | None, args: Namespace) -> ConversationDataset |
     return dataset
 
 
-def load_model(args: Namespace) -> tuple[DeepseekVLV2Processor, Any]:
-    """Return the processor and the model, with adapters where they are asked for.
-
-    Weights that are trained are float32; under adapters the rest is bfloat16 when products are.
-    """
-    source = resolve_model_path(args.model)
-    processor = DeepseekVLV2Processor.from_pretrained(source)
+def load_base(args: Namespace) -> DeepseekVLV2ForCausalLM:
+    """Return the model as it is: in float32, but under adapters in bfloat16 when products are."""
     halved = args.method == "lora" and args.precision == "bf16"
-    model = DeepseekVLV2ForCausalLM.from_pretrained(
-        source, dtype=torch.bfloat16 if halved else torch.float32, attn_implementation=args.attention
+    model: DeepseekVLV2ForCausalLM = DeepseekVLV2ForCausalLM.from_pretrained(
+        resolve_model_path(args.model),
+        dtype=torch.bfloat16 if halved else torch.float32,
+        attn_implementation=args.attention,
     )
+    return model
+
+
+def load_model(args: Namespace) -> tuple[DeepseekVLV2Processor, Any]:
+    """Return the processor and the model, with adapters where they are asked for."""
+    processor = DeepseekVLV2Processor.from_pretrained(resolve_model_path(args.model))
+    model = load_base(args)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if args.method == "full":
@@ -302,13 +306,16 @@ def save_result(trainer: VLTrainer, args: Namespace) -> None:
     if args.method == "full":
         trainer.save_model()
         return
+    from .lora import load_lora, merge_lora
+
+    sharded = trainer.is_fsdp_enabled
+    state = trainer.accelerator.get_state_dict(trainer.model) if sharded else None  # all processes give their shards
     if not trainer.is_world_process_zero():
         return
-    from .lora import merge_lora
-
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.save_pretrained(Path(args.output) / ADAPTER_DIRECTORY)
-    save_released(merge_lora(model), trainer.processing_class, args.output, args.save_dtype)
+    model, adapter = trainer.accelerator.unwrap_model(trainer.model), Path(args.output) / ADAPTER_DIRECTORY
+    model.save_pretrained(adapter, state_dict=state)
+    whole = load_lora(load_base(args), adapter) if sharded else model
+    save_released(merge_lora(whole), trainer.processing_class, args.output, args.save_dtype)
 
 
 def describe(trainer: VLTrainer, args: Namespace, checkpoint: Path | None) -> str:

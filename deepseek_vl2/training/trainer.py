@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -61,6 +63,31 @@ def freeze_parts(model: nn.Module, frozen: dict[str, bool]) -> None:
     for name, parameter in model.named_parameters():
         if frozen.get(part_of(name), False) or ".attn_pool." in f".{name}":
             parameter.requires_grad_(False)
+
+
+@contextmanager
+def hidden_buffers(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Take a model's buffers out of its state dict for a while, with the first process's values in all processes.
+
+    accelerate's FSDP 2 empties a model before it shards it and brings back sharded parameters and hidden buffers; on a
+    saved buffer, which is not sharded, it fails. ``device``: where processes talk to each other.
+    """
+    saved = [
+        (module, name)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+    for module, name in saved:
+        shared = module._buffers[name].to(device)  # type: ignore[union-attr]
+        dist.broadcast(shared, src=0)
+        module._buffers[name] = shared
+        module._non_persistent_buffers_set.add(name)
+    try:
+        yield
+    finally:
+        for module, name in saved:
+            module._non_persistent_buffers_set.discard(name)
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
@@ -239,6 +266,8 @@ class VLTrainer(Trainer):
         super().__init__(
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
         )
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2:
+            self._prepare_with_buffers()
         self.routing = RoutingBiasUpdater(self.base_model(), rate=args.routing_bias_rate)
         self.add_callback(RoutingCallback(self.routing))
         self.remove_callback(ProgressCallback)
@@ -246,6 +275,17 @@ class VLTrainer(Trainer):
         self.add_callback(BarlessLogCallback() if args.disable_tqdm else LogCallback())
         self._tokens = torch.zeros((), dtype=torch.long, device=args.device)
         self._token_clock = time.perf_counter()
+
+    def _prepare_with_buffers(self) -> None:
+        """Let the accelerator shard models that have buffers."""
+        prepare = self.accelerator.prepare
+
+        def prepare_models(*args: Any, **kwargs: Any) -> Any:
+            models = nn.ModuleList(arg for arg in args if isinstance(arg, nn.Module))
+            with hidden_buffers(models, self.accelerator.device):
+                return prepare(*args, **kwargs)
+
+        self.accelerator.prepare = prepare_models
 
     def base_model(self) -> DeepseekVLV2ForCausalLM:
         """Return the model itself, out of the wrappers of accelerate and PEFT."""

@@ -10,6 +10,8 @@ import torch
 from support import KINDS, mini_inputs, mini_language, mini_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deepseek_vl2.models import moe
+
 Gradients = dict[str, torch.Tensor]
 
 # What makes the host wait for a CUDA device.
@@ -55,6 +57,33 @@ def batch() -> dict[str, torch.Tensor]:
 def test_grouped_experts_give_the_gradients_of_the_loop_over_experts(kind: str) -> None:
     eager = mini_model(kind, attn="eager", experts="eager").train()
     assert_same(loss_and_gradients(mini_model(kind).train(), batch()), loss_and_gradients(eager, batch()))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", ["", "hidden", "weights", "gate_up_proj", "down_proj", "hidden gate_up_proj"])
+def test_experts_train_what_is_not_frozen(trained: str, precision: torch.dtype) -> None:
+    experts = mini_language("small").model.layers[1].mlp.experts
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, experts.hidden_size, generator=generator)
+    weights = torch.rand(300, 3, generator=generator)
+    # The first expert is never chosen; more tokens than are summed at once.
+    ids = 1 + torch.rand(300, experts.num_experts - 1, generator=generator).topk(3).indices
+    gradients, parameters = [], dict(experts.named_parameters())
+    for run in (moe.eager_experts_forward, moe.experts_forward):
+        leaves = {"hidden": hidden.clone(), "weights": weights.clone(), **parameters}
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name in trained.split())
+            leaf.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            out = run(experts, leaves["hidden"], ids, leaves["weights"])
+        assert out.dtype == torch.float32 and out.requires_grad == bool(trained)
+        if trained:
+            out.square().sum().backward()
+        gradients.append([out.detach(), *(leaf.grad for leaf in leaves.values() if leaf.grad is not None)])
+    for got, want in zip(gradients[1], gradients[0], strict=True):
+        assert got.dtype == want.dtype
+        error = float((got - want).norm() / want.norm())
+        assert error < (1e-5 if precision == torch.float32 else 2e-2)
 
 
 def test_an_expert_without_tokens_takes_a_gradient_of_zero() -> None:
