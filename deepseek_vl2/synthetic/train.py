@@ -1,10 +1,8 @@
 """Train nano on synthetic pictures, from nothing or from another stage's weights.
 
 Examples:
-    python -m deepseek_vl2.synthetic.train --output runs/tower --part tower --steps 3600 --schedule stable
-        --learning_rate 0.002 --warmup_steps 200 --first_picture 1000000 --compile
-    python -m deepseek_vl2.synthetic.train --output runs/second --init runs/tower --mixture second --steps 5383
-        --learning_rate 0.001 --vision_lr_factor 0.3 --first_picture 3000000 --compile
+    python -m deepseek_vl2.synthetic.train --recipe --compile --output runs/nano
+    python -m deepseek_vl2.synthetic.train --output runs/third --init nano --mixture third --vision_lr_factor 0.3
     python -m deepseek_vl2.synthetic.train --output runs/short --steps 200 --batch_size 8 --workers 1
 """
 
@@ -32,6 +30,13 @@ from .tower import LabelledTiles, SeeingTower, TilePool, check_seeds, collate_ti
 DECAY = 0.25  # of the steps, at the end of the schedule "stable"
 SCHEDULES = ("cosine", "stable")
 PARTS = ("all", "tower")
+# The stages of the packaged model, one after another; each starts from the one before.
+RECIPE: dict[str, str] = {
+    "tower": "--part tower --steps 3600 --schedule stable --learning_rate 0.002 --warmup_steps 200 "
+    "--first_picture 1000000",
+    "language": "--mixture second --steps 5383 --learning_rate 0.001 --vision_lr_factor 0.3 --first_picture 3000000",
+}
+WITH_RECIPE = ("recipe", "output", "compile", "workers", "seed")
 LOGGING_STEPS = 50
 # Of the tower's training: pictures drawn for a step, and tiles of a picture, its global view included, about.
 PICTURES_A_STEP, TILES_A_PICTURE = 16, 4
@@ -41,6 +46,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """Read the command line."""
     parser = ArgumentParser(prog="train", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="directory for checkpoints, log and model")
+    parser.add_argument(
+        "--recipe",
+        action="store_true",
+        help="train the packaged model: all its stages, each in a directory of its own in the output; may be joined by "
+        "--compile, --workers and --seed alone",
+    )
     parser.add_argument("--init", help="nano, or a checkpoint of its kind, to start from (default: random weights)")
     parser.add_argument(
         "--part",
@@ -87,6 +98,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     for name in ("steps", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be positive, not {getattr(args, name)}")
+    others = [
+        name for name, value in vars(args).items() if name not in WITH_RECIPE and value != parser.get_default(name)
+    ]
+    if args.recipe and others:
+        parser.error(f"--recipe says itself what --{others[0]} is")
     return args
 
 
@@ -206,11 +222,27 @@ def train_all(args: Namespace) -> None:
     trainer.save_model()
 
 
+def follow_recipe(args: Namespace) -> None:
+    """Train all stages of the packaged model."""
+    before: Path | None = None
+    for name, options in RECIPE.items():
+        stage = ["--output", str(args.output / name), "--workers", str(args.workers), "--seed", str(args.seed)]
+        stage += ["--init", str(before)] if before else []
+        stage += ["--compile"] if args.compile else []
+        train(parse_args([*stage, *options.split()]))
+        before = args.output / name
+
+
+def train(args: Namespace) -> None:
+    """Train one stage."""
+    {"all": train_all, "tower": train_tower}[args.part](args)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Train and save; the exit code is 1 for a user's mistake."""
     args = parse_args(argv)
     try:
-        {"all": train_all, "tower": train_tower}[args.part](args)
+        (follow_recipe if args.recipe else train)(args)
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"Error: {error}\n")
         return 1

@@ -141,11 +141,24 @@ def test_a_few_steps_lower_the_loss(tmp_path, monkeypatch):
     assert DeepseekVLV2ForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
+def test_the_recipe_goes_from_stage_to_stage(tmp_path, monkeypatch):
+    stages = []
+    monkeypatch.setattr(train, "train", stages.append)
+    assert train.main(["--recipe", "--output", str(tmp_path), "--workers", "3"]) == 0
+    tower, language = stages
+    assert (tower.part, tower.init, tower.workers) == ("tower", None, 3)
+    assert (language.part, language.init, language.mixture) == ("all", str(tower.output), "second")
+    assert tower.output.parent == language.output.parent == tmp_path
+
+
 def test_mistakes_are_told(tmp_path, capsys):
     with pytest.raises(ValueError, match="Training seeds"):
         check_seeds(HELD_OUT, 1)
     assert train.main(["--output", str(tmp_path), "--part", "tower", "--resume"]) == 1
     assert "nothing to resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(["--recipe", "--output", str(tmp_path), "--steps", "3"])
+    assert "--steps" in capsys.readouterr().err
 
 
 def test_the_third_mixture_tells_last():
