@@ -32,6 +32,26 @@ def find_decoder(model: nn.Module) -> nn.Module:
     raise ValueError(f"{type(model).__name__} holds no DeepSeek-V2 language model.")
 
 
+class GateRecord:
+    """What a gate said in its last call: its observer.
+
+    All are of one class and hold nothing but tensors, and what they keep is added up elsewhere: so layers of one shape
+    share one compiled graph, records included.
+    """
+
+    def __init__(self) -> None:
+        self.load_E: torch.Tensor | None = None
+        self.logit: torch.Tensor | None = None
+        self.loss: torch.Tensor | None = None
+
+    def __call__(self, logits_NE: torch.Tensor, load_E: torch.Tensor, loss: torch.Tensor | None) -> None:
+        """Keep the load, the largest magnitude of a logit and the balance loss, until the next call."""
+        with torch.no_grad():
+            self.logit = logits_NE.abs().amax()
+        self.load_E = load_E
+        self.loss = loss
+
+
 class RoutingBiasUpdater:
     """Counts each expert's load in training, and balances the loads without a loss.
 
@@ -56,14 +76,12 @@ class RoutingBiasUpdater:
         if rate < 0:
             raise ValueError(f"rate must not be negative, got {rate}.")
         self.rate = rate
-        self._counting = False
-        self._load: dict[str, torch.Tensor] = {}
-        self._logit: dict[str, torch.Tensor] = {}
-        self._loss: dict[str, torch.Tensor] = {}
+        self._records = {name: GateRecord() for name in self.gates}
+        self._sums: dict[str, torch.Tensor] = {}
         self._calls = 0
         self._finished: dict[str, torch.Tensor] = {}
         for name, gate in self.gates.items():
-            gate.observer = self._observer(name)
+            gate.observer = self._records[name]
         # Recomputed layers run outside of a forward pass of the whole stack, in the backward pass.
         decoder = find_decoder(model)
         self._hooks = [
@@ -79,25 +97,29 @@ class RoutingBiasUpdater:
             gate.observer = None
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
-        self._counting = True
-        self._calls += module.training
+        for record in self._records.values():
+            record.load_E = record.logit = record.loss = None
 
-    def _end(self, *ignored: Any) -> None:
-        self._counting = False
-
-    def _observer(self, name: str) -> Any:
-        def observe(logits_NE: torch.Tensor, load_E: torch.Tensor, loss: torch.Tensor | None) -> None:
-            if not self._counting:
-                return
-            with torch.no_grad():
-                logit = logits_NE.abs().amax()
-                before = self._load.get(name)
-                self._load[name] = load_E if before is None else before + load_E
-                self._logit[name] = logit if before is None else torch.maximum(self._logit[name], logit)
-                if loss is not None:
-                    self._loss[name] = loss if before is None else self._loss[name] + loss
-
-        return observe
+    @torch.no_grad()
+    def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Add what all gates said to the step's sums: a few operations, whatever the number of layers."""
+        records = [record for record in self._records.values() if record.load_E is not None]
+        if not module.training or len(records) < len(self._records):
+            return  # an evaluation, or a forward pass that failed on its way
+        device = records[0].load_E.device  # type: ignore[union-attr]  # layers may lie on several
+        stacked = {
+            name: torch.stack([getattr(record, name).to(device) for record in records])
+            for name in ("load_E", "logit", "loss")
+            if getattr(records[0], name) is not None
+        }
+        parts = {"load": stacked["load_E"], "logit": stacked["logit"]}
+        if "loss" in stacked:
+            parts["loss"] = stacked["loss"].sum()
+        for name, part in parts.items():
+            before = self._sums.get(name)
+            join = torch.maximum if name == "logit" else torch.add
+            self._sums[name] = part if before is None else join(before, part)
+        self._calls += 1
 
     @torch.no_grad()
     def step(self) -> None:
@@ -106,14 +128,11 @@ class RoutingBiasUpdater:
         An expert that got less than the mean load is chosen more readily afterwards, one that got more less so.
         Processes add up their loads first, so that all move the bias alike.
         """
-        if not self._load:
+        if not self._sums:
             return
-        device = next(iter(self._load.values())).device  # layers may lie on several
-        load_ME = torch.stack([self._load[name].to(device) for name in self.gates])
-        logit_M = torch.stack([self._logit[name].to(device) for name in self.gates])
-        loss = (
-            torch.stack([loss.to(device) for loss in self._loss.values()]).sum() / self._calls if self._loss else None
-        )
+        load_ME, logit_M, loss = self._sums["load"], self._sums["logit"], self._sums.get("loss")
+        if loss is not None:
+            loss = loss / self._calls
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(load_ME)
             dist.all_reduce(logit_M, op=dist.ReduceOp.MAX)
@@ -121,13 +140,18 @@ class RoutingBiasUpdater:
                 dist.all_reduce(loss)
                 loss = loss / dist.get_world_size()
         direction_ME = torch.sign(load_ME.mean(dim=1, keepdim=True) - load_ME)
-        for gate, direction_E in zip(self.gates.values(), direction_ME, strict=True):
-            if gate.topk_method == "noaux_tc" and self.rate > 0:
-                gate.e_score_correction_bias += self.rate * direction_E.to(gate.e_score_correction_bias.device)
+        moved = [
+            (gate.e_score_correction_bias, direction_E)
+            for gate, direction_E in zip(self.gates.values(), direction_ME.unbind(), strict=True)
+            if gate.topk_method == "noaux_tc" and self.rate > 0
+        ]
+        if moved:
+            steps = [direction_E.to(bias_E.device) for bias_E, direction_E in moved]
+            torch._foreach_add_([bias_E for bias_E, _ in moved], steps, alpha=self.rate)
         self._finished = {"load": load_ME, "logit": logit_M}
         if loss is not None:
             self._finished["loss"] = loss
-        self._load, self._logit, self._loss, self._calls = {}, {}, {}, 0
+        self._sums, self._calls = {}, 0
 
     def statistics(self) -> dict[str, float]:
         """Return figures of the last step, means over the layers unless said; reads them from the device.
