@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -116,6 +117,44 @@ def arrange_images(
 
     parts = [end_rows(global_NWWH), separator_H.expand(images, 1, -1), end_rows(local)]
     return torch.cat(parts if global_first else parts[::-1], dim=1)
+
+
+class ImageLayout(NamedTuple):
+    """Where the embeddings of images stand among the image tokens, all counted from 0.
+
+    Fields:
+        views: of each token of each view, in the views' order.
+        newlines: of each `image_newline`.
+        separators: of each `view_seperator`.
+    """
+
+    views: torch.Tensor
+    newlines: torch.Tensor
+    separators: torch.Tensor
+
+
+@lru_cache(maxsize=256)
+def layout_of_image(grid: TileGrid, tokens: int, global_first: bool) -> ImageLayout:
+    """Return the layout of a single image, whose views are of ``tokens`` tokens each; on the CPU.
+
+    It is what `arrange_images` does to numbers, so there is one definition of the order.
+    """
+    numbers = torch.arange(grid.views * tokens, device="cpu").view(1, grid.views, tokens, 1)
+    ends = numbers.new_full((1,), -1), numbers.new_full((1,), -2)
+    arranged = arrange_images(numbers, grid, *ends, global_first).flatten()
+    newlines, separators = ((arranged == end).nonzero().flatten() for end in ends)
+    return ImageLayout(arranged.argsort()[len(newlines) + len(separators) :], newlines, separators)
+
+
+def layout_of_images(grids: Sequence[TileGrid], tokens: int, global_first: bool) -> ImageLayout:
+    """Return the layout of several images, one after the other; on the CPU."""
+    parts: list[ImageLayout] = []
+    start = 0
+    for grid in grids:
+        layout = layout_of_image(grid, tokens, global_first)
+        parts.append(ImageLayout(*(places + start for places in layout)))
+        start += sum(len(places) for places in layout)
+    return ImageLayout(*(torch.cat(places) for places in zip(*parts, strict=True)))
 
 
 def check_image_shapes(
@@ -331,28 +370,28 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             ]
         )
 
-    def _image_sequences(self, images: torch.Tensor, grids: list[list[TileGrid]]) -> torch.Tensor:
-        """Return the embeddings of all image tokens of a batch, in order, [tokens, H].
+    def _image_tokens(
+        self, images: torch.Tensor, grids: list[list[TileGrid]], side: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the embeddings of all image tokens of a batch, [tokens, H], and where each stands among them.
 
-        Images of one grid are laid out together: the number of operations does not grow with the batch.
+        First those of the views, then all newlines, then all separators: the number of operations on the device grows
+        with neither the batch nor its grids. What goes to the device goes before the tiles are encoded: a copy waits.
         """
-        members: dict[TileGrid, list[int]] = {}
-        tiles: list[torch.Tensor] = []
-        for row, row_grids in enumerate(grids):
-            start = 0
-            for grid in row_grids:
-                members.setdefault(grid, []).append(len(tiles))
-                tiles.append(images[row, start : start + grid.views])
-                start += grid.views
-        views_VLH = self.encode_tiles(torch.cat([tiles[image] for group in members.values() for image in group]))
+        every = [grid for row_grids in grids for grid in row_grids]
+        layout = layout_of_images(every, side * side, self.global_view_pos == "head")
+        places = torch.cat(layout).to(device)
+        used = [sum(grid.views for grid in row_grids) for row_grids in grids]
+        if len(grids) == 1:
+            tiles = images[0, : used[0]]
+        else:
+            first = range(0, len(grids) * images.shape[1], images.shape[1])
+            numbers = [torch.arange(start, start + n, device="cpu") for start, n in zip(first, used, strict=True)]
+            tiles = images.flatten(0, 1).index_select(0, torch.cat(numbers).to(images.device))
+        views_VLH = self.encode_tiles(tiles)
         newline, separator = (p.to(views_VLH) for p in (self.image_newline, self.view_seperator))
-        groups = views_VLH.split([len(group) * grid.views for grid, group in members.items()])
-        sequences: dict[int, torch.Tensor] = {}
-        for (grid, group), views in zip(members.items(), groups, strict=True):
-            views_NVLH = views.unflatten(0, (-1, grid.views))
-            arranged = arrange_images(views_NVLH, grid, newline, separator, self.global_view_pos == "head")
-            sequences.update(zip(group, arranged.unbind(0), strict=True))
-        return torch.cat([sequences[image] for image in range(len(tiles))])
+        ends = newline.expand(len(layout.newlines), -1), separator.expand(len(layout.separators), -1)
+        return torch.cat((views_VLH.flatten(0, 1), *ends)), places
 
     def _touch_vision(self, tile_13SS: torch.Tensor) -> torch.Tensor:
         """Return 0 with a gradient of 0 for all that images run through.
@@ -395,11 +434,11 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         marked, consistent = read_image_mask(input_ids, images_seq_mask.to(input_ids.device))
         check_image_tokens(marked, consistent, grids, side, images.shape[1])
         embeds = self.get_input_embeddings()(input_ids)
-        sequences = self._image_sequences(images, grids).to(embeds)
         # The positions by a sort: a masked scatter would wait for the device in its backward pass.
         text_first = images_seq_mask.to(embeds.device).logical_not().to(torch.uint8).flatten()
         positions = text_first.argsort(stable=True)[: sum(marked)]
-        return embeds.flatten(0, 1).index_copy(0, positions, sequences).view_as(embeds)
+        tokens_NH, places = self._image_tokens(images, grids, side, embeds.device)
+        return embeds.flatten(0, 1).index_copy(0, positions[places], tokens_NH.to(embeds)).view_as(embeds)
 
     # ---------------------------------------------------------------- running
 
