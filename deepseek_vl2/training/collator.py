@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import get_worker_info
 
 from deepseek_vl2.models import DeepseekVLV2Processor
@@ -107,6 +108,8 @@ class ConversationCollator:
             themselves, as TRL's SFTTrainer does.
         image_dtype: dtype of the images; bfloat16 halves what workers hand over, and under bfloat16 autocast is
             what the vision tower makes of them anyway.
+        pad_to_multiple_of: pad batches to a multiple of so many tokens: compiled layers are then compiled for few
+            lengths, and for a single one where this is ``max_length``.
 
     Raises:
         ValueError: an unknown choice, packing without ``max_length``; when called, a sample that the processor
@@ -125,12 +128,15 @@ class ConversationCollator:
         max_pixels: int | None = None,
         skip_logits: bool = False,
         image_dtype: torch.dtype = torch.float32,
+        pad_to_multiple_of: int | None = None,
     ) -> None:
         for name, value, known in (("overlong", overlong, ("drop", "cut")), ("labels", labels, ("assistant", "all"))):
             if value not in known:
                 raise ValueError(f"Unknown {name} {value!r}: expected one of {', '.join(known)}.")
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {max_length}.")
+        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of must be positive, got {pad_to_multiple_of}.")
         if packing and max_length is None:
             raise ValueError("packing needs max_length: it is the length of a row.")
         self.processor = processor
@@ -145,6 +151,7 @@ class ConversationCollator:
         }
         self.skip_logits = skip_logits
         self.image_dtype = image_dtype
+        self.pad_to_multiple_of = pad_to_multiple_of
         self._counts = self._new_counts()
 
     # ---------------------------------------------------------------- what was dropped
@@ -239,6 +246,8 @@ class ConversationCollator:
         self._count("samples", len(encoded))
         self._count("dropped", len(encoded) - len(kept))
         kept = kept or [self._placeholder()]
+        for sample in kept:  # before they are padded to the most tiles of a sample
+            sample["images"] = sample["images"].to(self.image_dtype)
         groups = [[sample] for sample in kept]
         if self.packing:
             assert self.max_length is not None
@@ -247,13 +256,25 @@ class ConversationCollator:
         joined = [group[0] if len(group) == 1 else join_samples(group) for group in groups]
         padded = self.processor.batchify(joined, padding="right")
         batch: dict[str, Any] = {name: padded[name] for name in MODEL_INPUTS}
-        batch["images"] = batch["images"].to(self.image_dtype)
+        if self.pad_to_multiple_of is not None:
+            self._pad_on(batch, -batch["input_ids"].shape[1] % self.pad_to_multiple_of)
         if self.packing:
             lengths = [[len(sample) for sample in group] for group in groups]
             batch["position_ids"] = self._positions(lengths, batch["input_ids"].shape[1])
         if self.skip_logits:
             batch["skip_logits"] = True
         return batch
+
+    def _pad_on(self, batch: dict[str, Any], more: int) -> None:
+        """Pad a batch by ``more`` tokens on the right, in place."""
+        values = {
+            "input_ids": self.processor.pad_id,
+            "labels": self.processor.ignore_id,
+            "attention_mask": False,
+            "images_seq_mask": False,
+        }
+        for name, value in values.items():
+            batch[name] = F.pad(batch[name], (0, more), value=value)
 
     @staticmethod
     def _positions(lengths: Sequence[Sequence[int]], width: int) -> torch.Tensor:
