@@ -124,13 +124,21 @@ def starting_point(args: Namespace) -> tuple[DeepseekVLV2Processor, DeepseekVLV2
     return processor, DeepseekVLV2ForCausalLM.from_pretrained(source, dtype=torch.float32)
 
 
-def compile_layers(model: DeepseekVLV2ForCausalLM) -> None:
-    """Compile the blocks of the vision tower and the language model's attention, once for all lengths.
+def compile_layers(model: DeepseekVLV2ForCausalLM, backend: Any = "inductor") -> None:
+    """Compile vision tower and projector as one, for any number of tiles, and each decoder layer.
 
-    The mixture of experts stays as it is: each gate reports to an observer of its own, which would compile it anew.
+    Decoder layers share their graphs: one of those with a dense MLP, one of those with a mixture of experts. Give them
+    batches of one length, and each is compiled once.
     """
-    for module in [*model.vision.blocks, *(layer.self_attn for layer in model.language.model.layers)]:
-        module.compile(dynamic=True)
+    encode_tiles = torch.compile(model.encode_tiles, backend=backend)
+
+    def encode_any_number(tiles_V3SS: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.maybe_mark_dynamic(tiles_V3SS, 0)
+        return encode_tiles(tiles_V3SS)
+
+    model.encode_tiles = encode_any_number  # type: ignore[method-assign]
+    for layer in model.language.model.layers:
+        layer.compile(backend=backend)
 
 
 def settings_of(args: Namespace) -> VLTrainingArguments:
@@ -215,7 +223,13 @@ def train_all(args: Namespace) -> None:
         compile_layers(model)
     settings = settings_of(args)
     image_dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    collator = ConversationCollator(processor, max_length=args.max_length, overlong="cut", image_dtype=image_dtype)
+    collator = ConversationCollator(
+        processor,
+        max_length=args.max_length,
+        overlong="cut",
+        image_dtype=image_dtype,
+        pad_to_multiple_of=args.max_length if args.compile else None,
+    )
     pictures = SyntheticConversations(args.steps * args.batch_size, args.first_picture, args.mixture)
     trainer = VLTrainer(model, settings, collator, processing_class=processor, train_dataset=pictures)
     trainer.train(resume_from_checkpoint=args.resume or None)
