@@ -13,8 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -120,7 +122,7 @@ def arrange_images(
 
 
 class ImageLayout(NamedTuple):
-    """Where the embeddings of images stand among the image tokens, all counted from 0.
+    """Where the embeddings of images stand among the image tokens, all counted from 0; numpy's, for the host alone.
 
     Fields:
         views: of each token of each view, in the views' order.
@@ -128,33 +130,34 @@ class ImageLayout(NamedTuple):
         separators: of each `view_seperator`.
     """
 
-    views: torch.Tensor
-    newlines: torch.Tensor
-    separators: torch.Tensor
+    views: NDArray[np.int64]
+    newlines: NDArray[np.int64]
+    separators: NDArray[np.int64]
 
 
 @lru_cache(maxsize=256)
 def layout_of_image(grid: TileGrid, tokens: int, global_first: bool) -> ImageLayout:
-    """Return the layout of a single image, whose views are of ``tokens`` tokens each; on the CPU.
+    """Return the layout of a single image, whose views are of ``tokens`` tokens each.
 
     It is what `arrange_images` does to numbers, so there is one definition of the order.
     """
     numbers = torch.arange(grid.views * tokens, device="cpu").view(1, grid.views, tokens, 1)
-    ends = numbers.new_full((1,), -1), numbers.new_full((1,), -2)
-    arranged = arrange_images(numbers, grid, *ends, global_first).flatten()
-    newlines, separators = ((arranged == end).nonzero().flatten() for end in ends)
-    return ImageLayout(arranged.argsort()[len(newlines) + len(separators) :], newlines, separators)
+    newline, separator = numbers.new_full((1,), -1), numbers.new_full((1,), -2)
+    arranged = arrange_images(numbers, grid, newline, separator, global_first).flatten().numpy()
+    order = arranged.argsort(kind="stable")  # the one separator's -2, all newlines' -1, then the views' tokens
+    separators, newlines, views = np.split(order, [1, len(order) - numbers.numel()])
+    return ImageLayout(views, newlines, separators)
 
 
 def layout_of_images(grids: Sequence[TileGrid], tokens: int, global_first: bool) -> ImageLayout:
-    """Return the layout of several images, one after the other; on the CPU."""
+    """Return the layout of several images, one after the other."""
     parts: list[ImageLayout] = []
     start = 0
     for grid in grids:
         layout = layout_of_image(grid, tokens, global_first)
         parts.append(ImageLayout(*(places + start for places in layout)))
         start += sum(len(places) for places in layout)
-    return ImageLayout(*(torch.cat(places) for places in zip(*parts, strict=True)))
+    return ImageLayout(*(np.concatenate(places) for places in zip(*parts, strict=True)))
 
 
 def check_image_shapes(
@@ -380,14 +383,14 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         """
         every = [grid for row_grids in grids for grid in row_grids]
         layout = layout_of_images(every, side * side, self.global_view_pos == "head")
-        places = torch.cat(layout).to(device)
+        places = torch.from_numpy(np.concatenate(layout)).to(device)
         used = [sum(grid.views for grid in row_grids) for row_grids in grids]
         if len(grids) == 1:
             tiles = images[0, : used[0]]
         else:
             first = range(0, len(grids) * images.shape[1], images.shape[1])
-            numbers = [torch.arange(start, start + n, device="cpu") for start, n in zip(first, used, strict=True)]
-            tiles = images.flatten(0, 1).index_select(0, torch.cat(numbers).to(images.device))
+            numbers = np.concatenate([np.arange(start, start + n) for start, n in zip(first, used, strict=True)])
+            tiles = images.flatten(0, 1).index_select(0, torch.from_numpy(numbers).to(images.device))
         views_VLH = self.encode_tiles(tiles)
         newline, separator = (p.to(views_VLH) for p in (self.image_newline, self.view_seperator))
         ends = newline.expand(len(layout.newlines), -1), separator.expand(len(layout.separators), -1)

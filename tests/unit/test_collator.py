@@ -74,6 +74,34 @@ def test_a_batch_pads_on_the_right(processor: DeepseekVLV2Processor) -> None:
     assert batch["images_spatial_crop"].tolist() == [[[1, 1], [0, 0]], [[0, 0], [0, 0]], [[1, 1], [2, 1]]]
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_padding_to_a_multiple_adds_nothing_but_padding(processor: DeepseekVLV2Processor, packing: bool) -> None:
+    samples = [mini_conversation(1), CHAT]
+    options: dict[str, Any] = {"packing": packing, "max_length": 300}
+    plain = ConversationCollator(processor, **options)(samples)
+    padded = ConversationCollator(processor, **options, pad_to_multiple_of=300)(samples)
+    assert plain.keys() == padded.keys()
+    length = plain["input_ids"].shape[1]
+    assert length < 300
+    added = {
+        "input_ids": processor.pad_id,
+        "labels": processor.ignore_id,
+        "attention_mask": 0,
+        "images_seq_mask": 0,
+        "position_ids": None,
+    }
+    for name, value in plain.items():
+        if name not in added:
+            assert torch.equal(padded[name], value)
+            continue
+        assert padded[name].shape == (value.shape[0], 300) and padded[name].dtype == value.dtype
+        assert torch.equal(padded[name][:, :length], value)
+        if added[name] is not None:
+            assert bool((padded[name][:, length:] == added[name]).all())
+    divisor = ConversationCollator(processor, pad_to_multiple_of=length)(samples[:1])
+    assert divisor["input_ids"].shape[1] % length == 0
+
+
 @pytest.mark.parametrize("overlong", ["drop", "cut"])
 def test_overlong_samples_are_dropped_or_cut_and_counted(processor: DeepseekVLV2Processor, overlong: Any) -> None:
     long = mini_conversation(1, answer="z" * 300)
@@ -200,6 +228,7 @@ def test_images_may_be_handed_over_in_half_the_bytes(processor: DeepseekVLV2Proc
         ({"labels": "none"}, "Unknown labels 'none'"),
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"packing": True}, "packing needs max_length"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of must be positive"),
     ],
 )
 def test_unknown_choices_are_errors(processor: DeepseekVLV2Processor, options: dict[str, Any], words: str) -> None:
