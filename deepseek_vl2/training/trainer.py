@@ -147,7 +147,9 @@ class VLTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.accelerator_config is None:
             # Batches of an iterable dataset differ in their number of tiles and cannot be joined in one process.
-            self.accelerator_config = {"dispatch_batches": False}
+            # On a GPU batches are pinned, so nothing has to wait until they are there.
+            pinned = self.dataloader_pin_memory and torch.cuda.is_available()
+            self.accelerator_config = {"dispatch_batches": False, "non_blocking": pinned}
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: the collator needs the conversations.")
         if self.save_dtype is not None and self.save_dtype not in DTYPES:
