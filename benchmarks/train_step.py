@@ -53,7 +53,7 @@ def made_up_batch(rows: int, seed: int) -> dict[str, torch.Tensor]:
         real[row, : min(LENGTH, 4 + tokens + text)] = True
     labelled = real & ~shown & (torch.rand(rows, LENGTH, generator=random) < 0.4)
     shape = (rows, max(grid.views for grid in grids), 3, TILE, TILE)
-    return {
+    batch = {
         "input_ids": ids.masked_fill(shown, IMAGE_ID).masked_fill(~real, PAD_ID),
         "labels": ids.masked_fill(~labelled, -100),
         "attention_mask": real,
@@ -61,6 +61,8 @@ def made_up_batch(rows: int, seed: int) -> dict[str, torch.Tensor]:
         "images_seq_mask": shown,
         "images_spatial_crop": torch.tensor([[list(grid)] for grid in grids]),
     }
+    # As the loader's thread does: a step itself does not wait for it.
+    return {name: tensor.pin_memory() for name, tensor in batch.items()} if torch.cuda.is_available() else batch
 
 
 def new_model() -> DeepseekVLV2ForCausalLM:
