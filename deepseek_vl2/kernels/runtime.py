@@ -80,7 +80,7 @@ def tokens_first(mask_BT: torch.Tensor) -> torch.Tensor:
 
 
 def fill_caches(
-    weights: Weights, buffers: Buffers, cache: DynamicCache, mask_BT: torch.Tensor, release: bool = False
+    weights: Weights, buffers: Buffers, cache: DynamicCache, mask_BT: torch.Tensor | None, release: bool = False
 ) -> None:
     """Copy a prompt's cache in, each row's real tokens from 0 on, and set the positions behind them.
 
@@ -88,14 +88,15 @@ def fill_caches(
         weights: of the model.
         buffers: of the session.
         cache: of the prompt: rotated keys and latents, or keys and values.
-        mask_BT: true where a token is not padding.
+        mask_BT: true where a token is not padding; ``None``: there is no padding, and nothing has to be reordered.
         release: let go of the prompt's cache, layer by layer.
     """
-    length = mask_BT.shape[1]
-    order = tokens_first(mask_BT)[:, None, :, None]
+    length = int(cache.get_seq_length()) if mask_BT is None else mask_BT.shape[1]
+    order = None if mask_BT is None else tokens_first(mask_BT)[:, None, :, None]
     for index, (layer, static) in enumerate(zip(weights.layers, buffers.caches, strict=True)):
         keys, values = cache.layers[index].keys, cache.layers[index].values
-        keys, values = (part.take_along_dim(order, dim=2) for part in (keys, values))
+        if order is not None:
+            keys, values = (part.take_along_dim(order, dim=2) for part in (keys, values))
         if layer.attention.kv_b is not None:
             rank = values.shape[-1]
             static[0][:, :length, :rank] = values[:, 0]
@@ -105,7 +106,10 @@ def fill_caches(
             static[1][:, :, :length] = values
         if release:
             cache.layers[index] = GrowingLayer()
-    buffers.positions.copy_(mask_BT.sum(dim=1))
+    if mask_BT is None:
+        buffers.positions.fill_(length)
+    else:
+        buffers.positions.copy_(mask_BT.sum(dim=1))
 
 
 def append_new_tokens(weights: Weights, buffers: Buffers, cache: DynamicCache, start_B: torch.Tensor, new: int) -> None:
@@ -302,18 +306,19 @@ def pick(scores_BV: torch.Tensor, do_sample: bool) -> torch.Tensor:
 
 def generate(call: SampleCall, language: Any, engine: Engine, session: Session) -> torch.Tensor:
     """Run the prompt as the model does, then decode by the session; returns ids as transformers' ``_sample`` does."""
-    device, rows = session.buffers.tokens.device, session.buffers.rows
+    device = session.buffers.tokens.device
+    mask = call.model_kwargs.get("attention_mask")
+    # Asked while the device has nothing else to finish.
+    padding = None if mask is None or bool(mask.all()) else mask.to(device)
     outputs = call.model._prefill(call.input_ids, call.generation_config, call.model_kwargs)
     cache = outputs.past_key_values
     length = int(cache.get_seq_length())
-    mask = call.model_kwargs.get("attention_mask")
-    mask = torch.ones(rows, length, dtype=torch.bool, device=device) if mask is None else mask.to(device)
-    if mask.shape[1] != length:
+    if mask is not None and mask.shape[1] != length:
         raise ValueError(f"The attention mask covers {mask.shape[1]} tokens, but the prompt has {length}.")
     logits = outputs.logits[:, -1].to(device=device, dtype=torch.float32, copy=True)
     del outputs
     private = getattr(cache, "is_private", False)
-    fill_caches(engine.weights, session.buffers, cache, mask, release=private)
+    fill_caches(engine.weights, session.buffers, cache, padding, release=private)
     start = session.buffers.positions.clone()
     session, lines = decode(call, language, engine, session, logits, length)
     if not private:

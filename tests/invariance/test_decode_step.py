@@ -92,6 +92,25 @@ def test_steps_equal_forward(variant: str, rows: int) -> None:
     assert len(hit) == 2 and all(3 <= count <= min(8, 3 * rows) for count in hit)
 
 
+@pytest.mark.parametrize("kind", ["tiny", "small"])
+@torch.no_grad()
+def test_a_prompt_without_padding_needs_no_mask(kind: str) -> None:
+    model = mini_language(kind).to(DEVICE)
+    ids = torch.randint(3, MINI_VOCABULARY, (2, PROMPT), device=DEVICE)
+    cache = new_cache(model.config)
+    model(ids, past_key_values=cache)
+    weights, tables = read_weights(model), rotary_tables(model, 64)
+    filled = []
+    for mask in (torch.ones(2, PROMPT, dtype=torch.bool, device=DEVICE), None):
+        buffers = new_buffers(weights, 2, *tables)
+        fill_caches(weights, buffers, cache, mask)
+        filled.append(buffers)
+    assert torch.equal(filled[0].positions, filled[1].positions)
+    for masked, whole in zip(filled[0].caches, filled[1].caches, strict=True):
+        assert all(torch.equal(*parts) for parts in zip(masked, whole, strict=True))
+        assert masked[0].any()
+
+
 def chosen_experts(model: Any, token: torch.Tensor, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits of one more token, and the experts that each row chose, sorted, [rows, layers * K]."""
     chosen = []
