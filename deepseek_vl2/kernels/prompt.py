@@ -104,7 +104,7 @@ def experts_of_prompt(
     """
     # Ids of one byte are sorted in one pass.
     sorted_ids, order = ids_NK.flatten().to(torch.uint8).sort()
-    numbers_E = torch.arange(experts.num_experts, device=order.device).to(torch.uint8)
+    numbers_E = torch.arange(experts.num_experts, dtype=torch.uint8, device=order.device)
     ends_E = torch.searchsorted(sorted_ids, numbers_E, right=True, out_int32=True)
     rows = hidden_NH[order // ids_NK.shape[1]]
     both = F.grouped_mm(rows, experts.gate_up_proj.mT, offs=ends_E)

@@ -125,7 +125,7 @@ class MoEGate(nn.Module):
         weights_NK = scores_NE.gather(1, ids_NK)
         if self.norm_topk_prob and self.top_k > 1:
             weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
-        return weights_NK * self.routed_scaling_factor
+        return weights_NK if self.routed_scaling_factor == 1 else weights_NK * self.routed_scaling_factor
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MoEGate:
         exact = self._buffers.get("e_score_correction_bias")
