@@ -19,6 +19,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from ..models.cache import GrowingLayer
 from ..models.generation import SampleCall
+from . import graphs, whole_prompt
 from .decode import MAX_ROWS, Buffers, Weights, decode_step, new_buffers
 from .primitives import power_of_two
 from .weights import read_weights, rotary_tables, why_not_model
@@ -43,6 +44,7 @@ class Session:
         self.weights = weights
         with torch.inference_mode(False), torch.no_grad():  # later calls outside of inference mode write them too
             self.buffers = new_buffers(weights, rows, cos, sin, early)
+        self.prompts = graphs.Passes(whole_prompt.MAX_PROMPTS)
         self.graph: torch.cuda.CUDAGraph | None = None
         if weights.head.device.type == "cuda":
             self._capture(weights.head.device)
@@ -132,6 +134,8 @@ class Engine:
     def __init__(self, language: Any) -> None:
         self.weights = read_weights(language)
         self.addresses = addresses(language)
+        self.record = graphs.recorder_for(self.weights.head.device)
+        self.why_not_prompts = whole_prompt.why_not_experts(language)
         self.sessions: OrderedDict[tuple[int, int], Session] = OrderedDict()
         self.lock = threading.Lock()
 
@@ -304,8 +308,50 @@ def pick(scores_BV: torch.Tensor, do_sample: bool) -> torch.Tensor:
     return (chances / torch.empty_like(chances).exponential_(1)).argmax(dim=-1)
 
 
+def read_whole_prompt(call: SampleCall, language: Any, engine: Engine, session: Session) -> int | None:
+    """Fill the session with a prompt by a recorded pass; returns its length, or ``None`` where it is not for one.
+
+    The logits of its last token are then the session's.
+    """
+    reason = engine.why_not_prompts or whole_prompt.why_not_prompt(call, language)
+    if reason is not None:
+        logger.debug("A prompt without a recorded pass: %s.", reason)
+        return None
+    embeds, buffers = whole_prompt.embeddings(call, language), session.buffers
+    length = embeds.shape[1]
+    tokens = whole_prompt.tokens_with_padding(length, buffers.room)
+    prompt = session.prompts.get((tokens, graphs.modes()), lambda: whole_prompt.new_pass(language, buffers, tokens))
+    given: whole_prompt.Prompt = prompt.buffers
+    given.embeds[:, :length] = embeds
+    given.embeds[:, length:] = 0
+    given.last.fill_(length - 1)
+    engine.why_not_prompts = prompt(engine.record)
+    buffers.positions.fill_(length)
+    return length
+
+
 def generate(call: SampleCall, language: Any, engine: Engine, session: Session) -> torch.Tensor:
-    """Run the prompt as the model does, then decode by the session; returns ids as transformers' ``_sample`` does."""
+    """Run the prompt, then decode by the session; returns ids as transformers' ``_sample`` does."""
+    length = read_whole_prompt(call, language, engine, session)
+    start, private = session.buffers.positions, True
+    if length is None:
+        length, private = read_prompt_plainly(call, engine, session)
+        start = session.buffers.positions.clone()
+    session, lines = decode(call, language, engine, session, session.buffers.logits, length)
+    if not private:
+        append_new_tokens(engine.weights, session.buffers, call.model_kwargs["past_key_values"], start, len(lines) - 1)
+    if call.streamer is not None:
+        call.streamer.end()
+    new = torch.tensor(lines, dtype=call.input_ids.dtype).T.to(call.input_ids.device)
+    return torch.cat((call.input_ids, new), dim=1)
+
+
+def read_prompt_plainly(call: SampleCall, engine: Engine, session: Session) -> tuple[int, bool]:
+    """Fill the session with a prompt by the model's own forward pass, and its logits with those of the last token.
+
+    Returns:
+        The tokens that the cache now holds, and whether nobody but this call looks at it.
+    """
     device = session.buffers.tokens.device
     mask = call.model_kwargs.get("attention_mask")
     # Asked while the device has nothing else to finish.
@@ -315,18 +361,11 @@ def generate(call: SampleCall, language: Any, engine: Engine, session: Session) 
     length = int(cache.get_seq_length())
     if mask is not None and mask.shape[1] != length:
         raise ValueError(f"The attention mask covers {mask.shape[1]} tokens, but the prompt has {length}.")
-    logits = outputs.logits[:, -1].to(device=device, dtype=torch.float32, copy=True)
+    session.buffers.logits.copy_(outputs.logits[:, -1])
     del outputs
     private = getattr(cache, "is_private", False)
     fill_caches(engine.weights, session.buffers, cache, padding, release=private)
-    start = session.buffers.positions.clone()
-    session, lines = decode(call, language, engine, session, logits, length)
-    if not private:
-        append_new_tokens(engine.weights, session.buffers, cache, start, len(lines) - 1)
-    if call.streamer is not None:
-        call.streamer.end()
-    new = torch.tensor(lines, dtype=call.input_ids.dtype).T.to(call.input_ids.device)
-    return torch.cat((call.input_ids, new), dim=1)
+    return length, private
 
 
 def decode(

@@ -1,0 +1,124 @@
+"""Recorded passes: a function over static buffers that is run once, recorded once, and replayed from then on.
+
+A pass reads and writes tensors that stay where they are, so a recording of its launches can be replayed for other
+contents. It must not wait for the device, copy from the host or branch on numbers of the device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[[], None]
+Recorder = Callable[[Run], Run]
+
+
+class CudaRecorder:
+    """Records functions as CUDA graphs that share one pool of memory.
+
+    So of all that were recorded one may run at a time, and nothing that one leaves in the pool may be needed after the
+    next has started: results belong into tensors that were made outside.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool: Any = None
+
+    def __call__(self, run: Run) -> Run:
+        """Run a function once on the side, for what is set up at a first call, then record and return it."""
+        with torch.cuda.device(self.device), torch.no_grad():
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may go on using the device meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
+                run()
+        return graph.replay
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """Return what records on a device; ``None`` where nothing does."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
+class Pass:
+    """A function over static buffers.
+
+    Fields:
+        buffers: what it reads and writes, for the caller.
+        run: the function.
+        replay: what it was recorded as.
+    """
+
+    def __init__(self, buffers: Any, run: Run) -> None:
+        self.buffers = buffers
+        self.run = run
+        self.replay: Run | None = None
+        self.used = False
+
+    def __call__(self, record: Recorder | None) -> str | None:
+        """Run at the first use, record and replay later; returns why it could not be recorded."""
+        reason = None
+        if self.used and self.replay is None and record is not None:
+            try:
+                self.replay = record(self.run)
+            # Whatever a driver or a library may raise that cannot be recorded: run as it is, all works.
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                logger.warning("Prompts run without recorded graphs from now on: %s", reason)
+        self.used = True
+        (self.replay or self.run)()
+        return reason
+
+
+class Passes:
+    """At most ``most`` passes; for a new one the one used longest ago goes."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.held: OrderedDict[Hashable, Pass] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Pass]) -> Pass:
+        """Return the pass of a key; it is made where there is none."""
+        if key not in self.held:
+            while len(self.held) >= self.most:
+                self.held.popitem(last=False)
+            self.held[key] = make()
+        self.held.move_to_end(key)
+        return self.held[key]
+
+
+def modes() -> tuple[Any, ...]:
+    """Return the settings of PyTorch that choose kernels: a recording holds the choice."""
+    cuda = torch.backends.cuda
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+    )
+
+
+def why_not_bypassed(module: torch.nn.Module) -> str | None:
+    """Return why a module's own call must not be gone around: hooks, or a forward pass of somebody else's."""
+    name = type(module).__name__
+    state: dict[str, Any] = vars(module)
+    if state.get("_hf_hook") is not None or "forward" in state:
+        return f"{name} is offloaded, or its forward pass was replaced"
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+        return f"{name} has forward hooks"
+    every = torch.nn.modules.module
+    return "all modules have hooks" if every._global_forward_hooks or every._global_forward_pre_hooks else None

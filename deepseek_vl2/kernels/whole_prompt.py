@@ -1,0 +1,155 @@
+"""A whole prompt through the language model, over static buffers, so that it can be recorded and replayed.
+
+The host launches some 80 operations a layer more slowly than the device runs them; replaying a recording of them costs
+the host next to nothing. The layers are the model's own modules. Prompts are padded on the right to the next multiple
+of `STEP` tokens: causal attention hides padding there from every token, and the decoding steps that follow overwrite
+what it left in the cache.
+
+Shape suffixes: B rows, T tokens of the prompt with its padding, H hidden size.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..models.generation import SampleCall
+from ..models.modeling_deepseek import DeepseekV2ForCausalLM
+from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
+from ..models.moe import DeepseekV2Experts
+from . import prompt
+from .decode import Buffers
+from .graphs import Pass, why_not_bypassed
+
+STEP = 128
+# Beyond this many tokens the device takes longer than the host needs to launch.
+MAX_TOKENS = 4096
+# Of each session, which itself is one of few. Recordings share the memory of what they compute in between.
+MAX_PROMPTS = 4
+
+KNOWN = {
+    "attention_mask", "cache_position", "images", "images_seq_mask", "images_spatial_crop", "inputs_embeds",
+    "logits_to_keep", "past_key_values", "position_ids", "use_cache",
+}  # fmt: skip
+
+
+@dataclass
+class Prompt:
+    """What a pass reads beside the session's buffers: embeddings, [B, T, H], and the last token's index, [1]."""
+
+    embeds: torch.Tensor
+    last: torch.Tensor
+
+
+class Cache:
+    """Takes the place of a model's cache: writes each layer's part into the session's, and hands the prompt's back."""
+
+    def __init__(self, buffers: Buffers) -> None:
+        self.caches = buffers.caches
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write from token 0 on: rotated keys [B, 1, T, P] and latents [B, 1, T, R]; or keys and values."""
+        static, length = self.caches[index], keys.shape[2]
+        if len(static) == 1:
+            rank = values.shape[-1]
+            static[0][:, :length, :rank] = values[:, 0]
+            static[0][:, :length, rank:] = keys[:, 0]
+        else:
+            static[0][:, :, :length] = keys
+            static[1][:, :, :length] = values
+        return keys, values
+
+
+def read_prompt(language: Any, buffers: Buffers, given: Prompt) -> None:
+    """Run the layers: the session's caches are filled and its logits are those of the last token."""
+    length = given.embeds.shape[1]
+    rotation = (buffers.cos[None, :length], buffers.sin[None, :length])
+    hidden, cache = given.embeds, Cache(buffers)
+    for layer in language.model.layers:
+        hidden = layer(hidden, rotation, past_key_values=cache)[0]
+    last = language.model.norm(hidden.index_select(1, given.last))
+    buffers.logits.copy_(language.lm_head(last)[:, 0])
+
+
+def new_pass(language: Any, buffers: Buffers, tokens: int) -> Pass:
+    """Return the pass over prompts of up to that many tokens a row."""
+    weight = language.lm_head.weight
+    with torch.inference_mode(False), torch.no_grad():  # later calls outside of inference mode write them too
+        given = Prompt(
+            embeds=weight.new_zeros(buffers.rows, tokens, weight.shape[1]),
+            last=torch.zeros(1, dtype=torch.long, device=weight.device),
+        )
+    model = weakref.ref(language)  # passes are kept for as long as the model lives, not the other way round
+    return Pass(given, lambda: read_prompt(model(), buffers, given))
+
+
+def tokens_with_padding(tokens: int, room: int) -> int:
+    """Return the length that a prompt is padded to; ``room`` is that of the session's cache."""
+    return min(-(-tokens // STEP) * STEP, room)
+
+
+# ---------------------------------------------------------------- what is not for it
+
+
+def why_not_experts(language: Any) -> str | None:
+    """Return why a model's experts cannot be recorded: other forms than the kernels' may wait for the device."""
+    weight = language.lm_head.weight
+    if weight.device.type != "cuda":
+        return None
+    layers = [module for module in language.modules() if isinstance(module, DeepseekV2Experts)]
+    return None if all(prompt.takes(layer, weight) for layer in layers) else "the experts are not for grouped products"
+
+
+def why_not_prompt(call: SampleCall, language: Any) -> str | None:
+    """Return why a call's prompt goes through the model's own forward pass, beside what `runtime.why_not_call` asks."""
+    kwargs, model = call.model_kwargs, call.model
+    if type(model) not in (DeepseekV2ForCausalLM, DeepseekVLV2ForCausalLM):
+        return f"a {type(model).__name__} may do more with a prompt"
+    for module in (model, language, language.model):
+        if (reason := why_not_bypassed(module)) is not None:
+            return reason
+    if language.config._attn_implementation != "sdpa":
+        return "another attention than sdpa was chosen"
+    if torch.is_autocast_enabled(language.lm_head.weight.device.type) or torch.compiler.is_compiling():
+        return "autocast or compilation is on"
+    if unknown := [name for name, value in kwargs.items() if name not in KNOWN and value is not None]:
+        return f"the call has arguments of its own: {', '.join(unknown)}"
+    cache = kwargs["past_key_values"]
+    if not getattr(cache, "is_private", False) or cache.get_seq_length() > 0:
+        return "the cache is the caller's, or holds tokens"
+    if call.generation_config.prefill_chunk_size is not None:
+        return "the prompt is to be read in chunks"
+    return why_not_tokens(call, language)
+
+
+def why_not_tokens(call: SampleCall, language: Any) -> str | None:
+    """Return why a prompt itself is none for a pass."""
+    ids, weight = call.input_ids, language.lm_head.weight
+    mask, embeds = call.model_kwargs.get("attention_mask"), call.model_kwargs.get("inputs_embeds")
+    if embeds is not None:
+        if (embeds.dtype, embeds.device, embeds.shape[-1]) != (weight.dtype, weight.device, weight.shape[1]):
+            return "the embeddings are of another kind than the weights"
+        if ids.shape[1] not in (0, embeds.shape[1]):
+            return "ids and embeddings differ in length"
+    elif ids.device != weight.device or language.model.embed_tokens.weight.dtype != weight.dtype:
+        return "the ids are on another device, or the embeddings of another dtype"
+    rows, tokens = (ids if embeds is None else embeds).shape[:2]
+    if tokens == 0 or rows * (-(-tokens // STEP) * STEP) > MAX_TOKENS:
+        return f"the prompt is empty, or over {MAX_TOKENS} tokens with its padding"
+    if mask is not None and (mask.shape != (rows, tokens) or not bool(mask.all())):
+        return "there is padding"
+    return None
+
+
+def embeddings(call: SampleCall, language: Any) -> torch.Tensor:
+    """Return the embeddings of a prompt as the model's forward pass makes them, [B, tokens, H]."""
+    kwargs = call.model_kwargs
+    if kwargs.get("inputs_embeds") is not None:
+        return kwargs["inputs_embeds"]
+    if call.model is language:
+        return language.model.embed_tokens(call.input_ids)
+    names = ("images", "images_seq_mask", "images_spatial_crop")
+    return call.model.prepare_inputs_embeds(call.input_ids, **{name: kwargs.get(name) for name in names})
