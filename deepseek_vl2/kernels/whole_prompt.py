@@ -1,9 +1,9 @@
 """A whole prompt through the language model, over static buffers, so that it can be recorded and replayed.
 
 The host launches some 80 operations a layer more slowly than the device runs them; replaying a recording of them costs
-the host next to nothing. The layers are the model's own modules. Prompts are padded on the right to the next multiple
-of `STEP` tokens: causal attention hides padding there from every token, and the decoding steps that follow overwrite
-what it left in the cache.
+the host next to nothing. Attention, gate and experts are the model's own modules. Prompts are padded on the right to
+the next multiple of `STEP` tokens: causal attention hides padding there from every token, and the decoding steps that
+follow overwrite what it left in the cache.
 
 Shape suffixes: B rows, T tokens of the prompt with its padding, H hidden size.
 """
@@ -20,7 +20,7 @@ from ..models.generation import SampleCall
 from ..models.modeling_deepseek import DeepseekV2ForCausalLM
 from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
 from ..models.moe import DeepseekV2Experts
-from . import prompt
+from . import norm, prompt
 from .decode import Buffers
 from .graphs import Pass, why_not_bypassed
 
@@ -63,15 +63,37 @@ class Cache:
         return keys, values
 
 
+def read_layer(
+    layer: Any, hidden: torch.Tensor, normed: torch.Tensor, rotation: Any, cache: Cache, following: Any
+) -> None:
+    """Run one layer: ``hidden`` and its norm, [B, T, H] each, become its output and that one's norm by ``following``.
+
+    As in the layer's own forward pass, but that each sum and the norm of it are one pass over memory.
+    """
+    flat, flat_normed = hidden.flatten(0, 1), normed.flatten(0, 1)
+
+    def add_and_norm(new: torch.Tensor, weights: Any) -> None:
+        scale, eps = weights.weight, weights.variance_epsilon
+        norm.finish_layer(flat, None, None, new.flatten(0, 1), scale, eps, flat, flat_normed)
+
+    add_and_norm(layer.self_attn(normed, rotation, None, cache)[0], layer.post_attention_layernorm)
+    add_and_norm(layer.mlp(normed), following)
+
+
 def read_prompt(language: Any, buffers: Buffers, given: Prompt) -> None:
     """Run the layers: the session's caches are filled and its logits are those of the last token."""
-    length = given.embeds.shape[1]
+    length, layers = given.embeds.shape[1], language.model.layers
     rotation = (buffers.cos[None, :length], buffers.sin[None, :length])
-    hidden, cache = given.embeds, Cache(buffers)
-    for layer in language.model.layers:
-        hidden = layer(hidden, rotation, past_key_values=cache)[0]
-    last = language.model.norm(hidden.index_select(1, given.last))
-    buffers.logits.copy_(language.lm_head(last)[:, 0])
+    hidden, normed, cache = torch.empty_like(given.embeds), torch.empty_like(given.embeds), Cache(buffers)
+    first = layers[0].input_layernorm
+    norm.finish_layer(
+        given.embeds.flatten(0, 1), None, None, None, first.weight, first.variance_epsilon,
+        hidden.flatten(0, 1), normed.flatten(0, 1),
+    )  # fmt: skip
+    norms = [layer.input_layernorm for layer in layers[1:]] + [language.model.norm]
+    for layer, following in zip(layers, norms, strict=True):
+        read_layer(layer, hidden, normed, rotation, cache, following)
+    buffers.logits.copy_(language.lm_head(normed.index_select(1, given.last))[:, 0])
 
 
 def new_pass(language: Any, buffers: Buffers, tokens: int) -> Pass:
