@@ -135,7 +135,8 @@ class Engine:
         self.weights = read_weights(language)
         self.addresses = addresses(language)
         self.record = graphs.recorder_for(self.weights.head.device)
-        self.why_not_prompts = whole_prompt.why_not_experts(language)
+        self.why_not_prompts: str | None = None
+        self.experts_seen = False
         self.sessions: OrderedDict[tuple[int, int], Session] = OrderedDict()
         self.lock = threading.Lock()
 
@@ -314,6 +315,9 @@ def read_whole_prompt(call: SampleCall, language: Any, engine: Engine, session: 
     The logits of its last token are then the session's.
     """
     reason = engine.why_not_prompts or whole_prompt.why_not_prompt(call, language)
+    if reason is None and not engine.experts_seen:
+        engine.experts_seen = True
+        reason = engine.why_not_prompts = whole_prompt.why_not_experts(language)
     if reason is not None:
         logger.debug("A prompt without a recorded pass: %s.", reason)
         return None

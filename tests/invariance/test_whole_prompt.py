@@ -270,6 +270,25 @@ def test_the_language_model_alone(recorder: Recorder, ways: list[str]) -> None:
     assert ways == ["pass"] * 2
 
 
+def test_a_prompt_that_cannot_be_recorded(ways: list[str], recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(run: graphs.Run) -> graphs.Run:
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(graphs, "recorder_for", lambda device: broken)
+    model, inputs, settings = mini_model("tiny").to(DEVICE), inputs_of([5]), {**GREEDY, "max_new_tokens": 1}
+    plain = plain_answer(model, **inputs, **settings)
+    assert all(torch.equal(plain, model.generate(**inputs, **settings)) for _ in range(3))
+    assert ways == ["pass", "pass", "plain"]
+
+
+def test_experts_that_cannot_be_recorded(ways: list[str], recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_prompt, "why_not_experts", lambda language: "not these")
+    model, settings = mini_model("tiny").to(DEVICE), {**GREEDY, "max_new_tokens": 1}
+    for _ in range(2):
+        model.generate(**inputs_of([5]), **settings)
+    assert ways == ["plain", "plain"]
+
+
 def add_hook(model: Any) -> None:
     model.register_forward_hook(lambda *args: None)
 
