@@ -20,10 +20,17 @@ CHUNK_ELEMENTS = 1 << 26
 
 
 class Targets(NamedTuple):
-    """Which positions predict a label, and which: ``positions`` in the flattened batch, [L], and ``ids``, [L]."""
+    """Which positions predict a label, and which.
+
+    Fields:
+        positions: in the flattened batch, [L].
+        ids: the labels, [L].
+        weights: what each loss counts, [L], float32; ``None``: 1.
+    """
 
     positions: torch.Tensor
     ids: torch.Tensor
+    weights: torch.Tensor | None = None
 
 
 def drop_unseen_labels(labels_BT: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -37,15 +44,18 @@ def drop_unseen_labels(labels_BT: torch.Tensor, attention_mask: torch.Tensor | N
     return labels_BT.masked_fill(~before_is_real.to(labels_BT.device), IGNORED)
 
 
-def find_targets(labels_BT: torch.Tensor) -> Targets:
-    """Return the positions whose next token has a label; one synchronisation with the device.
+def find_targets(labels_BT: torch.Tensor, weights_BT: torch.Tensor | None = None) -> Targets:
+    """Return the positions whose next token has a label, with that label's weight; one wait for the device.
 
     Call it before anything else is launched: counting the labels then waits for nothing.
     """
     next_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
     flat_N = next_BT.flatten()
     positions = (flat_N != IGNORED).nonzero().squeeze(1)
-    return Targets(positions, flat_N[positions])
+    if weights_BT is None:
+        return Targets(positions, flat_N[positions])
+    # A position and the next one's weight lie in one row, or the position would predict nothing.
+    return Targets(positions, flat_N[positions], weights_BT.float().flatten()[positions + 1])
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -55,7 +65,7 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 class SummedCrossEntropy(torch.autograd.Function):
-    """Sum of the cross entropies of ``hidden @ weight.T``, in chunks of positions.
+    """Sum of the cross entropies of ``hidden @ weight.T``, each times its weight, in chunks of positions.
 
     Gradients are computed beside the value, while a chunk's logits are there: nothing is computed twice, and neither
     logits nor weight are kept for the backward pass (so a sharded weight may be gone by then).
@@ -63,7 +73,12 @@ class SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_LH: torch.Tensor, weight_VH: torch.Tensor, ids_L: torch.Tensor, rows: int
+        ctx: Any,
+        hidden_LH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        ids_L: torch.Tensor,
+        weights_L: torch.Tensor | None,
+        rows: int,
     ) -> torch.Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         dtype = compute_dtype(weight_VH)
@@ -76,11 +91,16 @@ class SummedCrossEntropy(torch.autograd.Function):
             for start in range(0, len(ids_L), rows):
                 part = slice(start, start + rows)
                 log_probs = F.linear(hidden[part], weight).float().log_softmax(dim=-1)
-                total += F.nll_loss(log_probs, ids_L[part], reduction="sum")
+                if weights_L is None:
+                    total += F.nll_loss(log_probs, ids_L[part], reduction="sum")
+                else:
+                    total += F.nll_loss(log_probs, ids_L[part], reduction="none") @ weights_L[part]
                 if not (wants_hidden or wants_weight):
                     continue
                 grad = log_probs.exp_()
                 grad[torch.arange(len(grad), device=grad.device), ids_L[part]] -= 1
+                if weights_L is not None:
+                    grad *= weights_L[part, None]
                 grad = grad.to(dtype)
                 if hidden_grad is not None:
                     torch.mm(grad, weight, out=hidden_grad[part])
@@ -94,12 +114,13 @@ class SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         hidden_dtype, weight_dtype = ctx.dtypes
         hidden_grad, weight_grad = ctx.saved_tensors
         return (
             None if hidden_grad is None else (hidden_grad * grad).to(hidden_dtype),
             None if weight_grad is None else (weight_grad * grad).to(weight_dtype),
+            None,
             None,
             None,
         )
@@ -111,15 +132,25 @@ class OutputHead(nn.Linear):
     The latter is a call like any other, so that what shards or offloads the weight brings it in time, once.
     """
 
-    def forward(self, input: torch.Tensor, ids_L: torch.Tensor | None = None, rows: int = 1) -> torch.Tensor:
+    def forward(
+        self,
+        input: torch.Tensor,
+        ids_L: torch.Tensor | None = None,
+        weights_L: torch.Tensor | None = None,
+        rows: int = 1,
+    ) -> torch.Tensor:
         """Return logits; or, given ids, the sum of the losses of [L, H], computed for ``rows`` positions at a time."""
         if ids_L is None:
             return super().forward(input)
-        return SummedCrossEntropy.apply(input, self.weight, ids_L, rows)
+        return SummedCrossEntropy.apply(input, self.weight, ids_L, weights_L, rows)
 
 
-def _chunk_through_module(hidden_LH: torch.Tensor, head: nn.Module, ids_L: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(head(hidden_LH).float(), ids_L, reduction="sum")
+def _chunk_through_module(
+    hidden_LH: torch.Tensor, head: nn.Module, ids_L: torch.Tensor, weights_L: torch.Tensor | None
+) -> torch.Tensor:
+    if weights_L is None:
+        return F.cross_entropy(head(hidden_LH).float(), ids_L, reduction="sum")
+    return F.cross_entropy(head(hidden_LH).float(), ids_L, reduction="none") @ weights_L
 
 
 def linear_cross_entropy(
@@ -132,7 +163,8 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Return the mean cross entropy of the labelled positions, a float32 scalar.
 
-    Value and gradients are those of the plain form, ``cross_entropy(head(hidden).float(), labels)``; at most
+    With weights it is their weighted sum over the number of labels. Value and gradients are those of the plain form,
+    ``cross_entropy(head(hidden).float(), labels)``; at most
     ``chunk_elements`` logits exist at a time. Without any label the loss is 0 and so are all gradients.
 
     Args:
@@ -148,13 +180,18 @@ def linear_cross_entropy(
     """
     hidden_LH = hidden_BTH.flatten(0, 1).index_select(0, targets.positions.to(hidden_BTH.device))
     ids_L = targets.ids.to(hidden_BTH.device)
+    weights_L = None if targets.weights is None else targets.weights.to(hidden_BTH.device)
     rows = max(1, chunk_elements // vocab_size)
     if isinstance(head, OutputHead):
-        total = head(hidden_LH, ids_L, rows)
+        total = head(hidden_LH, ids_L, weights_L, rows)
     else:
         total = hidden_LH.sum().float() * 0.0
-        for hidden, ids in zip(hidden_LH.split(rows), ids_L.split(rows), strict=True):
-            total = total + checkpoint(_chunk_through_module, hidden, head, ids, use_reentrant=False)
+        for start in range(0, len(ids_L), rows):
+            part = slice(start, start + rows)
+            weights = None if weights_L is None else weights_L[part]
+            total = total + checkpoint(
+                _chunk_through_module, hidden_LH[part], head, ids_L[part], weights, use_reentrant=False
+            )
     if num_items_in_batch is None:
         return total / max(1, len(ids_L))
     if isinstance(num_items_in_batch, torch.Tensor):

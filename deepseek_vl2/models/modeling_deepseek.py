@@ -365,6 +365,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | Targets | None = None,
+        loss_weights: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -377,7 +378,9 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
 
         Args:
             labels: [B, T], shifted inside; -100 takes no loss, and neither does a token behind padding. Or what
-                `find_targets` made of them.
+                `find_targets` made of them, weights included.
+            loss_weights: what the loss of each label counts, [B, T], or ``None``: 1. The weighted sum is divided by
+                the number of labels, whatever the weights sum to.
             logits_to_keep: compute the logits of this many last positions (0: all), or of these positions.
             skip_logits: return no logits, and compute the loss without those of the whole sequence; by default in
                 training, where labels are given.
@@ -390,8 +393,8 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
             skip_logits = self.skips_logits(labels, logits_to_keep)
         if isinstance(labels, torch.Tensor):
             labels = drop_unseen_labels(labels, attention_mask)
-        if skip_logits and isinstance(labels, torch.Tensor):
-            labels = find_targets(labels)  # before the layers are launched: it waits for the device
+        if isinstance(labels, torch.Tensor) and (skip_logits or loss_weights is not None):
+            labels = find_targets(labels, loss_weights)  # before the layers are launched: it waits for the device
         items = kwargs.get("num_items_in_batch")
         if self.training and past_key_values is None and routing is None:
             attention_mask, routing = split_training_mask(attention_mask, position_ids)

@@ -27,7 +27,7 @@ from .checkpoint import OPTIONAL_TENSORS, register_conversion
 from .configuration_deepseek import DeepseekV2Config
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
 from .generation import ChunkedGenerationMixin, set_generation_ids
-from .loss import drop_unseen_labels, find_targets
+from .loss import Targets, drop_unseen_labels, find_targets
 from .modeling_deepseek import DeepseekV2ForCausalLM, DeepseekV2PreTrainedModel, split_training_mask
 from .projector import MlpProjector, output_side
 from .siglip_vit import VisionTransformer
@@ -466,6 +466,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         images_seq_mask: torch.Tensor | None = None,
         images_spatial_crop: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -491,7 +492,9 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         routing = None
         if past_key_values is None and (self.training or position_ids is not None):
             attention_mask, routing = split_training_mask(attention_mask, position_ids)
-        targets = find_targets(labels) if skip_logits and labels is not None else labels
+        targets: torch.Tensor | Targets | None = labels
+        if labels is not None and (skip_logits or loss_weights is not None):
+            targets = find_targets(labels, loss_weights)
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("Give either input_ids or inputs_embeds.")

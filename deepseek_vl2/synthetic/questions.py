@@ -394,7 +394,7 @@ THIRD_WEIGHTS: dict[Builder, float] = {
     colour_of: 0.6,
     shape_of: 0.6,
     size_of: 0.6,
-    position_of: 1.2,
+    position_of: 2.0,
     relation: 2.5,
     exists: 0.8,
 }

@@ -186,12 +186,14 @@ class Mixture(NamedTuple):
         plans: the scenes.
         weights: the questions.
         comparisons: share of the samples that ask about several images.
+        compared: questions of such a sample, at most.
         telling_last: answers that tell much of the picture stand last, so that no later answer can be read off them.
     """
 
     plans: Plans
     weights: dict[Builder, float]
     comparisons: float = 0.1
+    compared: int = 5
     telling_last: bool = False
 
 
@@ -205,6 +207,7 @@ MIXTURES: dict[str, Mixture] = {
         {mixed_scene: 0.42, crowd_scene: 0.22, words_scene: 0.14, page_scene: 0.06, easy_scene: 0.16},
         THIRD_WEIGHTS,
         comparisons=0.2,
+        compared=8,
         telling_last=True,
     ),
 }
@@ -231,16 +234,17 @@ def ask(weights: dict[Builder, float], scene: Scene, number: int, rng: Random) -
 def training_sample(seed: int, mixture: str = "first") -> Sample:
     """Return the sample of a seed, below `HELD_OUT`, in one of `MIXTURES`."""
     rng = Random(seed)
-    plans, weights, comparisons, telling_last = MIXTURES[mixture]
+    mixed = MIXTURES[mixture]
+    plans, weights = mixed.plans, mixed.weights
     while True:
-        if rng.random() < comparisons:
+        if rng.random() < mixed.comparisons:
             scenes = scenes_to_compare(rng, 2 if rng.random() < 0.85 else 3)
-            asked = {turn.question: turn for turn in (which_image(scenes, rng) for _ in range(5)) if turn is not None}
-            turns = list(asked.values())
+            asked = [which_image(scenes, rng) for _ in range(mixed.compared)]
+            turns = list({turn.question: turn for turn in asked if turn is not None}.values())
         else:
             scenes = [rng.choices(list(plans), list(plans.values()))[0](rng)]
             turns = ask(weights, scenes[0], rng.randint(*TURNS), rng)
-            if telling_last:
+            if mixed.telling_last:
                 turns.sort(key=lambda turn: TELLING.get(turn.task, 0))
         if turns:
             return Sample([draw_scene(scene, rng) for scene in scenes], turns)

@@ -75,6 +75,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         default=512,
         help="tokens; longer conversations, which would make their batch wait, lose their end (default: 512)",
     )
+    parser.add_argument(
+        "--loss_weighting",
+        choices=("token", "sqrt"),
+        default="token",
+        help="sqrt: the tokens of short answers, such as numbers, count more than those of long ones",
+    )
     parser.add_argument("--learning_rate", type=float, default=1.2e-3, help="highest learning rate (default: 0.0012)")
     parser.add_argument(
         "--vision_lr_factor",
@@ -228,6 +234,7 @@ def train_all(args: Namespace) -> None:
         max_length=args.max_length,
         overlong="cut",
         image_dtype=image_dtype,
+        loss_weighting=args.loss_weighting,
         pad_to_multiple_of=args.max_length if args.compile else None,
     )
     pictures = SyntheticConversations(args.steps * args.batch_size, args.first_picture, args.mixture)

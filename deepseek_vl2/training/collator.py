@@ -76,6 +76,15 @@ def join_samples(samples: Sequence[VLChatProcessorOutput]) -> VLChatProcessorOut
     return VLChatProcessorOutput(joined)
 
 
+def weigh_stretches(labels_BT: torch.Tensor, ignored: int) -> torch.Tensor:
+    """Return a weight for each label, [B, T], float32: 1 / sqrt(n) in a stretch of n, scaled to a mean of 1."""
+    labelled_BT = labels_BT != ignored
+    starts_BT = labelled_BT & ~F.pad(labelled_BT[:, :-1], (1, 0))
+    stretch_N = starts_BT.flatten().cumsum(0)[labelled_BT.flatten()]
+    weights_N = torch.bincount(stretch_N)[stretch_N].float().rsqrt()
+    return torch.zeros(labels_BT.shape).masked_scatter(labelled_BT, weights_N / weights_N.mean())
+
+
 class ConversationCollator:
     """Turn conversations into a batch, padded on the right, for the model's ``forward``.
 
@@ -108,6 +117,9 @@ class ConversationCollator:
             themselves, as TRL's SFTTrainer does.
         image_dtype: dtype of the images; bfloat16 halves what workers hand over, and under bfloat16 autocast is
             what the vision tower makes of them anyway.
+        loss_weighting: "token", every label counts 1, as the paper trains; "sqrt", labels of a stretch of n count in
+            proportion to 1 / sqrt(n), with a mean of 1 over the batch, so that short answers are not lost among long
+            ones (source: InternVL 2.5, square averaging).
         pad_to_multiple_of: pad batches to a multiple of so many tokens: compiled layers are then compiled for few
             lengths, and for a single one where this is ``max_length``.
 
@@ -128,13 +140,20 @@ class ConversationCollator:
         max_pixels: int | None = None,
         skip_logits: bool = False,
         image_dtype: torch.dtype = torch.float32,
+        loss_weighting: Literal["token", "sqrt"] = "token",
         pad_to_multiple_of: int | None = None,
     ) -> None:
-        for name, value, known in (("overlong", overlong, ("drop", "cut")), ("labels", labels, ("assistant", "all"))):
+        for name, value, known in (
+            ("overlong", overlong, ("drop", "cut")),
+            ("labels", labels, ("assistant", "all")),
+            ("loss_weighting", loss_weighting, ("token", "sqrt")),
+        ):
             if value not in known:
                 raise ValueError(f"Unknown {name} {value!r}: expected one of {', '.join(known)}.")
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {max_length}.")
+        if skip_logits and loss_weighting != "token":
+            raise ValueError("A trainer that computes the loss itself (skip_logits) knows nothing of loss_weighting.")
         if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of must be positive, got {pad_to_multiple_of}.")
         if packing and max_length is None:
@@ -151,6 +170,7 @@ class ConversationCollator:
         }
         self.skip_logits = skip_logits
         self.image_dtype = image_dtype
+        self.loss_weighting = loss_weighting
         self.pad_to_multiple_of = pad_to_multiple_of
         self._counts = self._new_counts()
 
@@ -239,7 +259,7 @@ class ConversationCollator:
         Returns:
             ``input_ids``, ``labels`` (-100: no loss), ``attention_mask``, ``images_seq_mask``, [B, T] each; ``images``
             [B, tiles, 3, S, S] and ``images_spatial_crop`` [B, images, 2]; when packing, ``position_ids`` [B, T], and B
-            is the number of rows.
+            is the number of rows; ``loss_weights`` [B, T] where labels do not all count the same.
         """
         encoded = [self.encode(sample) for sample in samples]
         kept = [sample for sample in encoded if self._fit(sample)]
@@ -258,6 +278,8 @@ class ConversationCollator:
         batch: dict[str, Any] = {name: padded[name] for name in MODEL_INPUTS}
         if self.pad_to_multiple_of is not None:
             self._pad_on(batch, -batch["input_ids"].shape[1] % self.pad_to_multiple_of)
+        if self.loss_weighting == "sqrt":
+            batch["loss_weights"] = weigh_stretches(batch["labels"], self.processor.ignore_id)
         if self.packing:
             lengths = [[len(sample) for sample in group] for group in groups]
             batch["position_ids"] = self._positions(lengths, batch["input_ids"].shape[1])

@@ -73,6 +73,12 @@ def _add_data_options(parser: ArgumentParser) -> None:
         help="learn the answers only, or the questions too",
     )
     group.add_argument(
+        "--loss_weighting",
+        choices=("token", "sqrt"),
+        default="token",
+        help="sqrt: tokens of an answer of n count in proportion to 1 / sqrt(n), so that short ones are heard",
+    )
+    group.add_argument(
         "--packing", action="store_true", help="put the samples of a batch into as few rows of --max_length as they fit"
     )
     group.add_argument("--skip_check", action="store_true", help="do not look through the data before training")
@@ -283,7 +289,12 @@ def build_trainer(args: Namespace) -> VLTrainer:
     processor, model = load_model(args)
     trainer_args = training_arguments(args)
     collator = ConversationCollator(
-        processor, max_length=args.max_length, overlong=args.overlong, labels=args.labels, packing=args.packing
+        processor,
+        max_length=args.max_length,
+        overlong=args.overlong,
+        labels=args.labels,
+        packing=args.packing,
+        loss_weighting=args.loss_weighting,
     )
     trainer = VLTrainer(
         model,

@@ -102,6 +102,26 @@ def test_padding_to_a_multiple_adds_nothing_but_padding(processor: DeepseekVLV2P
     assert divisor["input_ids"].shape[1] % length == 0
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_short_answers_can_count_as_much_as_long_ones(processor: DeepseekVLV2Processor, packing: bool) -> None:
+    samples = [CHAT[1:3], [CHAT[1], {"role": "assistant", "content": "An ant, a bee, a wasp and a fly."}]]
+    options: dict[str, Any] = {"packing": packing, "max_length": 200}
+    batch = ConversationCollator(processor, loss_weighting="sqrt", **options)(samples)
+    plain = ConversationCollator(processor, **options)(samples)
+    assert "loss_weights" not in plain and torch.equal(batch["labels"], plain["labels"])
+    stretches: list[list[float]] = [[]]
+    for label, weight in zip(batch["labels"].flatten().tolist(), batch["loss_weights"].flatten().tolist(), strict=True):
+        if label != -100:
+            stretches[-1].append(weight)
+        else:
+            assert weight == 0
+            stretches += [[]] if stretches[-1] else []
+    short, long = sorted((stretch for stretch in stretches if stretch), key=len)
+    assert len(short) < len(long) and len(set(short)) == len(set(long)) == 1
+    assert short[0] ** 2 * len(short) == pytest.approx(long[0] ** 2 * len(long), rel=1e-5)  # 1 / sqrt(n)
+    assert sum(short + long) == pytest.approx(len(short + long), rel=1e-5)
+
+
 @pytest.mark.parametrize("overlong", ["drop", "cut"])
 def test_overlong_samples_are_dropped_or_cut_and_counted(processor: DeepseekVLV2Processor, overlong: Any) -> None:
     long = mini_conversation(1, answer="z" * 300)
@@ -228,6 +248,8 @@ def test_images_may_be_handed_over_in_half_the_bytes(processor: DeepseekVLV2Proc
         ({"labels": "none"}, "Unknown labels 'none'"),
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"packing": True}, "packing needs max_length"),
+        ({"loss_weighting": "mean"}, "loss_weighting"),
+        ({"loss_weighting": "sqrt", "skip_logits": True}, "knows nothing of loss_weighting"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of must be positive"),
     ],
 )

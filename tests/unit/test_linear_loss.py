@@ -53,6 +53,21 @@ def test_value_and_gradients_are_the_plain_ones(rows: int, items: Any) -> None:
         torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6)  # float32 sums in another order
 
 
+@pytest.mark.parametrize("bare", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_weights_count_losses_and_the_divisor_stays_the_number_of_labels(rows: int, bare: bool) -> None:
+    hidden, head, labels = example()
+    weights = torch.rand(2, 9, generator=torch.Generator().manual_seed(1))
+    losses = F.cross_entropy(head(hidden).float()[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+    number = int((labels[:, 1:] != -100).sum())
+    want = with_gradients((losses * weights[:, 1:].flatten()).sum() / number, hidden, head.weight)
+    targets = find_targets(labels, weights)
+    module = head if bare else nn.Sequential(head)
+    loss = linear_cross_entropy(hidden, module, VOCABULARY, targets, None, rows * VOCABULARY)
+    for mine, its in zip(with_gradients(loss, hidden, head.weight), want, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6)  # float32 sums in another order
+
+
 def test_a_head_that_is_more_than_a_matrix_is_called() -> None:
     hidden, head, labels = example()
     wrapped = nn.Sequential(head, nn.Tanh())
@@ -111,6 +126,24 @@ def test_the_last_label_of_a_row_is_not_predicted_from_the_next_row() -> None:
 
 
 # ---------------------------------------------------------------- in the model
+
+
+@pytest.mark.parametrize("skip_logits", [True, False])
+def test_a_model_weighs_its_labels(skip_logits: bool) -> None:
+    model = mini_language("base").train()
+    ids = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(2, 12, generator=torch.Generator().manual_seed(1))
+    labels = ids.masked_fill(torch.arange(12) < 5, -100)
+
+    def loss(**others: Any) -> torch.Tensor:
+        return model(input_ids=ids, labels=labels, skip_logits=skip_logits, **others).loss
+
+    logits = model(input_ids=ids).logits[:, 4:-1].flatten(0, 1)
+    losses = F.cross_entropy(logits, ids[:, 5:].flatten(), reduction="none")
+    balance = loss() - losses.mean()
+    expected = (losses * weights[:, 5:].flatten()).mean()
+    torch.testing.assert_close(loss(loss_weights=weights) - balance, expected, rtol=1e-5, atol=1e-6)
+    assert model(input_ids=ids, labels=labels, loss_weights=weights, skip_logits=False).logits is not None
 
 
 class LargestTensor(TorchDispatchMode):
