@@ -181,7 +181,7 @@ def project(weights: Attention, buffers: Buffers, source: torch.Tensor, normed: 
     if buffers.rows == 1:
         linear.one_row_linear(source[0], weights.projections, projected[0], *normed, **buffers.early)
     else:
-        linear.few_rows_linear(source, weights.projections, projected, **buffers.early)
+        linear.few_rows_linear(source, weights.projections, projected)
 
 
 def attend_latent(weights: Attention, buffers: Buffers, cache: torch.Tensor, mixed: torch.Tensor) -> None:
@@ -200,7 +200,7 @@ def attend_latent(weights: Attention, buffers: Buffers, cache: torch.Tensor, mix
     if not alone:
         unrotated = weights.unrotated
         heads_query = projected[:, : heads * (unrotated + rotated)].unflatten(1, (heads, -1))[..., :unrotated]
-        linear.few_rows_of_groups(heads_query, kv_b[:, :unrotated].mT, query[..., :rank], **buffers.early)
+        linear.few_rows_of_groups(heads_query, kv_b[:, :unrotated].mT, query[..., :rank])
     splits = splits_of(rows, triton.cdiv(heads, 16))
     partial = buffers.take("partial", rows, splits, heads, rank, dtype=torch.float32)
     share = buffers.take("share", rows, splits, heads, dtype=torch.float32)
@@ -209,8 +209,8 @@ def attend_latent(weights: Attention, buffers: Buffers, cache: torch.Tensor, mix
         latent.join_splits(partial, share, buffers.positions, mixed, kv_b, **buffers.early)
         return
     latents = buffers.take("latents", rows, heads, rank)
-    latent.join_splits(partial, share, buffers.positions, latents, **buffers.early)
-    linear.few_rows_of_groups(latents, kv_b[:, weights.unrotated :], mixed, **buffers.early)
+    latent.join_splits(partial, share, buffers.positions, latents)
+    linear.few_rows_of_groups(latents, kv_b[:, weights.unrotated :], mixed)
 
 
 def attend_multihead(weights: Attention, buffers: Buffers, cache: Cache, mixed: torch.Tensor) -> None:
@@ -238,7 +238,7 @@ def attend(weights: Attention, buffers: Buffers, cache: Cache) -> None:
     if buffers.rows == 1:
         linear.one_row_linear(mixed[0].flatten(), [weights.out], hidden[0], residual_N=hidden[0], **buffers.early)
     else:
-        linear.few_rows_linear(mixed.flatten(1), [weights.out], hidden, hidden, **buffers.early)
+        linear.few_rows_linear(mixed.flatten(1), [weights.out], hidden, hidden)
 
 
 def feed_one_row(layer: Layer, buffers: Buffers) -> None:
@@ -264,29 +264,28 @@ def feed_one_row(layer: Layer, buffers: Buffers) -> None:
 def feed_few_rows(layer: Layer, buffers: Buffers, next_norm: torch.Tensor, next_eps: float) -> None:
     """Add a layer's experts, or its dense MLP, to the hidden states, and write the next norm of them."""
     hidden, normed, rule, weights = buffers.hidden, buffers.normed, layer.rule, layer.experts
-    early = buffers.early
     rows, width = hidden.shape
     ids = shares = routed = routed_out = shared = shared_out = None
     if rule is not None and layer.gate is not None:
         ids = buffers.take(f"ids {id(layer)}", rows, rule.chosen, dtype=torch.int32)
         shares = buffers.take("shares", rows, rule.chosen, dtype=torch.float32)
-        gate.route(hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, normed, ids, shares, **early)
+        gate.route(hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, normed, ids, shares)
         routed = buffers.take("routed", rows, rule.chosen, weights.inner)
         routed_out = buffers.take("routed out", rows, rule.chosen, width)
     else:
-        norm.finish_layer(hidden, None, None, None, layer.post_norm, layer.eps, hidden, normed, **early)
+        norm.finish_layer(hidden, None, None, None, layer.post_norm, layer.eps, hidden, normed)
     if weights.shared_gate is not None:
         shared = buffers.take("shared", rows, weights.shared_inner)
         shared_out = buffers.take("shared out", rows, width)
-    experts.few_rows_inner(normed, weights, routed, shared, ids, **early)
-    experts.few_rows_down(routed, shared, weights, routed_out, shared_out, ids, **early)
-    norm.finish_layer(hidden, routed_out, shares, shared_out, next_norm, next_eps, hidden, normed, **early)
+    experts.few_rows_inner(normed, weights, routed, shared, ids)
+    experts.few_rows_down(routed, shared, weights, routed_out, shared_out, ids)
+    norm.finish_layer(hidden, routed_out, shares, shared_out, next_norm, next_eps, hidden, normed)
 
 
 def predict(weights: Weights, buffers: Buffers) -> None:
     """Write the logits, and the likeliest ids in place of those read."""
     if buffers.rows > 1:
-        linear.few_rows_linear(buffers.normed, [weights.head], buffers.logits, rounded=True, **buffers.early)
+        linear.few_rows_linear(buffers.normed, [weights.head], buffers.logits, rounded=True)
         torch.argmax(buffers.logits, dim=-1, out=buffers.tokens)
         return
     block = linear.one_row_blocks(weights.head.shape[1])["BLOCK_N"]

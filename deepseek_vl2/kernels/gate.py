@@ -175,10 +175,7 @@ def _route_kernel(
     GROUP_SIZE: tl.constexpr,
     KEPT_GROUPS: tl.constexpr,
     NORMALISED: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ) -> None:
-    let_next_start(EARLY)
-    wait_for_inputs(EARLY)
     row = tl.program_id(0)
     dtype = x_ptr.dtype.element_ty
     e = tl.arange(0, E_PAD)
@@ -221,12 +218,8 @@ def route(
     normed_BH: torch.Tensor,
     ids_BK: torch.Tensor,
     weights_BK: torch.Tensor,
-    **options: Any,
 ) -> None:
-    """Write `route_plain` of contiguous rows; ids are int32, weights float32. One program a row.
-
-    Options: of the launch, see `primitives.early_start`.
-    """
+    """Write `route_plain` of contiguous rows; ids are int32, weights float32. One program a row."""
     check_rows(x_BH, weight_EH, normed_BH, ids_BK, weights_BK)
     constants = rule.constants()
     _route_kernel[(x_BH.shape[0],)](
@@ -244,7 +237,6 @@ def route(
         AT_ONCE=4,
         **constants,
         num_warps=16 if rule.experts > 64 else 8,
-        **options,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, dot, let_next_start, power_of_two, wait_for_inputs
+from .primitives import check_rows, dot, let_next_start, power_of_two, prefetch, wait_for_inputs
 
 
 def rotate_pairs_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -109,6 +109,7 @@ def _prepare_kernel(
     R_PAD: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ABSORB: tl.constexpr,
+    PARTS: tl.constexpr,
     EARLY: tl.constexpr = False,
 ) -> None:
     let_next_start(EARLY)
@@ -118,6 +119,9 @@ def _prepare_kernel(
     width: tl.constexpr = N * (D + P) + R + P
     query_row = query_ptr + (row * N + head) * (R + P)
     position = tl.load(positions_ptr + row)
+    if EARLY:
+        # Before the weights of the kernels that start early have filled the queue: attention waits for these.
+        prefetch(cache_ptr + row * cache_row, position * (R + P), head * PARTS + part, (N + 1) * PARTS)
     if head == N:  # behind the heads: the latent
         wait_for_inputs(EARLY)
         if part == 0:
@@ -181,7 +185,8 @@ def prepare(
     rank, rotated = norm_R.shape[0], cos_CP.shape[-1]
     unrotated = (projected_BX.shape[1] - rank - rotated) // heads - rotated
     block = min(power_of_two(rank, 16), 64)
-    _prepare_kernel[(rows, heads + 1, triton.cdiv(rank, block) if absorb else 1)](
+    parts = triton.cdiv(rank, block) if absorb else 1
+    _prepare_kernel[(rows, heads + 1, parts)](
         projected_BX,
         kv_b_NER,
         norm_R,
@@ -202,6 +207,7 @@ def prepare(
         R_PAD=power_of_two(rank, 16),
         BLOCK_R=block,
         ABSORB=absorb,
+        PARTS=parts,
         num_warps=4,
         **options,
     )
@@ -403,10 +409,10 @@ def join_splits(
         D=kv_b_NER.shape[1] - value if kv_b_NER is not None else 0,
         V=value,
         SPLITS=splits,
-        BLOCK_W=min(power_of_two(splits), 16),
+        BLOCK_W=min(power_of_two(splits), 32),
         BLOCK_C=keys_a_step,
         BLOCK_V=block,
         PROJECT=projects,
-        num_warps=4,
+        num_warps=8,
         **options,
     )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, dot, let_next_start, load_rows, power_of_two, prefetch_rows, wait_for_inputs
+from .primitives import check_rows, dot, let_next_start, load_rows, power_of_two, wait_for_inputs
 
 MAX_WEIGHTS = 3
 
@@ -216,12 +216,9 @@ def _few_rows_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROUNDED: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ) -> None:
-    let_next_start(EARLY)
     program = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
     blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
@@ -238,9 +235,6 @@ def _few_rows_kernel(
     shift = tl.where(in_third, N1 + N2, tl.where(in_second, N1, 0))
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
-    if W_K == 1:
-        prefetch_rows(matrix, n, size, W_N, PREFETCH, EARLY)
-    wait_for_inputs(EARLY)
     # The weight stands on the left: its many rows fill the matrix unit, and the few tokens are its narrow side.
     total = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -267,7 +261,6 @@ def few_rows_blocks(rows: int, outputs: int, inputs: int) -> dict[str, int]:
         "BLOCK_K": min(power_of_two(inputs, 16), 128),
         "BLOCK_B": min(power_of_two(rows, 16), 64),
         "STAGES": 4,
-        "PREFETCH": min(power_of_two(inputs, 64) // 2, 16384 // block_n),  # 32 kB a program, or half of its rows
         "num_warps": 4,
     }
 
@@ -288,7 +281,7 @@ def few_rows_linear(
         out_BN: of any floating dtype; may be the residual itself.
         residual_BN: added to the result; laid out like ``out_BN``.
         rounded: round the product to the dtype of ``x_BK`` although ``out_BN`` is wider.
-        blocks: block sizes instead of those of `few_rows_blocks`, and options of the launch (`early_start`).
+        blocks: block sizes instead of those of `few_rows_blocks`.
     """
     if not 1 <= len(weights) <= MAX_WEIGHTS:
         raise ValueError(f"few_rows_linear takes one to {MAX_WEIGHTS} weights, got {len(weights)}.")
@@ -307,7 +300,7 @@ def few_rows_of_groups(x_BGK: torch.Tensor, weight_GNK: torch.Tensor, out_BGN: t
         x_BGK: rows of any strides but the last.
         weight_GNK: of any strides: a transposed view will do.
         out_BGN: of any strides but the last.
-        blocks: block sizes instead of those of `few_rows_blocks`, and options of the launch (`early_start`).
+        blocks: block sizes instead of those of `few_rows_blocks`.
     """
     _launch_few_rows(x_BGK, [weight_GNK], out_BGN, None, False, blocks)
 

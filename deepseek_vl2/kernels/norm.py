@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, let_next_start, power_of_two, wait_for_inputs
+from .primitives import check_rows, power_of_two
 
 
 def rms_norm_plain(x_BH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
@@ -45,15 +43,12 @@ def _finish_layer_kernel(
     BLOCK_H: tl.constexpr,
     K: tl.constexpr,
     SHARED: tl.constexpr,
-    EARLY: tl.constexpr = False,
 ) -> None:
-    let_next_start(EARLY)
     row = tl.program_id(0)
     dtype = out_ptr.dtype.element_ty
     h = tl.arange(0, BLOCK_H)
     held = h < H
     norm = tl.load(norm_ptr + h, mask=held, other=0.0).to(tl.float32)
-    wait_for_inputs(EARLY)
     out = tl.load(residual_ptr + row * H + h, mask=held, other=0.0).to(tl.float32)
     if K > 0:
         total = tl.zeros([BLOCK_H], tl.float32)
@@ -82,12 +77,10 @@ def finish_layer(
     eps: float,
     out_BH: torch.Tensor,
     normed_BH: torch.Tensor,
-    **options: Any,
 ) -> None:
     """Write `finish_layer_plain`; without routed and shared experts, the norm alone.
 
-    ``out_BH`` may be the residual itself. Rounds where the plain form rounds. All tensors are contiguous. Options: of
-    the launch, see `primitives.early_start`.
+    ``out_BH`` may be the residual itself. Rounds where the plain form rounds. All tensors are contiguous.
     """
     check_rows(residual_BH, out_BH, normed_BH)
     rows, hidden = residual_BH.shape
@@ -105,5 +98,4 @@ def finish_layer(
         K=0 if weights_BK is None else weights_BK.shape[1],
         SHARED=shared_BH is not None,
         num_warps=8,
-        **options,
     )

@@ -63,14 +63,11 @@ def load_rows(
 
 
 @triton.jit
-def prefetch_rows(
-    matrix_ptr: tl.tensor, rows: tl.tensor, size: tl.tensor, ROW: tl.constexpr, READ: tl.constexpr, EARLY: tl.constexpr
-) -> None:
-    """Bring the first READ numbers (a power of two) of some rows, ROW apart, into the L2 cache; with EARLY only."""
-    if EARLY:
-        LINE: tl.constexpr = 64  # numbers of two bytes in a line of 128
-        start = tl.arange(0, (READ + LINE - 1) // LINE) * LINE
-        places = matrix_ptr + tl.minimum(rows, size - 1).to(tl.int64)[:, None] * ROW + start[None, :]
+def prefetch(start_ptr: tl.tensor, numbers: tl.tensor, part: tl.tensor, PARTS: tl.constexpr) -> None:
+    """Bring this program's share, one of PARTS, of memory with that many numbers of two bytes into the L2 cache."""
+    step = tl.arange(0, 128)
+    for line in range(part * 128, (numbers + 63) // 64, PARTS * 128):
+        places = start_ptr + tl.minimum((line + step) * 64, numbers - 1)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places.to(tl.int64)], dtype=tl.int32, is_pure=False,
             pack=1,
