@@ -158,18 +158,18 @@ class KernelChecks:
         ids = torch.zeros(rows, rule.chosen, dtype=torch.int32, device=self.device)
         shares = self.poisoned(rows, rule.chosen, dtype=torch.float32)
         out, normed = self.poisoned(rows, self.hidden), self.poisoned(rows, self.hidden)
+        logits = self.poisoned(rows, rule.experts, dtype=torch.float32)
+        tickets = torch.zeros(rows, dtype=torch.int32, device=self.device)
         residual = self.draw(rows, self.hidden, scale=0.01)  # small: it must not hide what is added to it
         if rows == 1:
-            logits = self.poisoned(rule.experts, dtype=torch.float32)
             hidden = self.poisoned(rule.chosen * inner + common)
-            ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
-            gate.one_row_route(
-                x[0], layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, ticket, ids[0], shares[0]
-            )
+            gate.route(x, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, tickets, ids, shares)
             experts.one_row_inner(x[0], layer.post_norm, layer.eps, layer.experts, hidden, ids[0])
             experts.one_row_down(hidden, layer.experts, residual[0], out[0], ids[0], shares[0])
         else:
-            gate.route(x, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, normed, ids, shares)
+            gate.route(
+                x, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, tickets, ids, shares, normed
+            )
             routed, shared = self.poisoned(rows, rule.chosen, inner), self.poisoned(rows, common)
             routed_out, shared_out = self.poisoned(rows, rule.chosen, self.hidden), self.poisoned(rows, self.hidden)
             experts.few_rows_inner(normed, layer.experts, routed, shared, ids)
@@ -196,7 +196,9 @@ class KernelChecks:
         x, normed = self.draw(self.rows, self.hidden), self.poisoned(self.rows, self.hidden)
         ids = torch.zeros(self.rows, rule.chosen, dtype=torch.int32, device=self.device)
         shares = self.poisoned(self.rows, rule.chosen, dtype=torch.float32)
-        gate.route(x, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, normed, ids, shares)
+        logits = self.poisoned(self.rows, rule.experts, dtype=torch.float32)
+        tickets = torch.zeros(self.rows, dtype=torch.int32, device=self.device)
+        gate.route(x, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, tickets, ids, shares, normed)
         plain_normed, _, plain_shares = gate.route_plain(x, layer.post_norm, layer.eps, layer.gate, layer.bias, rule)
         return max(error(normed, plain_normed), error(shares.sort().values, plain_shares.sort().values))
 

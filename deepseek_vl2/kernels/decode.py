@@ -98,7 +98,7 @@ class Buffers:
         logits: [B, vocabulary], float32.
         cos: table for all positions, [C, rotated], and ``sin``.
         caches: of each layer: ([B, C, R + P],) or keys and values, [B, M, C, D] each.
-        ticket: 0 between the kernels, see `gate.one_row_route`.
+        tickets: [B], 0 between the kernels, see `gate.route`.
         early: the options of launches, see `primitives.early_start`.
     """
 
@@ -110,7 +110,7 @@ class Buffers:
     caches: list[Cache]
     hidden: torch.Tensor
     normed: torch.Tensor
-    ticket: torch.Tensor
+    tickets: torch.Tensor
     early: dict[str, Any] = field(default_factory=dict)
     scratch: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -164,7 +164,7 @@ def new_buffers(weights: Weights, rows: int, cos: torch.Tensor, sin: torch.Tenso
         caches=[new_cache(layer.attention, rows, cos) for layer in weights.layers],
         hidden=weights.head.new_zeros(rows, hidden),
         normed=weights.head.new_zeros(rows, hidden),
-        ticket=torch.zeros(1, dtype=torch.int32, device=device),
+        tickets=torch.zeros(rows, dtype=torch.int32, device=device),
         early=early_start(device) if early and rows == 1 else {},
     )
 
@@ -250,11 +250,11 @@ def feed_one_row(layer: Layer, buffers: Buffers) -> None:
         experts.one_row_inner(hidden, layer.post_norm, layer.eps, weights, inner, **early)
         experts.one_row_down(inner, weights, hidden, hidden, **early)
         return
-    logits = buffers.take("gate", rule.experts, dtype=torch.float32)
+    logits = buffers.take("gate", 1, rule.experts, dtype=torch.float32)
     ids = buffers.take(f"ids {id(layer)}", 1, chosen, dtype=torch.int32)
     shares = buffers.take("shares", 1, chosen, dtype=torch.float32)
-    gate.one_row_route(
-        hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, buffers.ticket, ids[0], shares[0],
+    gate.route(
+        buffers.hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, buffers.tickets, ids, shares,
         **early,
     )  # fmt: skip
     experts.one_row_inner(hidden, layer.post_norm, layer.eps, weights, inner, ids[0], **early)
@@ -269,7 +269,11 @@ def feed_few_rows(layer: Layer, buffers: Buffers, next_norm: torch.Tensor, next_
     if rule is not None and layer.gate is not None:
         ids = buffers.take(f"ids {id(layer)}", rows, rule.chosen, dtype=torch.int32)
         shares = buffers.take("shares", rows, rule.chosen, dtype=torch.float32)
-        gate.route(hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, normed, ids, shares)
+        logits = buffers.take("gate", rows, rule.experts, dtype=torch.float32)
+        gate.route(
+            hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, buffers.tickets, ids, shares,
+            normed,
+        )  # fmt: skip
         routed = buffers.take("routed", rows, rule.chosen, weights.inner)
         routed_out = buffers.take("routed out", rows, rule.chosen, width)
     else:

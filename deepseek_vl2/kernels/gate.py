@@ -157,105 +157,18 @@ def _route_kernel(
     norm_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     bias_ptr: tl.tensor,
-    normed_ptr: tl.tensor,
-    ids_ptr: tl.tensor,
-    weights_ptr: tl.tensor,
-    eps: tl.tensor,
-    scale: tl.tensor,
-    H: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    E: tl.constexpr,
-    E_PAD: tl.constexpr,
-    CHOSEN: tl.constexpr,
-    CHOSEN_PAD: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    CORRECTED: tl.constexpr,
-    LIMITED: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    KEPT_GROUPS: tl.constexpr,
-    NORMALISED: tl.constexpr,
-) -> None:
-    row = tl.program_id(0)
-    dtype = x_ptr.dtype.element_ty
-    e = tl.arange(0, E_PAD)
-    step = tl.arange(0, BLOCK_H)
-    squares = tl.zeros([BLOCK_H], tl.float32)
-    for start in tl.static_range(0, H, BLOCK_H):
-        h = start + step
-        x = tl.load(x_ptr + row * H + h, mask=h < H, other=0.0).to(tl.float32)
-        squares += x * x
-    inverse = tl.rsqrt(tl.sum(squares, axis=0) / H + eps)
-    total = tl.zeros([E_PAD, BLOCK_H], tl.float32)
-    # Some loads are under way together; all of them would not fit into the registers.
-    for outer in range(0, H, AT_ONCE * BLOCK_H):
-        for inner in tl.static_range(0, AT_ONCE * BLOCK_H, BLOCK_H):
-            h = outer + inner + step
-            held = (e < E)[:, None] & (h < H)[None, :]
-            weight = tl.load(weight_ptr + e[:, None] * H + h[None, :], mask=held, other=0.0)
-            x = tl.load(x_ptr + row * H + h, mask=h < H, other=0.0).to(tl.float32)
-            norm = tl.load(norm_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-            normed = ((x * inverse).to(dtype).to(tl.float32) * norm).to(dtype)  # rounded where the plain form rounds
-            tl.store(normed_ptr + row * H + h, normed, mask=h < H)
-            total += weight.to(tl.float32) * normed.to(tl.float32)[None, :]
-    logits = tl.where(e < E, tl.sum(total, axis=1), float("-inf"))
-    ids, weights = choose_experts(
-        logits, bias_ptr, scale, E, E_PAD, CHOSEN, CHOSEN_PAD, SIGMOID, CORRECTED, LIMITED, GROUP_SIZE, KEPT_GROUPS,
-        NORMALISED,
-    )  # fmt: skip
-    slot = tl.arange(0, CHOSEN_PAD)
-    tl.store(ids_ptr + row * CHOSEN + slot, ids, mask=slot < CHOSEN)
-    tl.store(weights_ptr + row * CHOSEN + slot, weights, mask=slot < CHOSEN)
-
-
-def route(
-    x_BH: torch.Tensor,
-    norm_H: torch.Tensor,
-    eps: float,
-    weight_EH: torch.Tensor,
-    bias_E: torch.Tensor | None,
-    rule: GateRule,
-    normed_BH: torch.Tensor,
-    ids_BK: torch.Tensor,
-    weights_BK: torch.Tensor,
-) -> None:
-    """Write `route_plain` of contiguous rows; ids are int32, weights float32. One program a row."""
-    check_rows(x_BH, weight_EH, normed_BH, ids_BK, weights_BK)
-    constants = rule.constants()
-    _route_kernel[(x_BH.shape[0],)](
-        x_BH,
-        norm_H,
-        weight_EH,
-        weights_BK if bias_E is None else bias_E,
-        normed_BH,
-        ids_BK,
-        weights_BK,
-        eps,
-        rule.scale,
-        H=x_BH.shape[-1],
-        BLOCK_H=min(power_of_two(x_BH.shape[-1], 16), 128),
-        AT_ONCE=4,
-        **constants,
-        num_warps=16 if rule.experts > 64 else 8,
-    )
-
-
-@triton.jit
-def _one_row_route_kernel(
-    x_ptr: tl.tensor,
-    norm_ptr: tl.tensor,
-    weight_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
     logits_ptr: tl.tensor,
-    ticket_ptr: tl.tensor,
+    tickets_ptr: tl.tensor,
     ids_ptr: tl.tensor,
     weights_ptr: tl.tensor,
+    normed_ptr: tl.tensor,
     eps: tl.tensor,
     scale: tl.tensor,
     H: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    NORMED: tl.constexpr,
     E: tl.constexpr,
     E_PAD: tl.constexpr,
     CHOSEN: tl.constexpr,
@@ -269,80 +182,101 @@ def _one_row_route_kernel(
     EARLY: tl.constexpr = False,
 ) -> None:
     let_next_start(EARLY)
+    row = tl.program_id(1)
     own = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     parts = load_rows(weight_ptr, own, E, H, H, BLOCK_H)
     wait_for_inputs(EARLY)
     total = tl.zeros([BLOCK_E, BLOCK_H], tl.float32)
     squares = tl.zeros([BLOCK_H], tl.float32)
-    for part in tl.static_range((H + BLOCK_H - 1) // BLOCK_H):
+    for part in tl.static_range(blocks):
         h = part * BLOCK_H + tl.arange(0, BLOCK_H)
-        x = tl.load(x_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * H + h, mask=h < H, other=0.0).to(tl.float32)
         squares += x * x
-        x *= tl.load(norm_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-        total += parts[part].to(tl.float32) * x[None, :]
-    own_logits = tl.sum(total, axis=1) * tl.rsqrt(tl.sum(squares, axis=0) / H + eps)
-    tl.store(logits_ptr + own, own_logits, mask=own < E)
-    # Whoever draws the last ticket sees all logits, and chooses.
+        if not NORMED:
+            x *= tl.load(norm_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+            total += parts[part].to(tl.float32) * x[None, :]
+    inverse = tl.rsqrt(tl.sum(squares, axis=0) / H + eps)
+    if NORMED:  # rounded where the plain form rounds
+        dtype = normed_ptr.dtype.element_ty
+        for part in tl.static_range(blocks):
+            h = part * BLOCK_H + tl.arange(0, BLOCK_H)
+            x = tl.load(x_ptr + row * H + h, mask=h < H, other=0.0).to(tl.float32)
+            norm = tl.load(norm_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+            normed = ((x * inverse).to(dtype).to(tl.float32) * norm).to(dtype)
+            if tl.program_id(0) == 0:
+                tl.store(normed_ptr + row * H + h, normed, mask=h < H)
+            total += parts[part].to(tl.float32) * normed.to(tl.float32)[None, :]
+        own_logits = tl.sum(total, axis=1)
+    else:
+        own_logits = tl.sum(total, axis=1) * inverse
+    tl.store(logits_ptr + row * E + own, own_logits, mask=own < E)
+    # Whoever draws a row's last ticket sees all its logits, and chooses.
     tl.debug_barrier()
-    ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel")
+    ticket = tl.atomic_add(tickets_ptr + row, 1, sem="acq_rel")
     if ticket == PROGRAMS - 1:
         e = tl.arange(0, E_PAD)
-        logits = tl.load(logits_ptr + e, mask=e < E, other=float("-inf"), cache_modifier=".cg")
+        logits = tl.load(logits_ptr + row * E + e, mask=e < E, other=float("-inf"), cache_modifier=".cg")
         ids, weights = choose_experts(
             logits, bias_ptr, scale, E, E_PAD, CHOSEN, CHOSEN_PAD, SIGMOID, CORRECTED, LIMITED, GROUP_SIZE,
             KEPT_GROUPS, NORMALISED,
         )  # fmt: skip
         slot = tl.arange(0, CHOSEN_PAD)
-        tl.store(ids_ptr + slot, ids, mask=slot < CHOSEN)
-        tl.store(weights_ptr + slot, weights, mask=slot < CHOSEN)
-        tl.store(ticket_ptr, 0)
+        tl.store(ids_ptr + row * CHOSEN + slot, ids, mask=slot < CHOSEN)
+        tl.store(weights_ptr + row * CHOSEN + slot, weights, mask=slot < CHOSEN)
+        tl.store(tickets_ptr + row, 0)
 
 
-def one_row_route(
-    x_H: torch.Tensor,
+def route(
+    x_BH: torch.Tensor,
     norm_H: torch.Tensor,
     eps: float,
     weight_EH: torch.Tensor,
     bias_E: torch.Tensor | None,
     rule: GateRule,
-    logits_E: torch.Tensor,
-    ticket_1: torch.Tensor,
-    ids_K: torch.Tensor,
-    weights_K: torch.Tensor,
+    logits_BE: torch.Tensor,
+    tickets_B: torch.Tensor,
+    ids_BK: torch.Tensor,
+    weights_BK: torch.Tensor,
+    normed_BH: torch.Tensor | None = None,
     **blocks: Any,
 ) -> None:
-    """Choose one row's experts as `route_plain` does, by several programs; its norm is folded into the logits.
+    """Write `route_plain` of contiguous rows, several programs a row.
 
     Args:
-        x_H: the row, before its norm.
+        x_BH: the rows, before their norm.
         norm_H: the norm's weight.
         eps: the norm's epsilon.
-        weight_EH: the gate's, contiguous.
+        weight_EH: the gate's.
         bias_E: what a corrected choice adds to the scores.
         rule: how experts are chosen.
-        logits_E: written, float32.
-        ticket_1: int32; 0, before and after.
-        ids_K: written, int32, best first.
-        weights_K: written, float32.
+        logits_BE: written, float32.
+        tickets_B: int32; 0, before and after.
+        ids_BK: written, int32, best first.
+        weights_BK: written, float32.
+        normed_BH: written; without it the norm is folded into the logits, and not rounded.
         blocks: block sizes instead of the usual ones, and options of the launch (`early_start`).
     """
-    check_rows(x_H, weight_EH, logits_E, ids_K, weights_K)
-    hidden = x_H.shape[-1]
-    sizes = {"BLOCK_E": 2, "BLOCK_H": min(power_of_two(hidden, 16), 512), "num_warps": 8, **blocks}
+    check_rows(x_BH, weight_EH, logits_BE, ids_BK, weights_BK)
+    rows, hidden = x_BH.shape
+    block_e = 2 if rows == 1 else 8
+    sizes = {"BLOCK_E": block_e, "BLOCK_H": min(power_of_two(hidden, 16), 512), "num_warps": 8, **blocks}
     programs = triton.cdiv(rule.experts, sizes["BLOCK_E"])
-    _one_row_route_kernel[(programs,)](
-        x_H,
+    _route_kernel[(programs, rows)](
+        x_BH,
         norm_H,
         weight_EH,
-        logits_E if bias_E is None else bias_E,
-        logits_E,
-        ticket_1,
-        ids_K,
-        weights_K,
+        logits_BE if bias_E is None else bias_E,
+        logits_BE,
+        tickets_B,
+        ids_BK,
+        weights_BK,
+        x_BH if normed_BH is None else normed_BH,
         eps,
         rule.scale,
         H=hidden,
         PROGRAMS=programs,
+        NORMED=normed_BH is not None,
         **rule.constants(),
         **sizes,
     )

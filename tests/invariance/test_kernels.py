@@ -163,7 +163,10 @@ def test_route(dtype: torch.dtype, rule: GateRule, width: int) -> None:
     normed = poisoned(rows, width, dtype=dtype)
     ids = torch.full((rows, rule.chosen), -1, device=DEVICE, dtype=torch.int32)
     weights = poisoned(rows, rule.chosen)
-    gate.route(x, weight, 1e-6, matrix, bias, rule, normed, ids, weights)
+    logits, tickets = poisoned(rows, rule.experts), torch.zeros(rows, device=DEVICE, dtype=torch.int32)
+    for _ in range(2):  # the second time it finds the tickets as the first one left them
+        gate.route(x, weight, 1e-6, matrix, bias, rule, logits, tickets, ids, weights, normed)
+        assert not tickets.any()
     plain_normed, _, _ = gate.route_plain(x, weight, 1e-6, matrix, bias, rule)
     check(normed, plain_normed, dtype)
     # From here the kernel's own normed rows: a bit's difference in them may exchange two experts of all but one score.
@@ -178,27 +181,27 @@ def test_route(dtype: torch.dtype, rule: GateRule, width: int) -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("width", [64, 640])
 def test_route_of_one_row(dtype: torch.dtype, rule: GateRule, width: int) -> None:
-    x, weight = draw(width, dtype=dtype), 1 + 0.1 * draw(width, dtype=dtype)
+    x, weight = draw(1, width, dtype=dtype), 1 + 0.1 * draw(width, dtype=dtype)
     matrix = draw(rule.experts, width, dtype=dtype, scale=width**-0.5)
     bias = 0.3 * draw(rule.experts) if rule.method == CORRECTED else None
-    logits, ticket = poisoned(rule.experts), torch.zeros(1, device=DEVICE, dtype=torch.int32)
-    ids, weights = torch.full((rule.chosen,), -1, device=DEVICE, dtype=torch.int32), poisoned(rule.chosen)
+    logits, ticket = poisoned(1, rule.experts), torch.zeros(1, device=DEVICE, dtype=torch.int32)
+    ids, weights = torch.full((1, rule.chosen), -1, device=DEVICE, dtype=torch.int32), poisoned(1, rule.chosen)
     for _ in range(2):  # the second time it finds the ticket as the first one left it
-        gate.one_row_route(x, weight, 1e-6, matrix, bias, rule, logits, ticket, ids, weights)
+        gate.route(x, weight, 1e-6, matrix, bias, rule, logits, ticket, ids, weights)
         assert ticket.item() == 0
-    normed = norm.rms_norm_plain(x[None].float(), weight.float(), 1e-6)
-    check(logits, torch.nn.functional.linear(normed, matrix.float())[0], torch.float32)
-    plain_ids, plain_weights = gate.choose_plain(logits[None], bias, rule)
-    assert torch.equal(ids.sort().values.long(), plain_ids[0].sort().values)
-    check(weights[ids.argsort()], plain_weights[0][plain_ids[0].argsort()], torch.float32)
+    normed = norm.rms_norm_plain(x.float(), weight.float(), 1e-6)
+    check(logits, torch.nn.functional.linear(normed, matrix.float()), torch.float32)
+    plain_ids, plain_weights = gate.choose_plain(logits, bias, rule)
+    assert torch.equal(ids.sort().values.long(), plain_ids.sort().values)
+    check(weights[0, ids[0].argsort()], plain_weights[0, plain_ids[0].argsort()], torch.float32)
 
 
 def test_ties_go_to_the_first_expert() -> None:
     rule = GateRule(8, 3)
     weights, ids = poisoned(1, 3), torch.full((1, 3), -1, device=DEVICE, dtype=torch.int32)
-    gate.route(
-        draw(1, 64), draw(64), 1e-6, torch.zeros(8, 64, device=DEVICE), None, rule, poisoned(1, 64), ids, weights
-    )
+    tickets = torch.zeros(1, device=DEVICE, dtype=torch.int32)
+    matrix = torch.zeros(8, 64, device=DEVICE)
+    gate.route(draw(1, 64), draw(64), 1e-6, matrix, None, rule, poisoned(1, 8), tickets, ids, weights)
     assert ids.tolist() == [[0, 1, 2]]
     assert torch.allclose(weights, torch.full_like(weights, 1 / 8))
 
