@@ -28,13 +28,17 @@ from .samples import MIXTURES, SyntheticConversations
 from .tower import LabelledTiles, SeeingTower, TilePool, check_seeds, collate_tiles
 
 DECAY = 0.25  # of the steps, at the end of the schedule "stable"
-SCHEDULES = ("cosine", "stable")
+SCHEDULES = ("cosine", "stable", "level")
 PARTS = ("all", "tower")
 # The stages of the packaged model, one after another; each starts from the one before.
 RECIPE: dict[str, str] = {
     "tower": "--part tower --steps 3600 --schedule stable --learning_rate 0.002 --warmup_steps 200 "
     "--first_picture 1000000",
     "language": "--mixture second --steps 5383 --learning_rate 0.001 --vision_lr_factor 0.3 --first_picture 3000000",
+    "pointing": "--mixture third --loss_weighting sqrt --steps 6000 --schedule level --learning_rate 0.001 "
+    "--warmup_steps 300 --vision_lr_factor 0.3 --first_picture 8000000",
+    "settling": "--mixture third --loss_weighting sqrt --steps 80 --batch_size 32 --learning_rate 0.0002 "
+    "--warmup_steps 10 --vision_lr_factor 0.3 --first_picture 12000000",
 }
 WITH_RECIPE = ("recipe", "output", "compile", "workers", "seed")
 LOGGING_STEPS = 50
@@ -64,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "--schedule",
         choices=SCHEDULES,
         default="cosine",
-        help="of the learning rate after the warm-up (default: cosine)",
+        help="of the learning rate after the warm-up; stable: level, then a quarter of the steps down (default: cosine)",
     )
     parser.add_argument("--compile", action="store_true", help="compile the layers: slower to start, faster afterwards")
     parser.add_argument("--steps", type=int, default=12000, help="optimizer steps (default: 12000)")
@@ -113,7 +117,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def schedule(args: Namespace) -> dict[str, Any]:
-    """Return the learning rate's course: cosine to a hundredth, or level and then straight down to it."""
+    """Return the learning rate's course: cosine to a hundredth, level and then straight down to it, or level."""
+    if args.schedule == "level":
+        return {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {}}
     if args.schedule == "cosine":
         return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.01}}
     decay = {"num_decay_steps": round(DECAY * args.steps), "decay_type": "linear", "min_lr_ratio": 0.01}

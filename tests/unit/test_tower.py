@@ -145,10 +145,25 @@ def test_the_recipe_goes_from_stage_to_stage(tmp_path, monkeypatch):
     stages = []
     monkeypatch.setattr(train, "train", stages.append)
     assert train.main(["--recipe", "--output", str(tmp_path), "--workers", "3"]) == 0
-    tower, language = stages
+    tower, language, pointing, settling = stages
     assert (tower.part, tower.init, tower.workers) == ("tower", None, 3)
     assert (language.part, language.init, language.mixture) == ("all", str(tower.output), "second")
-    assert tower.output.parent == language.output.parent == tmp_path
+    assert (pointing.init, pointing.mixture, pointing.schedule) == (str(language.output), "third", "level")
+    assert (settling.init, settling.loss_weighting) == (str(pointing.output), "sqrt")
+    assert {stage.output.parent for stage in stages} == {tmp_path}
+
+
+def test_the_level_schedule_stays_where_the_warm_up_ends(tmp_path):
+    args = train.parse_args(["--output", str(tmp_path), "--schedule", "level"])
+    name, options = train.schedule(args).values()
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    course = get_scheduler(name, optimizer, 4, 20, options)
+    rates = []
+    for _ in range(20):
+        rates.append(course.get_last_lr()[0])
+        optimizer.step()
+        course.step()
+    assert rates == [0.0, 0.25, 0.5, 0.75] + 16 * [1.0]
 
 
 def test_mistakes_are_told(tmp_path, capsys):
