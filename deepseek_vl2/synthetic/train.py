@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         "--schedule",
         choices=SCHEDULES,
         default="cosine",
-        help="of the learning rate after the warm-up; stable: level, then a quarter of the steps down (default: cosine)",
+        help="of the learning rate after the warm-up; stable: level, then down (default: cosine)",
     )
     parser.add_argument("--compile", action="store_true", help="compile the layers: slower to start, faster afterwards")
     parser.add_argument("--steps", type=int, default=12000, help="optimizer steps (default: 12000)")

@@ -8,6 +8,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from transformers import get_scheduler
 
 pytest.importorskip("font_roboto", reason="the fonts of the extra 'synthetic' are not installed")
 
