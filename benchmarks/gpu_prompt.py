@@ -25,8 +25,8 @@ import torch
 from gpu_end_to_end import prompt, random_model
 
 from deepseek_vl2 import kernels
-from deepseek_vl2.kernels import graphs, runtime, tiles
-from deepseek_vl2.models import DeepseekVLV2Processor, generation, modeling_deepseek_vl_v2
+from deepseek_vl2.kernels import graphs, runtime
+from deepseek_vl2.models import DeepseekVLV2Processor, generation
 from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
 
 REPEATS = 7
@@ -67,13 +67,12 @@ def on_device(device: torch.device, run: Callable[[], Any]) -> float:
 
 @contextmanager
 def unrecorded(engine: runtime.Engine) -> Iterator[None]:
-    """Let prompts and tiles go through the modules."""
-    encoders, modeling_deepseek_vl_v2.FAST_ENCODERS = modeling_deepseek_vl_v2.FAST_ENCODERS, []
+    """Let prompts go through the model's own forward pass."""
     reason, engine.why_not_prompts = engine.why_not_prompts, "this measurement wants none"
     try:
         yield
     finally:
-        modeling_deepseek_vl_v2.FAST_ENCODERS, engine.why_not_prompts = encoders, reason
+        engine.why_not_prompts = reason
 
 
 def reserved(device: torch.device) -> float:
@@ -125,9 +124,7 @@ def measure(size: str, device: torch.device) -> list[tuple[str, str]]:
     rows.append(("memory that recordings hold, MB", f"{reserved(device) - before:.0f}"))
     (session,) = engine.sessions.values()
     (one,) = session.prompts.held.values()
-    encoder = tiles.ENCODERS.get(model)
     rows.append(("why prompts are not recorded", str(engine.why_not_prompts)))
-    rows.append(("why tiles are not recorded", "no encoder" if encoder is None else str(encoder.broken)))
     replay = one.replay or one.run
 
     logits = session.buffers.logits
@@ -158,9 +155,8 @@ def measure(size: str, device: torch.device) -> list[tuple[str, str]]:
         ("language model, the pass run as it is", f"{wall(device, one.run):.1f}"),
         ("language model, replay", f"{wall(device, replay):.1f}"),
         ("language model, replay, device", f"{on_device(device, replay):.1f}"),
-        ("tower and projector, modules", f"{wall(device, lambda: model.projector(model.vision(pixels))):.1f}"),
-        ("tower and projector, replay", f"{wall(device, lambda: model.encode_tiles(pixels)):.1f}"),
-        ("tower and projector, replay, device", f"{on_device(device, lambda: model.encode_tiles(pixels)):.1f}"),
+        ("tower and projector", f"{wall(device, lambda: model.encode_tiles(pixels)):.1f}"),
+        ("tower and projector, between events", f"{on_device(device, lambda: model.encode_tiles(pixels)):.1f}"),
     ]
     for name, run in (("generate, one token", answer), ("first token with the host's part", ask)):
         with unrecorded(engine):
@@ -188,7 +184,6 @@ def main() -> None:
     if device.type != "cuda":  # the loop of the kernels, and passes that are not recorded
         runtime.why_not_device = lambda weight: None
         generation.FAST_SAMPLERS[:] = [runtime.sample]
-        modeling_deepseek_vl_v2.FAST_ENCODERS[:] = [tiles.encode_tiles]
         graphs.recorder_for = lambda device: lambda run: run
     for size in args.sizes:
         start = time.perf_counter()

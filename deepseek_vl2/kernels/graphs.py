@@ -110,15 +110,3 @@ def modes() -> tuple[Any, ...]:
         cuda.cudnn_sdp_enabled(),
         cuda.math_sdp_enabled(),
     )
-
-
-def why_not_bypassed(module: torch.nn.Module) -> str | None:
-    """Return why a module's own call must not be gone around: hooks, or a forward pass of somebody else's."""
-    name = type(module).__name__
-    state: dict[str, Any] = vars(module)
-    if state.get("_hf_hook") is not None or "forward" in state:
-        return f"{name} is offloaded, or its forward pass was replaced"
-    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-        return f"{name} has forward hooks"
-    every = torch.nn.modules.module
-    return "all modules have hooks" if every._global_forward_hooks or every._global_forward_pre_hooks else None

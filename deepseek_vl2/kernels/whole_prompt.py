@@ -22,7 +22,7 @@ from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
 from ..models.moe import DeepseekV2Experts
 from . import norm, prompt
 from .decode import Buffers
-from .graphs import Pass, why_not_bypassed
+from .graphs import Pass
 
 STEP = 128
 # Beyond this many tokens the device takes longer than the host needs to launch.
@@ -123,6 +123,18 @@ def why_not_experts(language: Any) -> str | None:
         return None
     layers = [module for module in language.modules() if isinstance(module, DeepseekV2Experts)]
     return None if all(prompt.takes(layer, weight) for layer in layers) else "the experts are not for grouped products"
+
+
+def why_not_bypassed(module: torch.nn.Module) -> str | None:
+    """Return why a module's own call must not be gone around: hooks, or a forward pass of somebody else's."""
+    name = type(module).__name__
+    state: dict[str, Any] = vars(module)
+    if state.get("_hf_hook") is not None or "forward" in state:
+        return f"{name} is offloaded, or its forward pass was replaced"
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+        return f"{name} has forward hooks"
+    every = torch.nn.modules.module
+    return "all modules have hooks" if every._global_forward_hooks or every._global_forward_pre_hooks else None
 
 
 def why_not_prompt(call: SampleCall, language: Any) -> str | None:
