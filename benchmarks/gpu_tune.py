@@ -147,11 +147,12 @@ class Tuner:
 def tune(size: str, rows: int, weights: Weights, best: int) -> None:
     """Print the best candidates of each kernel beside its own block sizes."""
     tuner = Tuner(weights, rows)
+    early = early_start(weights.head.device) if rows == 1 else {}  # kernels of several rows start when theirs is due
     for name, run, read, candidates in tuner.tasks():
         found: list[tuple[float, Blocks]] = []
         for blocks in candidates:
             try:
-                found.append((time_calls(tuner.layers, run, {**early_start(weights.head.device), **blocks}), blocks))
+                found.append((time_calls(tuner.layers, run, {**early, **blocks}), blocks))
             except (TritonError, RuntimeError) as error:
                 print(f"{name} {blocks}: {type(error).__name__}: {str(error)[:120]}")
         for place, (time, blocks) in enumerate([*found[:1], *sorted(found, key=lambda pair: pair[0])[:best]]):

@@ -398,3 +398,6 @@ THIRD_WEIGHTS: dict[Builder, float] = {
     relation: 2.5,
     exists: 0.8,
 }
+
+# "fourth" asks most for what the third stage leaves: crowds, relations and fine print.
+FOURTH_WEIGHTS: dict[Builder, float] = {**THIRD_WEIGHTS, read_fine: 6.0, count: 6.0, relation: 4.0}

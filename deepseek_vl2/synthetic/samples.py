@@ -13,6 +13,7 @@ from deepseek_vl2.models.tiling import MAX_TILED_IMAGES
 
 from .drawing import draw_scene
 from .questions import (
+    FOURTH_WEIGHTS,
     SECOND_WEIGHTS,
     THIRD_WEIGHTS,
     WEIGHTS,
@@ -207,6 +208,13 @@ MIXTURES: dict[str, Mixture] = {
         {mixed_scene: 0.42, crowd_scene: 0.22, words_scene: 0.14, page_scene: 0.06, easy_scene: 0.16},
         THIRD_WEIGHTS,
         comparisons=0.2,
+        compared=8,
+        telling_last=True,
+    ),
+    "fourth": Mixture(
+        {mixed_scene: 0.36, crowd_scene: 0.30, words_scene: 0.20, page_scene: 0.06, easy_scene: 0.08},
+        FOURTH_WEIGHTS,
+        comparisons=0.08,
         compared=8,
         telling_last=True,
     ),
