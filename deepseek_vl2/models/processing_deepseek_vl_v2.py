@@ -558,7 +558,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         input_ids = torch.tensor(sample.ids, dtype=torch.long)
         target_ids = torch.tensor(sample.labels, dtype=torch.long)
         target_ids[input_ids == self.image_token_id] = self.ignore_id
-        grids = sample.grids or [(0, 0)]
+        grids = sample.grids or [TileGrid(0, 0)]
         return VLChatProcessorOutput(
             sft_format=sft_format,
             input_ids=input_ids,
