@@ -28,10 +28,16 @@ def check_image_size(image: Image.Image, name: str, max_pixels: int = MAX_IMAGE_
         )
 
 
+def _decoded(image: Image.Image) -> Image.Image:
+    """Return an image as RGB: itself, decoded, where it is that already."""
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Decode a PIL image as RGB; raise ``ValueError`` when its file turns out to be damaged."""
+    """Decode a PIL image as RGB, to be read only; raise ``ValueError`` when its file turns out to be damaged."""
     try:
-        return image.convert("RGB")
+        return _decoded(image)
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{name} is truncated or damaged and cannot be decoded: {error}.") from error
 
@@ -71,7 +77,7 @@ def _open(source: Any) -> tuple[Image.Image, str]:
 
 
 def load_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Read one image and return it as RGB, turned upright as its EXIF orientation says.
+    """Read one image and return it as a new RGB image, turned upright as its EXIF orientation says.
 
     Args:
         source: a path, the bytes of a file, a ``data:`` URL or a PIL image.
@@ -81,11 +87,21 @@ def load_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
         FileNotFoundError: there is no file at the path.
         ValueError: the file is empty, truncated, not an image, has no area or has too many pixels.
     """
+    image = read_image(source, max_pixels)
+    # The file's own image would keep its class and its file name.
+    return image.copy() if type(image) is not Image.Image else image
+
+
+def read_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Do what `load_image` does, errors included, without its last copy: the image may be of a file format's class."""
     name = str(source) if isinstance(source, (str, os.PathLike)) and not str(source).startswith("data:") else "The data"
     try:
         image, name = _open(source)
         check_image_size(image, name, max_pixels)
-        return ImageOps.exif_transpose(image).convert("RGB")
+        if image is source:
+            return _decoded(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _decoded(image)
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not an image that Pillow can read.") from error
     except Image.DecompressionBombError as error:

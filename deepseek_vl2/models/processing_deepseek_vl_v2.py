@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
+from numpy.typing import NDArray
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 
 from .conversation import Conversation, get_conv_template
-from .image_loading import check_image_size, load_image, to_rgb
+from .image_loading import check_image_size, read_image, to_rgb
 from .messages import (
     CHAT_TEMPLATE,
     CHAT_TOKENS,
@@ -31,14 +32,86 @@ from .tiling import (
     Size,
     TileGrid,
     count_image_tokens,
-    fitted_size,
     select_best_resolution,
     tile_grid,
     tokens_per_side,
 )
+from .views import ByteTiles, map_in_threads, stack_tiles, write_view
 
 
-class VLChatProcessorOutput(BatchFeature):
+class _OutputWithTiles(BatchFeature):
+    """Fields of which the images may be held as bytes: they become the tensor that users see when it is first read.
+
+    Until then copying to a device, pickling and batching handle a quarter of the memory, and the tensor is made on the
+    device that the bytes are on by then.
+    """
+
+    def __init__(self, data: dict[str, Any] | None = None, **fields: Any) -> None:
+        super().__init__({**(data or {}), **fields})
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The fields as a plain dict, the images as a tensor."""
+        fields = self.held()
+        for name, value in fields.items():
+            if isinstance(value, ByteTiles):
+                fields[name] = value.numbers()
+        return fields
+
+    @data.setter
+    def data(self, fields: dict[str, Any]) -> None:
+        self.__dict__["data"] = fields
+
+    def held(self) -> dict[str, Any]:
+        """Return the fields as they are held, the images perhaps as `ByteTiles`."""
+        return self.__dict__["data"]
+
+    def __getitem__(self, item: str) -> Any:
+        if not isinstance(item, str) or isinstance(self.held().get(item), ByteTiles):
+            return super().__getitem__(item)
+        return self.held()[item]
+
+    def __getattr__(self, item: str) -> Any:
+        try:
+            return self[item]
+        except KeyError:
+            raise AttributeError(f"There is no field {item!r}.") from None
+
+    def __setitem__(self, item: str, value: Any) -> None:
+        self.held()[item] = value
+
+    def __contains__(self, item: object) -> bool:
+        return item in self.held()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held())
+
+    def __copy__(self) -> Any:
+        assert self.data is not None  # a shallow copy shares the tensors, so they must be there
+        return super().__copy__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"data": self.held()}
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+        """Move the tensors to ``device`` in place, cast the images to ``dtype``, and return self.
+
+        Images that nobody has read yet travel as bytes, and are normalised on ``device``: the same bits. Without a
+        dtype they keep float32: the model casts them to its own dtype when it looks at them.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        fields = self.held()
+        for name, value in fields.items():
+            if isinstance(value, ByteTiles):
+                fields[name] = value.to(device, dtype, **kwargs)
+            elif isinstance(value, torch.Tensor):
+                cast = dtype if value.is_floating_point() else None
+                fields[name] = value.to(device=device, dtype=cast, **kwargs)
+        return self
+
+
+class VLChatProcessorOutput(_OutputWithTiles):
     """One processed sample. Fields are read as attributes or as items.
 
     Fields:
@@ -51,14 +124,11 @@ class VLChatProcessorOutput(BatchFeature):
         num_image_tokens (list[int]): tokens of each image.
     """
 
-    def __init__(self, data: dict[str, Any] | None = None, **fields: Any) -> None:
-        super().__init__({**(data or {}), **fields})
-
     def __len__(self) -> int:
         return len(self["input_ids"])
 
 
-class BatchCollateOutput(BatchFeature):
+class BatchCollateOutput(_OutputWithTiles):
     """A batch of samples, padded on the left. Fields are read as attributes or as items.
 
     Fields:
@@ -69,22 +139,6 @@ class BatchCollateOutput(BatchFeature):
         images_spatial_crop (LongTensor [B, images, 2]): rows with fewer images end in [0, 0].
         seq_lens (list[int]): length of each sample before padding.
     """
-
-    def __init__(self, data: dict[str, Any] | None = None, **fields: Any) -> None:
-        super().__init__({**(data or {}), **fields})
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any) -> BatchCollateOutput:
-        """Move the tensors to ``device`` in place, cast the images to ``dtype``, and return self.
-
-        Without a dtype the images keep float32: the model casts them to its own dtype when it looks at them.
-        """
-        if isinstance(device, torch.dtype):
-            device, dtype = None, device
-        for name, value in self.data.items():
-            if isinstance(value, torch.Tensor):
-                cast = dtype if value.is_floating_point() else None
-                self.data[name] = value.to(device=device, dtype=cast, **kwargs)
-        return self
 
 
 class ImageTransform:
@@ -117,14 +171,9 @@ class ImageTransform:
 
     def batch(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return RGB images of one size as a float tensor of shape [N, 3, H, W]."""
-        table = self.values_of_bytes().numpy()
-        pixels = [np.asarray(image) for image in images]
-        out = np.empty((len(images), 3, *pixels[0].shape[:2]), dtype=np.float32)
-        # A table of 256 values, channel by channel: the same bits as arithmetic on each pixel, and ten times faster.
-        for target, image in zip(out, pixels, strict=True):
-            for channel in range(3):
-                np.take(table[channel], image[..., channel], out=target[channel], mode="clip")
-        return torch.from_numpy(out)
+        # A table of 256 values, channel by channel: the same bits as arithmetic on each pixel.
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+        return ByteTiles(pixels, self.values_of_bytes(), (len(images),)).numbers()
 
     def values_of_bytes(self) -> torch.Tensor:
         """Return what each byte of each channel becomes, [3, 256]."""
@@ -134,33 +183,14 @@ class ImageTransform:
         return values
 
 
-def pad_to_size(image: Image.Image, size: Size, color: tuple[int, ...]) -> Image.Image:
-    """Scale an image (bicubic, aspect ratio kept) to fit into ``size`` and centre it on a field of ``color``.
-
-    What `PIL.ImageOps.pad` does, but an image however long and thin keeps at least one pixel.
-    """
-    resized = image.resize(fitted_size(image.size, size), Image.Resampling.BICUBIC)
-    if resized.size == size:
-        return resized
-    field = Image.new(image.mode, size, color)
-    field.paste(resized, (round((size[0] - resized.width) * 0.5), round((size[1] - resized.height) * 0.5)))
-    return field
-
-
-def cut_into_tiles(image: Image.Image, grid: TileGrid, tile_size: int) -> list[Image.Image]:
-    """Cut an image of exactly ``grid`` tiles into those tiles, row by row."""
-    corners = [(i * tile_size, j * tile_size) for j in range(grid.down) for i in range(grid.across)]
-    return [image.crop((x, y, x + tile_size, y + tile_size)) for x, y in corners]
-
-
 class _Sample:
-    """A token sequence under construction, with its labels and its images' tiles."""
+    """A token sequence under construction, with its labels and its images."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.labels: list[int] = []
         self.image_mask: list[bool] = []
-        self.tiles: list[Image.Image] = []
+        self.images: list[Image.Image] = []
         self.grids: list[TileGrid] = []
         self.num_image_tokens: list[int] = []
 
@@ -169,11 +199,11 @@ class _Sample:
         self.labels += labels
         self.image_mask += [False] * len(ids)
 
-    def add_image(self, tiles: list[Image.Image], grid: TileGrid, ids: list[int], ignore_id: int) -> None:
+    def add_image(self, image: Image.Image, grid: TileGrid, ids: list[int], ignore_id: int) -> None:
         self.ids += ids
         self.labels += [ignore_id] * len(ids)
         self.image_mask += [True] * len(ids)
-        self.tiles += tiles
+        self.images.append(image)
         self.grids.append(grid)
         self.num_image_tokens.append(len(ids))
 
@@ -356,18 +386,28 @@ class DeepseekVLV2Processor(ProcessorMixin):
 
     # ---------------------------------------------------------------- images
 
-    def _tile_image(
-        self, image: Image.Image, cropping: bool, resolutions: Sequence[Size]
-    ) -> tuple[list[Image.Image], TileGrid]:
-        """Return the global view followed by the local tiles, and how many tiles there are."""
-        side = (self.image_size, self.image_size)
-        resolution = select_best_resolution(image.size, resolutions) if cropping else side
-        grid = tile_grid(resolution, self.image_size)
-        global_view = pad_to_size(image, side, self.image_transform.background)
-        if grid == (1, 1):
-            return [global_view, global_view], grid
-        local_view = pad_to_size(image, resolution, self.image_transform.background)
-        return [global_view, *cut_into_tiles(local_view, grid, self.image_size)], grid
+    def _tiles(self, sample: _Sample) -> ByteTiles:
+        """Return each image's global view followed by its local tiles; one tile of zeros where there is no image."""
+        side, color = self.image_size, self.image_transform.background
+        real = sum(grid.views for grid in sample.grids)
+        tiles_VSSC = np.empty((max(real, 1), side, side, 3), dtype=np.uint8)
+        views: list[tuple[Image.Image, TileGrid, NDArray[np.uint8]]] = []
+        twice: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = []
+        start = 0
+        for image, grid in zip(sample.images, sample.grids, strict=True):
+            whole, local = tiles_VSSC[start : start + 1], tiles_VSSC[start + 1 : start + grid.views]
+            views.append((image, TileGrid(1, 1), whole))
+            if grid == (1, 1):
+                twice.append((local, whole))
+            else:
+                views.append((image, grid, local))
+            start += grid.views
+        map_in_threads(lambda view: write_view(view[0], view[1], color, view[2]), views)
+        for local, whole in twice:
+            local[...] = whole
+        if not real:
+            tiles_VSSC[...] = 0
+        return ByteTiles(torch.from_numpy(tiles_VSSC), self.image_transform.values_of_bytes(), (real,))
 
     def _add_text_with_images(
         self,
@@ -383,9 +423,12 @@ class DeepseekVLV2Processor(ProcessorMixin):
         side = tokens_per_side(self.image_size, self.patch_size, self.downsample_ratio)
         for index, piece in enumerate(pieces):
             if index > 0:
-                tiles, grid = self._tile_image(images[index - 1], cropping, resolutions)
+                image = images[index - 1]
+                grid = TileGrid(1, 1)
+                if cropping:
+                    grid = tile_grid(select_best_resolution(image.size, resolutions), self.image_size)
                 image_ids = [self.image_token_id] * count_image_tokens(grid, side)
-                sample.add_image(tiles, grid, image_ids, self.ignore_id)
+                sample.add_image(image, grid, image_ids, self.ignore_id)
             ids = self.encode(piece, bos=False)
             sample.add_text(ids, [self.ignore_id] * len(ids) if masked else ids)
 
@@ -403,7 +446,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         Raises ``ValueError`` when tags and images differ in number.
         """
         sample = self._encode_prompt(conversation, images, cropping, self.candidate_resolutions, bos=bos, eos=eos)
-        tiles = list(self.image_transform.batch(sample.tiles)) if sample.tiles else []
+        tiles = list(self._tiles(sample).numbers()) if sample.images else []
         return sample.ids, tiles, sample.image_mask, [list(grid) for grid in sample.grids], sample.num_image_tokens
 
     def _check_tags(self, tags: int, images: int) -> None:
@@ -505,7 +548,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
         """
         cropping = len(pil_images) <= MAX_TILED_IMAGES
         sample = self._encode_conversation(messages, pil_images, cropping, self.candidate_resolutions)
-        tiles = list(self.image_transform.batch(sample.tiles)) if sample.tiles else []
+        tiles = list(self._tiles(sample).numbers()) if sample.images else []
         grids = [list(grid) for grid in sample.grids]
         return sample.ids, sample.labels, tiles, sample.image_mask, grids, sample.num_image_tokens
 
@@ -515,31 +558,30 @@ class DeepseekVLV2Processor(ProcessorMixin):
         input_ids = torch.tensor(sample.ids, dtype=torch.long)
         target_ids = torch.tensor(sample.labels, dtype=torch.long)
         target_ids[input_ids == self.image_token_id] = self.ignore_id
-        if sample.tiles:
-            images = self.image_transform.batch(sample.tiles)
-            images_spatial_crop = torch.tensor(sample.grids, dtype=torch.long)
-        else:
-            images = torch.zeros(1, 3, self.image_size, self.image_size)
-            images_spatial_crop = torch.zeros(1, 2, dtype=torch.long)
+        grids = sample.grids or [TileGrid(0, 0)]
         return VLChatProcessorOutput(
             sft_format=sft_format,
             input_ids=input_ids,
             target_ids=target_ids,
-            images=images,
+            images=self._tiles(sample),
             images_seq_mask=torch.tensor(sample.image_mask, dtype=torch.bool),
-            images_spatial_crop=images_spatial_crop,
+            images_spatial_crop=torch.tensor(grids, dtype=torch.long),
             num_image_tokens=sample.num_image_tokens,
         )
 
     def _load_images(self, images: Iterable[Any] | None, max_pixels: int | None) -> list[Image.Image]:
-        limit = {} if max_pixels is None else {"max_pixels": max_pixels}
+        limit: dict[str, int] = {} if max_pixels is None else {"max_pixels": max_pixels}
+        sources = list(images or [])
+        if not any(isinstance(source, Image.Image) for source in sources):
+            return map_in_threads(lambda source: read_image(source, **limit), sources)
+        # A PIL image may stand in several places, and is not to be decoded in two threads at once.
         loaded = []
-        for index, source in enumerate(images or []):
+        for index, source in enumerate(sources):
             if isinstance(source, Image.Image):
                 check_image_size(source, f"Image {index + 1}", **limit)
                 loaded.append(to_rgb(source, f"Image {index + 1}"))
             else:
-                loaded.append(load_image(source, **limit))
+                loaded.append(read_image(source, **limit))
         return loaded
 
     def process_one(
@@ -742,6 +784,8 @@ class DeepseekVLV2Processor(ProcessorMixin):
     ) -> BatchCollateOutput:
         """Pad samples to one length and stack them; the tiles of a single sample are shared with it, not copied.
 
+        Images that nobody has read yet stay bytes.
+
         Args:
             sample_list: what `process_one` returned.
             padding: side of the padding tokens; generation needs "left".
@@ -760,6 +804,9 @@ class DeepseekVLV2Processor(ProcessorMixin):
                 out[index, start : start + len(row)] = row
             return out
 
+        images: Any = stack_tiles([sample.held()["images"] for sample in sample_list])
+        if images is None:
+            images = sample_list[0]["images"][None] if len(sample_list) == 1 else stack("images", 0)
         left = padding == "left"
         lengths = [len(sample["input_ids"]) for sample in sample_list]
         positions = torch.arange(max(lengths)).expand(len(lengths), -1)
@@ -770,7 +817,7 @@ class DeepseekVLV2Processor(ProcessorMixin):
             input_ids=stack("input_ids", self.pad_id, left),
             labels=stack("target_ids", self.ignore_id, left),
             attention_mask=attention_mask,
-            images=sample_list[0]["images"][None] if len(sample_list) == 1 else stack("images", 0),
+            images=images,
             images_seq_mask=stack("images_seq_mask", False, left),
             images_spatial_crop=stack("images_spatial_crop", 0),
             seq_lens=lengths,

@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
-from deepseek_vl2.models.processing_deepseek_vl_v2 import cut_into_tiles, pad_to_size
-from deepseek_vl2.models.tiling import fitted_size, select_best_resolution, tile_grid
+from deepseek_vl2.models.tiling import TileGrid, fitted_size, select_best_resolution, tile_grid
+from deepseek_vl2.models.views import write_view
 
 from .drawing import draw_scene
 from .fonts import font_files, load_font
@@ -207,13 +207,13 @@ class LabelledTiles(Dataset):
         if not 0 <= index < self.length:
             raise IndexError(index)
         image, labels = labelled_picture(self.first + index)
-        tiles = [pad_to_size(image, (TILE, TILE), self.background)]
+        tiles = np.empty((len(labels), TILE, TILE, 3), dtype=np.uint8)
+        write_view(image, TileGrid(1, 1), self.background, tiles[:1])
         if len(labels) > 1:
             resolution = select_best_resolution(image.size, CANDIDATES)
-            cut = pad_to_size(image, resolution, self.background)
-            tiles += cut_into_tiles(cut, tile_grid(resolution, TILE), TILE)
+            write_view(image, tile_grid(resolution, TILE), self.background, tiles[1:])
         fields = {name: np.stack([getattr(label, name) for label in labels]) for name in TileLabels._fields}
-        return {"tiles": np.stack([np.asarray(tile) for tile in tiles]), **fields}
+        return {"tiles": tiles, **fields}
 
 
 def collate_tiles(samples: Sequence[dict[str, NDArray[Any]]]) -> dict[str, torch.Tensor]:

@@ -39,6 +39,8 @@ RECIPE: dict[str, str] = {
     "--warmup_steps 300 --vision_lr_factor 0.3 --first_picture 8000000",
     "settling": "--mixture third --loss_weighting sqrt --steps 80 --batch_size 32 --learning_rate 0.0002 "
     "--warmup_steps 10 --vision_lr_factor 0.3 --first_picture 12000000",
+    "finishing": "--mixture fourth --loss_weighting sqrt --steps 6161 --learning_rate 0.001 --warmup_steps 100 "
+    "--vision_lr_factor 0.3 --first_picture 20000000",
 }
 WITH_RECIPE = ("recipe", "output", "compile", "workers", "seed")
 LOGGING_STEPS = 50

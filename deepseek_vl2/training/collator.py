@@ -267,7 +267,7 @@ class ConversationCollator:
         self._count("dropped", len(encoded) - len(kept))
         kept = kept or [self._placeholder()]
         for sample in kept:  # before they are padded to the most tiles of a sample
-            sample["images"] = sample["images"].to(self.image_dtype)
+            sample.to(self.image_dtype)
         groups = [[sample] for sample in kept]
         if self.packing:
             assert self.max_length is not None

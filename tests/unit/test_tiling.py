@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from support import CHECKPOINTS
 
-from deepseek_vl2.models.processing_deepseek_vl_v2 import cut_into_tiles, pad_to_size
 from deepseek_vl2.models.processing_deepseek_vl_v2 import select_best_resolution as exported
 from deepseek_vl2.models.tiling import (
     TileGrid,
@@ -20,6 +21,7 @@ from deepseek_vl2.models.tiling import (
     tile_grid,
     tokens_per_side,
 )
+from deepseek_vl2.models.views import write_view
 
 RESOLUTIONS = [tuple(pair) for pair in CHECKPOINTS.RESOLUTIONS]
 
@@ -140,28 +142,44 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
     return Image.frombytes("RGB", (width, height), data).convert(mode)
 
 
+def tiles_of(image: Image.Image, grid: TileGrid, side: int) -> NDArray[np.uint8]:
+    tiles = np.zeros((grid.across * grid.down, side, side, 3), dtype=np.uint8)
+    write_view(image, grid, GRAY, tiles)
+    return tiles
+
+
 def pad_sizes() -> list[tuple[int, int]]:
     chosen = random.Random(2)
     fixed = [(1, 1), (384, 384), (383, 384), (385, 384), (768, 384), (2, 1), (1, 2), (640, 480), (481, 641), (37, 900)]
     return fixed + [(chosen.randint(1, 700), chosen.randint(1, 700)) for _ in range(25)]
 
 
-@pytest.mark.parametrize("box", [(384, 384), (768, 384), (384, 1152)])
-def test_padding_equals_pillows(box: tuple[int, int]) -> None:
+@pytest.mark.parametrize("grid", [TileGrid(1, 1), TileGrid(2, 1), TileGrid(1, 3), TileGrid(3, 2)])
+def test_views_equal_pillows_padding_and_cutting(grid: TileGrid) -> None:
+    box = (grid.across * 384, grid.down * 384)
     for size in pad_sizes():
         fits = min(box[0] / size[0], box[1] / size[1])
         if round(size[0] * fits) < 1 or round(size[1] * fits) < 1:
             continue  # Pillow cannot: see below
         image = noise(*size)
-        want = ImageOps.pad(image, box, color=GRAY)
-        assert pad_to_size(image, box, GRAY).tobytes() == want.tobytes(), size
+        field = ImageOps.pad(image, box, color=GRAY)
+        corners = [(x * 384, y * 384) for y in range(grid.down) for x in range(grid.across)]
+        want = np.stack([np.asarray(field.crop((x, y, x + 384, y + 384))) for x, y in corners])
+        assert np.array_equal(tiles_of(image, grid, 384), want), size
+
+
+def test_the_field_may_have_a_colour() -> None:
+    tiles = np.zeros((2, 8, 8, 3), dtype=np.uint8)
+    write_view(noise(8, 8), TileGrid(2, 1), (0, 122, 255), tiles)
+    want = np.asarray(ImageOps.pad(noise(8, 8), (16, 8), color=(0, 122, 255)))
+    assert np.array_equal(np.concatenate(list(tiles), axis=1), want)
 
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (2, 4001)])
 def test_an_image_too_thin_for_pillow_keeps_one_pixel(size: tuple[int, int]) -> None:
-    padded = pad_to_size(noise(*size), (384, 384), GRAY)
-    assert padded.size == (384, 384)
-    assert padded.getcolors(384 * 384)[0][1] is not None and len(padded.getcolors(384 * 384)) > 1
+    shown = (tiles_of(noise(*size), TileGrid(1, 1), 384)[0] != GRAY).any(-1)
+    lines = (shown.any(0).sum(), shown.any(1).sum())
+    assert min(lines) == 1 and max(lines) > 300
 
 
 def test_a_side_is_at_least_one_pixel_and_never_beyond_the_box() -> None:
@@ -176,5 +194,5 @@ def test_tiles_are_cut_row_by_row() -> None:
     for y in range(4):
         for x in range(6):
             image.putpixel((x, y), (x // 2 + 3 * (y // 2), 0, 0))
-    tiles = cut_into_tiles(image, TileGrid(3, 2), 2)
-    assert [tile.getcolors() for tile in tiles] == [[(4, (index, 0, 0))] for index in range(6)]
+    for index, tile in enumerate(tiles_of(image, TileGrid(3, 2), 2)):
+        assert (tile == (index, 0, 0)).all()

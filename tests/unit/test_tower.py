@@ -146,11 +146,12 @@ def test_the_recipe_goes_from_stage_to_stage(tmp_path, monkeypatch):
     stages = []
     monkeypatch.setattr(train, "train", stages.append)
     assert train.main(["--recipe", "--output", str(tmp_path), "--workers", "3"]) == 0
-    tower, language, pointing, settling = stages
+    tower, language, pointing, settling, finishing = stages
     assert (tower.part, tower.init, tower.workers) == ("tower", None, 3)
     assert (language.part, language.init, language.mixture) == ("all", str(tower.output), "second")
     assert (pointing.init, pointing.mixture, pointing.schedule) == (str(language.output), "third", "level")
     assert (settling.init, settling.loss_weighting) == (str(pointing.output), "sqrt")
+    assert (finishing.init, finishing.mixture, finishing.schedule) == (str(settling.output), "fourth", "cosine")
     assert {stage.output.parent for stage in stages} == {tmp_path}
 
 

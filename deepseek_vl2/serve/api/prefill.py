@@ -52,7 +52,7 @@ def embed_in_steps(model: DeepseekVLV2ForCausalLM, prompt: Prompt, tiles_a_step:
     embeds = model.get_input_embeddings()(ids_1T)
     grids = real_grids(inputs["images_spatial_crop"][None])[0]
     if grids:
-        tiles, views = inputs["images"], []
+        tiles, views = inputs.to(model.device)["images"], []
         for start in range(0, len(tiles), tiles_a_step):
             views.append(model.encode_tiles(tiles[start : start + tiles_a_step]))
             yield views[-1].shape[0] * views[-1].shape[1], 0

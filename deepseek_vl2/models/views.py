@@ -1,0 +1,122 @@
+"""From images to the bytes of their tiles, and from bytes to the numbers that the vision tower takes.
+
+Shape suffixes: V tiles, S side of a tile in pixels, C the three channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from .tiling import TileGrid, fitted_size
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MAX_THREADS = 8
+
+
+def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Map over items in threads, in order; in the caller's own where PyTorch may use no other.
+
+    Pillow decodes and scales without holding the interpreter's lock. The threads end with the call: those of a pool
+    that lives on would be missing in a process forked later. PyTorch has one thread in a loader's worker, where the
+    other cores are busy with other workers.
+    """
+    threads = min(len(items), torch.get_num_threads(), MAX_THREADS)
+    if threads < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, items))
+
+
+def write_view(
+    image: Image.Image,
+    grid: TileGrid,
+    color: tuple[int, ...],
+    tiles_VSSC: NDArray[np.uint8],
+) -> None:
+    """Scale an image (bicubic, aspect ratio kept) to fit a grid of tiles, centre it on ``color``, cut it into tiles.
+
+    The pixels are those of `PIL.ImageOps.pad`, but an image however long and thin keeps at least one.
+
+    Args:
+        image: an RGB image, loaded.
+        grid: tiles across and down.
+        color: what surrounds the image, 0 to 255 for each channel.
+        tiles_VSSC: where the tiles are written, row by row, uint8.
+    """
+    side = tiles_VSSC.shape[1]
+    field = (grid.across * side, grid.down * side)
+    size = fitted_size(image.size, field)
+    pixels = np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
+    height, width = pixels.shape[:2]
+    left, top = round((field[0] - width) * 0.5), round((field[1] - height) * 0.5)
+    for index, tile in enumerate(tiles_VSSC):
+        # The tile's corner, and the stretch of it that the image covers, in pixels of the scaled image.
+        x, y = index % grid.across * side - left, index // grid.across * side - top
+        x0, x1, y0, y1 = max(x, 0), min(x + side, width), max(y, 0), min(y + side, height)
+        if x1 - x0 < side or y1 - y0 < side:
+            tile[...] = color[0] if len(set(color)) == 1 else color
+        if x0 < x1 and y0 < y1:
+            tile[y0 - y : y1 - y, x0 - x : x1 - x] = pixels[y0:y1, x0:x1, :3]
+
+
+class ByteTiles(NamedTuple):
+    """Tiles as bytes, with the number that each byte of each channel stands for: a quarter of float32, until read.
+
+    Fields:
+        bytes: uint8, [V, S, S, 3] for a sample, [B, V, S, S, 3] for a batch.
+        values: [3, 256], in the dtype of the numbers. Casting them is casting the tiles, so bits do not depend on when.
+        counts: for each sample how many tiles are real; behind them are zeros.
+    """
+
+    bytes: torch.Tensor
+    values: torch.Tensor
+    counts: tuple[int, ...]
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any) -> ByteTiles:
+        """Return the tiles on another device, as bytes still, and their numbers in another dtype."""
+        return self._replace(
+            bytes=self.bytes.to(device=device, **kwargs), values=self.values.to(device=device, dtype=dtype, **kwargs)
+        )
+
+    def numbers(self) -> torch.Tensor:
+        """Return the numbers, [V, 3, S, S] or [B, V, 3, S, S], made on the device where the bytes are."""
+        with torch.inference_mode(False):  # who reads them first must not decide what they can be used for
+            *rows, height, width, _ = self.bytes.shape
+            shape = (*rows, len(self.values), height, width)
+            out = torch.empty(shape, dtype=self.values.dtype, device=self.bytes.device)
+            bytes_VSSC, out_VCSS = self.bytes.flatten(0, -4), out.flatten(0, -4)
+            # A CPU takes one tile after the other, which stays in its cache; a GPU takes few operations.
+            step = 1 if out.device.type == "cpu" else max(len(out_VCSS), 1)
+            for source, target in zip(bytes_VSSC.split(step), out_VCSS.split(step), strict=True):
+                for channel, values in enumerate(self.values):
+                    numbers = values.index_select(0, source[..., channel].flatten().int())
+                    target[:, channel] = numbers.view(-1, height, width)
+            for tiles, count in zip(out if len(rows) > 1 else out[None], self.counts, strict=True):
+                tiles[count:] = 0
+            return out
+
+
+def stack_tiles(samples: Sequence[Any]) -> ByteTiles | None:
+    """Return the tiles of samples as those of a batch, or None where not all are bytes that stand for the same."""
+    first = samples[0]
+    for sample in samples:
+        if not isinstance(sample, ByteTiles) or sample.bytes.shape[1:] != first.bytes.shape[1:]:
+            return None
+        if sample.values is not first.values and not torch.equal(sample.values, first.values):
+            return None
+    if len(samples) == 1:
+        return ByteTiles(first.bytes[None], first.values, first.counts)
+    most = max(len(sample.bytes) for sample in samples)
+    bytes_ = first.bytes.new_zeros((len(samples), most, *first.bytes.shape[1:]))
+    for row, sample in zip(bytes_, samples, strict=True):
+        row[: len(sample.bytes)] = sample.bytes
+    return ByteTiles(bytes_, first.values, tuple(count for sample in samples for count in sample.counts))
