@@ -137,6 +137,7 @@ class Engine:
         self.record = graphs.recorder_for(self.weights.head.device)
         self.why_not_prompts: str | None = None
         self.experts_seen = False
+        self.starts_early = False
         self.sessions: OrderedDict[tuple[int, int], Session] = OrderedDict()
         self.lock = threading.Lock()
 
@@ -309,19 +310,36 @@ def pick(scores_BV: torch.Tensor, do_sample: bool) -> torch.Tensor:
     return (chances / torch.empty_like(chances).exponential_(1)).argmax(dim=-1)
 
 
-def read_whole_prompt(call: SampleCall, language: Any, engine: Engine, session: Session) -> int | None:
+def start_early(call: SampleCall, language: Any) -> torch.Tensor | None:
+    """Let the device begin with a prompt's images while the host still checks whether all is as in the call before.
+
+    Returns:
+        The prompt's embeddings, or ``None`` where the model's last call had no pass, or this one is not for it.
+    """
+    engine = ENGINES.get(language)
+    if engine is None or not engine.starts_early or call.model_kwargs.get("images") is None:
+        return None
+    if whole_prompt.why_not_prompt(call, language) is not None:
+        return None
+    return whole_prompt.embeddings(call, language)
+
+
+def read_whole_prompt(
+    call: SampleCall, language: Any, engine: Engine, session: Session, embeds: torch.Tensor | None = None
+) -> int | None:
     """Fill the session with a prompt by a recorded pass; returns its length, or ``None`` where it is not for one.
 
-    The logits of its last token are then the session's.
+    The logits of its last token are then the session's. ``embeds`` are those of `start_early`.
     """
-    reason = engine.why_not_prompts or whole_prompt.why_not_prompt(call, language)
+    reason = engine.why_not_prompts or (None if embeds is not None else whole_prompt.why_not_prompt(call, language))
+    engine.starts_early = False
     if reason is None and not engine.experts_seen:
         engine.experts_seen = True
         reason = engine.why_not_prompts = whole_prompt.why_not_experts(language)
     if reason is not None:
         logger.debug("A prompt without a recorded pass: %s.", reason)
         return None
-    embeds, buffers = whole_prompt.embeddings(call, language), session.buffers
+    embeds, buffers = whole_prompt.embeddings(call, language) if embeds is None else embeds, session.buffers
     length = embeds.shape[1]
     tokens = whole_prompt.tokens_with_padding(length, buffers.room)
     prompt = session.prompts.get((tokens, graphs.modes()), lambda: whole_prompt.new_pass(language, buffers, tokens))
@@ -330,13 +348,16 @@ def read_whole_prompt(call: SampleCall, language: Any, engine: Engine, session: 
     given.embeds[:, length:] = 0
     given.last.fill_(length - 1)
     engine.why_not_prompts = prompt(engine.record)
+    engine.starts_early = engine.why_not_prompts is None
     buffers.positions.fill_(length)
     return length
 
 
-def generate(call: SampleCall, language: Any, engine: Engine, session: Session) -> torch.Tensor:
+def generate(
+    call: SampleCall, language: Any, engine: Engine, session: Session, embeds: torch.Tensor | None = None
+) -> torch.Tensor:
     """Run the prompt, then decode by the session; returns ids as transformers' ``_sample`` does."""
-    length = read_whole_prompt(call, language, engine, session)
+    length = read_whole_prompt(call, language, engine, session, embeds)
     start, private = session.buffers.positions, True
     if length is None:
         length, private = read_prompt_plainly(call, engine, session)
@@ -421,8 +442,12 @@ def decode(
 def sample(call: SampleCall) -> torch.Tensor | None:
     """Generate by the kernels, or return ``None``: the call, the model, the device or another thread forbids it."""
     language = getattr(call.model, "language", call.model)
-    reason = why_not_call(call) or why_not(language)
+    reason = why_not_call(call)
+    embeds = start_early(call, language) if reason is None else None
+    reason = reason or why_not(language)
     if reason is not None:
+        if (engine := ENGINES.get(language)) is not None:
+            engine.starts_early = False
         logger.debug("Decoding without the kernels: %s.", reason)
         return None
     engine = engine_of(language)
@@ -430,7 +455,7 @@ def sample(call: SampleCall) -> torch.Tensor | None:
         return None  # another thread decodes with this model's sessions
     try:
         session = open_session(call, language, engine)
-        return None if session is None else generate(call, language, engine, session)
+        return None if session is None else generate(call, language, engine, session, embeds)
     finally:
         engine.lock.release()
 

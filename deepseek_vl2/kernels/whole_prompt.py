@@ -1,7 +1,8 @@
 """A whole prompt through the language model, over static buffers, so that it can be recorded and replayed.
 
 The host launches some 80 operations a layer more slowly than the device runs them; replaying a recording of them costs
-the host next to nothing. Attention, gate and experts are the model's own modules. Prompts are padded on the right to
+the host next to nothing. Gate and experts are the model's own modules, and so is attention, but for what stands before
+it: kernels rotate queries and put keys together. Prompts are padded on the right to
 the next multiple of `STEP` tokens: causal attention hides padding there from every token, and the decoding steps that
 follow overwrite what it left in the cache.
 
@@ -15,12 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..models.attention import DeepseekV2Attention, eager_attention_forward
 from ..models.generation import SampleCall
 from ..models.modeling_deepseek import DeepseekV2ForCausalLM
 from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
 from ..models.moe import DeepseekV2Experts
-from . import norm, prompt
+from . import norm, prompt, rotary
 from .decode import Buffers
 from .graphs import Pass
 
@@ -63,6 +66,40 @@ class Cache:
         return keys, values
 
 
+def attend(module: Any, normed: torch.Tensor, rotation: Any, cache: Cache) -> torch.Tensor:
+    """Return a layer's attention output, [B, T, H], as its module computes it."""
+    if not isinstance(module, DeepseekV2Attention):
+        return attend_to_heads(module, normed, rotation, cache)
+    if module.q_lora_rank is not None or module.prefers_absorbed(normed, None):
+        return module(normed, rotation, None, cache)[0]
+    shape, cos, sin = normed.shape[:2], rotation[0][0], rotation[1][0]
+    query = module.q_proj(normed).view(-1, module.num_heads, module.qk_head_dim)
+    rotary.rotate_heads_(query, cos, sin)
+    key_rope, latent = cache.update(*module.project_latent(normed, rotation), module.layer_idx)
+    expanded = module.kv_b_proj(latent[:, 0]).view(len(query), module.num_heads, -1)
+    key = rotary.keys_of_heads(expanded, key_rope.reshape(len(query), -1), module.qk_nope_head_dim)
+    value = expanded[..., module.qk_nope_head_dim :]
+    return module.o_proj(sdpa(module, *(part.unflatten(0, shape).transpose(1, 2) for part in (query, key, value))))
+
+
+def attend_to_heads(module: Any, normed: torch.Tensor, rotation: Any, cache: Cache) -> torch.Tensor:
+    """Return the output of plain multi-head attention, [B, T, H]."""
+    shape, cos, sin = normed.shape[:2], rotation[0][0], rotation[1][0]
+    projections = (module.q_proj, module.k_proj, module.v_proj)
+    query, key, value = (linear(normed).view(normed.shape[0] * shape[1], -1, module.head_dim) for linear in projections)
+    for part in (query, key):
+        rotary.rotate_heads_(part, cos, sin, pairs=False)
+    query, key, value = (part.unflatten(0, shape).transpose(1, 2) for part in (query, key, value))
+    return module.o_proj(sdpa(module, query, *cache.update(key, value, module.layer_idx)))
+
+
+def sdpa(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return causal attention of [B, N, T, D] each, [B, T, N * D]."""
+    function = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", eager_attention_forward)
+    out, _ = function(module, query, key, value, None, scaling=module.scaling, dropout=0.0)
+    return out.flatten(2)
+
+
 def read_layer(
     layer: Any, hidden: torch.Tensor, normed: torch.Tensor, rotation: Any, cache: Cache, following: Any
 ) -> None:
@@ -76,7 +113,7 @@ def read_layer(
         scale, eps = weights.weight, weights.variance_epsilon
         norm.finish_layer(flat, None, None, new.flatten(0, 1), scale, eps, flat, flat_normed)
 
-    add_and_norm(layer.self_attn(normed, rotation, None, cache)[0], layer.post_attention_layernorm)
+    add_and_norm(attend(layer.self_attn, normed, rotation, cache), layer.post_attention_layernorm)
     add_and_norm(layer.mlp(normed), following)
 
 

@@ -212,6 +212,8 @@ class VisionTransformer(timm_vit.VisionTransformer):
             # One tile's activations stay in the cache; those of several do not.
             return torch.cat([self.forward_features(tile) for tile in x.split(1)])
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        # The convolution puts channels first, every sum would keep that, and every norm would copy.
+        x = x.contiguous()
         recomputed = min(self.num_recomputing_layers, len(self.blocks) - 1) or len(self.blocks)
         for index, block in enumerate(self.blocks):
             if self.grad_checkpointing and torch.is_grad_enabled() and index < recomputed:

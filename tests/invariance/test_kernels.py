@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from support import mini_language
 
-from deepseek_vl2.kernels import experts, gate, latent, linear, multihead, norm, prompt
+from deepseek_vl2.kernels import experts, gate, latent, linear, multihead, norm, prompt, rotary
 from deepseek_vl2.kernels.gate import CORRECTED, GREEDY, GROUP_LIMITED, GateRule
 from deepseek_vl2.models.moe import eager_experts_forward
 
@@ -420,3 +420,30 @@ def test_multihead_attention(dtype: torch.dtype, rows: int, splits: int, heads: 
         query.float(), keys.float().nan_to_num(), values.float().nan_to_num(), positions, 0.3
     )
     check(out, plain, dtype)
+
+
+# ---------------------------------------------------------------- before a prompt's attention
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("positions", "heads", "size", "part"), [(5, 3, 24, 8), (4, 16, 192, 64), (3, 10, 80, 80)])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_heads_are_rotated_in_place(
+    dtype: torch.dtype, positions: int, heads: int, size: int, part: int, pairs: bool
+) -> None:
+    x, cos, sin = draw(2 * positions, heads, size, dtype=dtype), draw(positions, part), draw(positions, part)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    plain = rotary.rotate_heads_plain(x.float(), cos.float(), sin.float(), pairs)
+    same = rotary.rotate_heads_plain(x, cos, sin, pairs)
+    rotary.rotate_heads_(x, cos, sin, pairs)
+    check(x, plain, dtype)
+    if ON_GPU:  # the interpreter cuts bfloat16 off
+        assert torch.equal(x, same)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "nope", "value", "part"), [(3, 16, 24, 8), (16, 128, 128, 64), (10, 32, 32, 16)])
+def test_keys_of_heads(dtype: torch.dtype, heads: int, nope: int, value: int, part: int) -> None:
+    expanded, rotated = draw(7, heads, nope + value, dtype=dtype), draw(7, part, dtype=dtype)
+    out = rotary.keys_of_heads(expanded, rotated, nope)
+    assert torch.equal(out, rotary.keys_of_heads_plain(expanded, rotated, nope))

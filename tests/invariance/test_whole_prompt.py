@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from deepseek_vl2.kernels import decode, graphs, norm, prompt, runtime, whole_prompt
+from deepseek_vl2.kernels import decode, graphs, norm, prompt, rotary, runtime, whole_prompt
 from deepseek_vl2.kernels.decode import new_buffers
 from deepseek_vl2.kernels.graphs import Pass, Passes
 from deepseek_vl2.kernels.weights import read_weights, rotary_tables
@@ -322,6 +322,29 @@ def test_prompts_that_go_the_plain_way(
     assert ways == ["plain"]
 
 
+def test_images_start_before_the_checks(recorder: Recorder, ways: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second call on; a call that the kernels then do not take is answered all the same, and ends that."""
+    model, inputs = mini_model("small").to(DEVICE), inputs_of([5, (2, 1), 3])
+    settings = {**GREEDY, "max_new_tokens": 2}
+    plain, checked = plain_answer(model, **inputs, **settings), runtime.why_not
+
+    def noted_check(language: Any) -> str | None:
+        ways.append("check")
+        return checked(language)
+
+    monkeypatch.setattr(runtime, "why_not", noted_check)
+    for _ in range(2):
+        assert torch.equal(plain, model.generate(**inputs, **settings))
+    assert ways == ["check", "pass", "pass", "check"]
+    (session,) = runtime.ENGINES[model.language].sessions.values()
+    poison(session.buffers.logits)
+    hook = model.language.model.layers[0].mlp.register_forward_hook(lambda *args: None)
+    for _ in range(2):
+        assert torch.equal(plain, model.generate(**inputs, **settings))
+    hook.remove()
+    assert ways[4:] == ["pass", "check", "check"]
+
+
 # ---------------------------------------------------------------- what a recording forbids
 
 
@@ -353,6 +376,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
         return rows.new_empty(weights.shape[0], rows.shape[1])
 
     monkeypatch.setattr(norm, "finish_layer", lambda *args: None)
+    monkeypatch.setattr(rotary, "rotate_heads_", lambda *args, **options: None)
+    monkeypatch.setattr(rotary, "keys_of_heads", rotary.keys_of_heads_plain)
     monkeypatch.setattr(prompt, "silu_of_gate_times_up", silu)
     monkeypatch.setattr(prompt, "sum_of_experts", total)
     monkeypatch.setattr(moe, "FAST_EXPERTS", [prompt.experts_of_prompt])

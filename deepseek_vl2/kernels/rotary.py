@@ -1,0 +1,138 @@
+"""What stands before a whole prompt's attention: queries rotated in place, and the keys of all heads put together.
+
+The plain forms are those of `deepseek_vl2.models.rope.apply_rotary` and of `torch.cat`, with the same bits.
+
+Shape suffixes: R rows of all prompts together, T positions, N heads, D head size, P rotated part of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..models.rope import apply_rotary, split_interleaved_pairs
+from .primitives import check_rows, power_of_two
+
+
+def rotate_heads_plain(
+    x_RND: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor, pairs: bool = True
+) -> torch.Tensor:
+    """Return the heads with their last P numbers rotated; row r stands at position r modulo T."""
+    kept, rotated = x_RND.split([x_RND.shape[-1] - cos_TP.shape[-1], cos_TP.shape[-1]], dim=-1)
+    rotated = rotated.unflatten(0, (-1, len(cos_TP))).transpose(1, 2)
+    out = apply_rotary(split_interleaved_pairs(rotated) if pairs else rotated, cos_TP[None], sin_TP[None])
+    return torch.cat((kept, out.transpose(1, 2).flatten(0, 1)), dim=-1)
+
+
+@triton.jit
+def _rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Round float32 to what ``dtype`` holds: by hand, since the compiler drops bfloat16's cast there and back."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _rotate_kernel(
+    x_ptr: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    T: tl.tensor,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    dtype = x_ptr.dtype.element_ty
+    n = tl.arange(0, BLOCK_N)[:, None]
+    f = tl.arange(0, BLOCK_F)[None, :]
+    held = (n < N) & (f < HALF)
+    start = x_ptr + row * N * D + n * D + D - 2 * HALF
+    if PAIRS:
+        first = tl.load(start + 2 * f, mask=held, other=0.0).to(tl.float32)
+        second = tl.load(start + 2 * f + 1, mask=held, other=0.0).to(tl.float32)
+    else:
+        first = tl.load(start + f, mask=held, other=0.0).to(tl.float32)
+        second = tl.load(start + HALF + f, mask=held, other=0.0).to(tl.float32)
+    angles = (row % T) * 2 * HALF + f
+    cos_first = tl.load(cos_ptr + angles, mask=f < HALF, other=0.0).to(tl.float32)
+    cos_second = tl.load(cos_ptr + angles + HALF, mask=f < HALF, other=0.0).to(tl.float32)
+    sin_first = tl.load(sin_ptr + angles, mask=f < HALF, other=0.0).to(tl.float32)
+    sin_second = tl.load(sin_ptr + angles + HALF, mask=f < HALF, other=0.0).to(tl.float32)
+    # Each product is rounded before the sum, as in the plain form.
+    new_first = _rounded(first * cos_first, dtype) - _rounded(second * sin_first, dtype)
+    new_second = _rounded(second * cos_second, dtype) + _rounded(first * sin_second, dtype)
+    tl.debug_barrier()  # what one thread reads another overwrites
+    tl.store(start + f, new_first.to(dtype), mask=held)
+    tl.store(start + HALF + f, new_second.to(dtype), mask=held)
+
+
+def rotate_heads_(x_RND: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor, pairs: bool = True) -> None:
+    """Rotate the last P numbers of each head in place; see `rotate_heads_plain`.
+
+    Args:
+        x_RND: heads, contiguous.
+        cos_TP: cosines, in the dtype of the heads.
+        sin_TP: sines.
+        pairs: numbers of a pair lie side by side, as latent attention has them; else half of P apart. They come out
+            half of P apart.
+    """
+    check_rows(x_RND, cos_TP, sin_TP)
+    (rows, heads, size), (positions, part) = x_RND.shape, cos_TP.shape
+    _rotate_kernel[(rows,)](
+        x_RND, cos_TP, sin_TP, positions,
+        N=heads, D=size, HALF=part // 2, PAIRS=pairs, BLOCK_N=power_of_two(heads), BLOCK_F=power_of_two(part // 2),
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def keys_of_heads_plain(expanded_RNE: torch.Tensor, rotated_RP: torch.Tensor, nope: int) -> torch.Tensor:
+    """Return each head's own part of the key, the first ``nope`` numbers, with the part that all heads share behind."""
+    shared = rotated_RP[:, None].expand(-1, expanded_RNE.shape[1], -1)
+    return torch.cat((expanded_RNE[..., :nope], shared), dim=-1)
+
+
+@triton.jit
+def _keys_kernel(
+    expanded_ptr: tl.tensor,
+    rotated_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    N: tl.constexpr,
+    E: tl.constexpr,
+    NOPE: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    own = tl.load(expanded_ptr + (row * N + n) * E + d, mask=(n < N) & (d < NOPE), other=0.0)
+    shared = tl.load(rotated_ptr + row * P + d - NOPE, mask=(d >= NOPE) & (d < NOPE + P), other=0.0)
+    tl.store(out_ptr + (row * N + n) * (NOPE + P) + d, tl.where(d < NOPE, own, shared), mask=(n < N) & (d < NOPE + P))
+
+
+def keys_of_heads(expanded_RNE: torch.Tensor, rotated_RP: torch.Tensor, nope: int) -> torch.Tensor:
+    """Return the keys of all heads, [R, N, nope + P]; see `keys_of_heads_plain`.
+
+    Args:
+        expanded_RNE: what latents expand to, contiguous: of each head ``nope`` numbers of its key, then its value.
+        rotated_RP: the rotated part of the key, which all heads share.
+        nope: size of the part of a head's own.
+    """
+    check_rows(expanded_RNE, rotated_RP)
+    (rows, heads, width), part = expanded_RNE.shape, rotated_RP.shape[1]
+    out = expanded_RNE.new_empty(rows, heads, nope + part)
+    block = min(power_of_two(heads), 8)
+    _keys_kernel[(rows, triton.cdiv(heads, block))](
+        expanded_RNE, rotated_RP, out,
+        N=heads, E=width, NOPE=nope, P=part, BLOCK_N=block, BLOCK_D=power_of_two(nope + part), num_warps=4,
+    )  # fmt: skip
+    return out
