@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..models.generation import SampleCall
 
-__all__ = ["SWITCH", "release", "run_experts", "sample", "why_not"]
+__all__ = ["SWITCH", "encode_tiles", "release", "run_experts", "sample", "why_not"]
 
 SWITCH = "DEEPSEEK_VL2_KERNELS"
 
@@ -42,9 +42,10 @@ def why_not(model: Any) -> str | None:
 def release(model: Any) -> None:
     """Free the caches and graphs that are kept for a model between calls."""
     if _why_not_here() is None:
-        from . import runtime
+        from . import runtime, tiles
 
         runtime.release(getattr(model, "language", model))
+        tiles.release(model)
 
 
 def sample(call: SampleCall) -> torch.Tensor | None:
@@ -54,6 +55,20 @@ def sample(call: SampleCall) -> torch.Tensor | None:
     from . import runtime
 
     return runtime.sample(call)
+
+
+def encode_tiles(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor | None:
+    """Embed tiles by a recorded pass; ``None`` where it cannot. Registered with `models.modeling_deepseek_vl_v2`."""
+    if tiles_V3SS.device.type != "cuda" or _why_not_here() is not None:
+        return None
+    import torch
+
+    from . import runtime, tiles
+
+    if runtime.why_not_device(tiles_V3SS) is not None:
+        return None
+    with torch.cuda.device(tiles_V3SS.device):
+        return tiles.encode_tiles(model, tiles_V3SS)
 
 
 _failed: list[str] = []

@@ -22,7 +22,8 @@ from ..models.generation import SampleCall
 from . import graphs, whole_prompt
 from .decode import MAX_ROWS, Buffers, Weights, decode_step, new_buffers
 from .primitives import power_of_two
-from .weights import read_weights, rotary_tables, why_not_model
+from .watch import Watch, addresses_of
+from .weights import read_weights, rotary_tables, why_not_model, why_not_settings
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,8 @@ class Engine:
 
     def __init__(self, language: Any) -> None:
         self.weights = read_weights(language)
-        self.addresses = addresses(language)
+        self.addresses = addresses_of(language.parameters())
+        self.watch = Watch(language)
         self.record = graphs.recorder_for(self.weights.head.device)
         self.why_not_prompts: str | None = None
         self.experts_seen = False
@@ -174,17 +176,21 @@ ENGINES: WeakKeyDictionary[Any, Engine] = WeakKeyDictionary()
 BROKEN: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
-def addresses(language: Any) -> tuple[int, ...]:
-    """Return where the weights lie: graphs hold these addresses."""
-    return tuple(parameter.data_ptr() for parameter in language.parameters())
-
-
-def engine_of(language: Any) -> Engine:
-    """Return the model's engine; a new one when its weights have moved."""
+def is_unchanged(language: Any) -> bool:
+    """Whether a model has an engine, and is in all its parts what it was when they were last looked through."""
     engine = ENGINES.get(language)
-    if engine is None or engine.addresses != addresses(language):
+    return engine is not None and engine.watch.holds()
+
+
+def engine_of(language: Any, unchanged: bool = False) -> Engine:
+    """Return the model's engine; a new one when its weights have moved. ``unchanged``: see `is_unchanged`."""
+    engine = ENGINES.get(language)
+    if engine is not None and unchanged:
+        return engine
+    if engine is None or engine.addresses != addresses_of(language.parameters()):
         ENGINES.pop(language, None)
         engine = ENGINES[language] = Engine(language)
+    engine.watch = Watch(language)
     return engine
 
 
@@ -249,12 +255,16 @@ def why_not_positions(kwargs: dict[str, Any]) -> str | None:
     return None if same else "positions were given"
 
 
-def why_not(language: Any) -> str | None:
-    """Return why a model is not run by the kernels, in a few words; ``None`` when it is."""
+def why_not(language: Any, unchanged: bool = False) -> str | None:
+    """Return why a model is not run by the kernels, in a few words; ``None`` when it is.
+
+    Its modules are not looked through again where they are ``unchanged``; see `is_unchanged`.
+    """
     weight = getattr(getattr(language, "lm_head", None), "weight", None)
     if not isinstance(weight, torch.Tensor):
         return "the output head is not a plain linear layer"
-    return why_not_device(weight) or BROKEN.get(language) or why_not_model(language)
+    reason = why_not_device(weight) or BROKEN.get(language) or why_not_settings(language)
+    return reason if reason is not None or unchanged else why_not_model(language)
 
 
 # ---------------------------------------------------------------- generation
@@ -444,13 +454,14 @@ def sample(call: SampleCall) -> torch.Tensor | None:
     language = getattr(call.model, "language", call.model)
     reason = why_not_call(call)
     embeds = start_early(call, language) if reason is None else None
-    reason = reason or why_not(language)
+    unchanged = reason is None and is_unchanged(language)
+    reason = reason or why_not(language, unchanged)
     if reason is not None:
         if (engine := ENGINES.get(language)) is not None:
             engine.starts_early = False
         logger.debug("Decoding without the kernels: %s.", reason)
         return None
-    engine = engine_of(language)
+    engine = engine_of(language, unchanged)
     if not engine.lock.acquire(blocking=False):
         return None  # another thread decodes with this model's sessions
     try:

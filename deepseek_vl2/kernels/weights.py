@@ -93,12 +93,24 @@ def _why_not_shape(layer: Any) -> str | None:
     return None
 
 
-def why_not_model(language: DeepseekV2ForCausalLM) -> str | None:
-    """Return why the kernels cannot read this model, in a few words; ``None`` when they can."""
+def why_not_settings(language: Any) -> str | None:
+    """Return why the kernels cannot follow a model's settings: what can change with no module changing."""
     if type(language) is not DeepseekV2ForCausalLM:
         return f"a {type(language).__name__}, not a DeepseekV2ForCausalLM"
     if language.training:
         return "the model is in training mode"
+    implementation = language.config._attn_implementation
+    if implementation == "eager" or "flex" in implementation:
+        return f"attn_implementation={implementation!r} was chosen"
+    if _experts_implementation(language) != EXPERTS_IMPLEMENTATION:
+        return f"another experts implementation was chosen: {_experts_implementation(language)}"
+    return None
+
+
+def why_not_model(language: Any) -> str | None:
+    """Return why the kernels cannot read this model, in a few words; ``None`` when they can."""
+    if (reason := why_not_settings(language)) is not None:
+        return reason
     for name, module in language.named_modules():
         if (reason := _why_not_module(name, module)) is not None:
             return reason
@@ -106,9 +118,6 @@ def why_not_model(language: DeepseekV2ForCausalLM) -> str | None:
         return reason
     if language.model.rotary_emb.rope["rope_type"] == "dynamic":
         return "dynamic rotary frequencies change with the length"
-    implementation = language.config._attn_implementation
-    if implementation == "eager" or "flex" in implementation:
-        return f"attn_implementation={implementation!r} was chosen"
     return next((reason for layer in language.model.layers if (reason := _why_not_shape(layer)) is not None), None)
 
 

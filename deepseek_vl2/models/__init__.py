@@ -2,10 +2,10 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from ..kernels import run_experts, sample
+from ..kernels import encode_tiles, run_experts, sample
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .generation import FAST_SAMPLERS
-from .modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
+from .modeling_deepseek_vl_v2 import FAST_ENCODERS, DeepseekVLV2ForCausalLM
 from .moe import FAST_EXPERTS
 from .processing_deepseek_vl_v2 import DeepseekVLV2Processor
 
@@ -20,3 +20,5 @@ if sample not in FAST_SAMPLERS:
     FAST_SAMPLERS.append(sample)
 if run_experts not in FAST_EXPERTS:
     FAST_EXPERTS.append(run_experts)
+if encode_tiles not in FAST_ENCODERS:
+    FAST_ENCODERS.append(encode_tiles)

@@ -328,9 +328,9 @@ def test_images_start_before_the_checks(recorder: Recorder, ways: list[str], mon
     settings = {**GREEDY, "max_new_tokens": 2}
     plain, checked = plain_answer(model, **inputs, **settings), runtime.why_not
 
-    def noted_check(language: Any) -> str | None:
+    def noted_check(*args: Any) -> str | None:
         ways.append("check")
-        return checked(language)
+        return checked(*args)
 
     monkeypatch.setattr(runtime, "why_not", noted_check)
     for _ in range(2):

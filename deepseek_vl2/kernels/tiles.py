@@ -1,0 +1,162 @@
+"""Tiles through the vision tower and the projector, recorded and replayed for each number of tiles.
+
+A tile costs the device over a millisecond, so their number is not rounded up. Of few tiles the device is done sooner
+than the host has launched the tower's operations. The modules are the model's own.
+
+Shape suffixes: V tiles, S side of a tile in pixels, L tokens of a tile, H width of the language model.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
+from . import graphs
+from .graphs import Pass, Passes
+from .watch import Watch
+from .whole_prompt import why_not_bypassed
+
+logger = logging.getLogger(__name__)
+
+# Beyond this many tiles the device takes longer than the host needs to launch: one image has at most ten.
+MAX_TILES = 10
+MAX_PASSES = 4
+KNOWN = ("torch.nn.", "timm.", "deepseek_vl2.")
+
+
+@dataclass
+class Tiles:
+    """What a pass reads, [V, 3, S, S], and what it writes, [V, L, H], made at its first use."""
+
+    pixels: torch.Tensor
+    embeddings: torch.Tensor | None = None
+
+
+def encode_into(model: Any, given: Tiles) -> None:
+    """Write the embeddings of tiles."""
+    embeddings = model.projector(model.vision(given.pixels))
+    if given.embeddings is None:
+        with torch.inference_mode(False):  # later calls outside of inference mode write it too
+            given.embeddings = torch.empty_like(embeddings, memory_format=torch.contiguous_format)
+    given.embeddings.copy_(embeddings)
+
+
+def parameters(model: Any) -> list[torch.nn.Parameter]:
+    """Return the weights that tiles run through."""
+    return [*model.vision.parameters(), *model.projector.parameters()]
+
+
+class Encoder:
+    """The passes of one model. They are of use as long as its tower and its projector stay as they are."""
+
+    def __init__(self, model: Any) -> None:
+        self.parts = (model.vision, model.projector)
+        self.watches = [Watch(part) for part in self.parts]
+        device = parameters(model)[0].device
+        self.record = graphs.recorder_for(device)
+        self.ended = torch.cuda.Event() if device.type == "cuda" else None
+        self.passes = Passes(MAX_PASSES)
+        self.model = weakref.ref(model)
+        self.broken: str | None = None
+        self.lock = threading.Lock()
+
+    def is_for(self, model: Any) -> bool:
+        """Whether the model runs tiles through what it did when the encoder was made."""
+        same = model.vision is self.parts[0] and model.projector is self.parts[1]
+        return same and all(watch.holds() for watch in self.watches)
+
+    def new_pass(self, tiles_V3SS: torch.Tensor) -> Pass:
+        """Return the pass over that many tiles."""
+        with torch.inference_mode(False):
+            given, model = Tiles(torch.empty_like(tiles_V3SS, memory_format=torch.contiguous_format)), self.model
+        return Pass(given, lambda: encode_into(model(), given))
+
+    def encode(self, tiles_V3SS: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings, [V, L, H], of tiles."""
+        if self.ended is not None:  # a call on another stream may still read or write the buffers
+            self.ended.wait()
+        one = self.passes.get((tuple(tiles_V3SS.shape), graphs.modes()), lambda: self.new_pass(tiles_V3SS))
+        one.buffers.pixels.copy_(tiles_V3SS)
+        self.broken = one(self.record)
+        embeddings: torch.Tensor = one.buffers.embeddings.clone()
+        if self.ended is not None:
+            self.ended.record()
+        return embeddings
+
+
+ENCODERS: WeakKeyDictionary[Any, Encoder] = WeakKeyDictionary()
+
+
+def release(model: Any) -> None:
+    """Free what was recorded for a model."""
+    ENCODERS.pop(model, None)
+
+
+def why_not_call(model: Any, tiles_V3SS: torch.Tensor) -> str | None:
+    """Return why these tiles, or the settings they come under, are not for a recorded pass."""
+    if type(model) is not DeepseekVLV2ForCausalLM or model.training:
+        return "another model, or training"
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(tiles_V3SS.device.type) or torch.compiler.is_compiling():
+        return "gradients, autocast or compilation are on"
+    if not 1 <= len(tiles_V3SS) <= MAX_TILES:
+        return f"no tiles, or more than {MAX_TILES}"
+    weight = next(model.projector.parameters(), model.image_newline)
+    if (weight.device, weight.dtype) != (tiles_V3SS.device, tiles_V3SS.dtype):
+        return "the weights are of another dtype than the tiles, or on another device"
+    return why_not_bypassed(model.vision) or why_not_bypassed(model.projector)  # and hooks of all modules
+
+
+def why_not_modules(model: Any) -> str | None:
+    """Return why the tower and the projector must run as they are."""
+    weights = parameters(model)
+    if {type(weight) for weight in weights} != {torch.nn.Parameter}:
+        return "some weights are quantized or distributed tensors"
+    if len({(weight.device, weight.dtype) for weight in weights}) != 1:
+        return "the weights are of several dtypes or on several devices"
+    for module in (*model.vision.modules(), *model.projector.modules()):
+        if not type(module).__module__.startswith(KNOWN):
+            return f"a {type(module).__name__} is of another package"
+        if module.training or (reason := why_not_bypassed(module)) is not None:
+            return f"a {type(module).__name__} is in training mode" if module.training else reason
+        if getattr(type(module), "backend", None) is not None and module.backend != "sdpa":
+            return f"attention is {module.backend!r}"
+    return None
+
+
+def why_not_tiles(model: Any, tiles_V3SS: torch.Tensor) -> str | None:
+    """Return why tiles go through the modules as they are."""
+    return why_not_call(model, tiles_V3SS) or why_not_modules(model)
+
+
+def encoder_of(model: Any) -> Encoder | None:
+    """Return the model's encoder, a new one when anything of it has changed; ``None``: its modules are not for one."""
+    encoder = ENCODERS.get(model)
+    if encoder is not None and encoder.is_for(model):
+        return encoder
+    ENCODERS.pop(model, None)
+    if (reason := why_not_modules(model)) is not None:
+        logger.debug("Tiles without a recorded pass: %s.", reason)
+        return None
+    ENCODERS[model] = Encoder(model)
+    return ENCODERS[model]
+
+
+def encode_tiles(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor | None:
+    """Return the embeddings, [V, L, H], of tiles by a recorded pass; ``None`` where it is not for them."""
+    if (reason := why_not_call(model, tiles_V3SS)) is not None:
+        logger.debug("Tiles without a recorded pass: %s.", reason)
+        return None
+    encoder = encoder_of(model)
+    if encoder is None or encoder.broken is not None or not encoder.lock.acquire(blocking=False):
+        return None  # it cannot be recorded, or another thread is at it
+    try:
+        return encoder.encode(tiles_V3SS)
+    finally:
+        encoder.lock.release()

@@ -1,0 +1,156 @@
+"""Tiles by a recorded pass give what the modules give, and go through them where it is not for them.
+
+Without a GPU the recorder keeps the function, and the buffers are poisoned between replays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import mini_model
+from test_whole_prompt import DEVICE, ON_GPU, NoHost, Recorder, poison, pretend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from deepseek_vl2.kernels import graphs, tiles
+
+SIDE = 70
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    made = Recorder()
+    monkeypatch.setattr(graphs, "recorder_for", lambda device: made)
+    return made
+
+
+def pixels(count: int) -> torch.Tensor:
+    return torch.randn(count, 3, SIDE, SIDE, device=DEVICE)
+
+
+def plain(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor:
+    return model.projector(model.vision(tiles_V3SS))
+
+
+@torch.no_grad()
+def test_embeddings_agree(recorder: Recorder) -> None:
+    model = mini_model("small").to(DEVICE)
+    kept = []
+    for count in (3, 2, 3, 3, 2):
+        given = pixels(count)
+        embeddings = tiles.encode_tiles(model, given)
+        assert embeddings is not None
+        kept.append((embeddings, plain(model, given)))
+        for one in tiles.ENCODERS[model].passes.held.values():
+            poison(one.buffers.pixels, one.buffers.embeddings)
+    assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in kept)  # results are the caller's own
+    assert (recorder.records, recorder.replays) == (2, 3)
+    tiles.release(model)
+    assert model not in tiles.ENCODERS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@torch.no_grad()
+def test_on_a_gpu(recorder: Recorder) -> None:
+    model = mini_model("small").to(DEVICE, torch.bfloat16)
+    for count in (3, 3, 2, 3, 2, 2):
+        given = pixels(count).bfloat16()
+        embeddings, expected = model.encode_tiles(given), plain(model, given)
+        assert torch.allclose(embeddings, expected, atol=0.02 * float(expected.abs().max()), rtol=0)
+    assert (recorder.records, recorder.replays) == (2, 4)
+
+
+@torch.no_grad()
+def test_weights_that_moved_are_recorded_anew(recorder: Recorder) -> None:
+    model, given = mini_model("tiny").to(DEVICE), pixels(1)
+    before = [tiles.encode_tiles(model, given) for _ in range(2)]
+    weight = model.vision.patch_embed.proj.weight
+    model.vision.patch_embed.proj.weight = torch.nn.Parameter(weight * 2)
+    after = tiles.encode_tiles(model, given)
+    assert before[0] is not None and before[1] is not None and after is not None
+    assert torch.equal(*before) and not torch.equal(before[0], after)
+    assert torch.allclose(after, plain(model, given), atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_tower_that_was_replaced(recorder: Recorder) -> None:
+    model, other, given = mini_model("tiny").to(DEVICE), mini_model("tiny").to(DEVICE), pixels(2)
+    other.vision.patch_embed.proj.bias.data += 1
+    before = tiles.encode_tiles(model, given)
+    model.vision = other.vision
+    after = tiles.encode_tiles(model, given)
+    assert before is not None and after is not None and not torch.equal(before, after)
+    assert torch.allclose(after, plain(model, given), atol=1e-6)
+    hook = model.vision.blocks[1].mlp.register_forward_hook(lambda module, args, out: out * 2)
+    assert tiles.encode_tiles(model, given) is None
+    hook.remove()
+    assert tiles.encode_tiles(model, given) is not None
+
+
+@torch.no_grad()
+def test_tiles_that_go_through_the_modules() -> None:
+    model, given = mini_model("tiny").to(DEVICE), pixels(1)
+    assert tiles.why_not_tiles(model, given) is None
+    with torch.enable_grad():
+        assert "gradients" in str(tiles.why_not_tiles(model, given))
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert "autocast" in str(tiles.why_not_tiles(model, given))
+    assert "more than" in str(tiles.why_not_tiles(model, pixels(1).expand(tiles.MAX_TILES + 1, -1, -1, -1)))
+    assert "another dtype" in str(tiles.why_not_tiles(model, given.double()))
+    model.vision.norm.double()
+    assert "several dtypes" in str(tiles.why_not_tiles(model, given))
+    model.vision.norm.float()
+    hook = model.vision.blocks[0].register_forward_pre_hook(lambda *args: None)
+    assert "hooks" in str(tiles.why_not_tiles(model, given))
+    assert tiles.encode_tiles(model, given) is None
+    hook.remove()
+    model.vision.set_attention_backend("eager")
+    assert "eager" in str(tiles.why_not_tiles(model, given))
+    model.vision.set_attention_backend("sdpa")
+
+    class Adapted(torch.nn.Linear):
+        pass
+
+    linear = model.vision.blocks[0].mlp.fc1
+    model.vision.blocks[0].mlp.fc1 = Adapted(linear.in_features, linear.out_features).to(DEVICE).eval()
+    assert "Adapted" in str(tiles.why_not_tiles(model, given))
+    model.vision.blocks[0].mlp.fc1 = linear
+    model.vision.train()
+    assert "training" in str(tiles.why_not_tiles(model, given))
+    model.train()
+    assert "training" in str(tiles.why_not_tiles(model, given))
+
+
+@torch.no_grad()
+def test_a_busy_encoder_leaves_the_call_alone(recorder: Recorder) -> None:
+    model, given = mini_model("tiny").to(DEVICE), pixels(1)
+    encoder = tiles.encoder_of(model)
+    assert encoder is not None
+    with encoder.lock:
+        assert tiles.encode_tiles(model, given) is None
+    assert tiles.encode_tiles(model, given) is not None
+
+
+@torch.no_grad()
+def test_a_broken_recorder_leaves_later_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(run: graphs.Run) -> graphs.Run:
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(graphs, "recorder_for", lambda device: broken)
+    model, given = mini_model("tiny").to(DEVICE), pixels(1)
+    answers = [tiles.encode_tiles(model, given) for _ in range(3)]
+    assert answers[0] is not None and answers[1] is not None and torch.equal(answers[0], answers[1])
+    assert answers[2] is None
+
+
+@pytest.mark.skipif(ON_GPU, reason="with a GPU it is recorded")
+def test_nothing_waits_for_the_device() -> None:
+    model = mini_model("small")
+    with FakeTensorMode(), torch.no_grad():
+        pretend(model)
+        given = tiles.Tiles(torch.empty(2, 3, SIDE, SIDE, dtype=torch.bfloat16, device="cuda"))
+        with NoHost():
+            tiles.encode_into(model, given)
+        assert given.embeddings is not None and given.embeddings.device.type == "cuda"
