@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from deepseek_vl2.kernels import experts, gate, latent, linear, multihead, norm
-from deepseek_vl2.kernels.decode import Layer, Weights, splits_of
+from deepseek_vl2.kernels.decode import Layer, Weights, multihead_splits, splits_of
 from deepseek_vl2.kernels.experts import ExpertWeights
 
 TOLERANCE = 1.2e-2  # bfloat16: half a step is 2^-9, and a chain of kernels rounds some five times
@@ -61,7 +61,7 @@ class KernelChecks:
         """Check that the likeliest of one row is found; 0 or 1."""
         head = self.weights.head
         x, out = self.draw(self.hidden), self.poisoned(head.shape[0], dtype=torch.float32)
-        programs = -(-head.shape[0] // linear.one_row_blocks(self.hidden)["BLOCK_N"])
+        programs = -(-head.shape[0] // linear.one_row_blocks(self.hidden, head.shape[0])["BLOCK_N"])
         best = (
             self.poisoned(programs, dtype=torch.float32),
             torch.zeros(programs, dtype=torch.int32, device=self.device),
@@ -136,12 +136,12 @@ class KernelChecks:
             error(keys[index, :, at], multihead.rotate_halves_plain(k, *angles)),
             error(values[index, :, at], v),
         )
-        splits = splits_of(rows, a.heads)
+        splits = multihead_splits(rows, a.heads)
         partial = self.poisoned(rows, splits, a.heads, a.size, dtype=torch.float32)
         share = self.poisoned(rows, splits, a.heads, dtype=torch.float32)
         multihead.attend_splits(query, keys, values, positions, a.scaling, partial, share)
         out = self.poisoned(rows, a.heads, a.size)
-        latent.join_splits(partial, share, positions, out, keys_a_step=multihead.KEYS_A_STEP)
+        latent.join_splits(partial, share, positions, out, keys_a_step=multihead.keys_a_step(len(positions)))
         plain = multihead.attend_plain(query.float(), keys.float(), values.float(), positions, a.scaling)
         return max(worst, error(out, plain))
 

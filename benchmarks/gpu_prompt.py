@@ -163,7 +163,10 @@ def measure(size: str, device: torch.device) -> list[tuple[str, str]]:
         ("language model, replay", f"{wall(device, replay):.1f}"),
         ("language model, replay, device", f"{on_device(device, replay):.1f}"),
         ("tower and projector, recorded", f"{wall(device, lambda: model.encode_tiles(pixels)):.1f}"),
-        ("tower and projector, recorded, between events", f"{on_device(device, lambda: model.encode_tiles(pixels)):.1f}"),
+        (
+            "tower and projector, recorded, between events",
+            f"{on_device(device, lambda: model.encode_tiles(pixels)):.1f}",
+        ),
     ]
     for name, run in (("generate, one token", answer), ("first token with the host's part", ask)):
         with unrecorded(engine):

@@ -169,9 +169,14 @@ def new_buffers(weights: Weights, rows: int, cos: torch.Tensor, sin: torch.Tenso
     )
 
 
-def splits_of(rows: int, head_programs: int) -> int:
+def splits_of(rows: int, head_programs: int, programs: int | None = None) -> int:
     """Return into how many parts each row's keys are cut, so that all programs together fill the device."""
-    return min(power_of_two(triton.cdiv(PROGRAMS, rows * head_programs)), MAX_SPLITS)
+    return min(power_of_two(triton.cdiv(programs or PROGRAMS, rows * head_programs)), MAX_SPLITS)
+
+
+def multihead_splits(rows: int, heads: int) -> int:
+    """Return the same for plain multi-head attention: programs for several rows are of one warp, so more are wanted."""
+    return splits_of(rows, heads, PROGRAMS if rows == 1 else 9 * PROGRAMS)
 
 
 def project(weights: Attention, buffers: Buffers, source: torch.Tensor, normed: tuple[torch.Tensor, float]) -> None:
@@ -220,11 +225,11 @@ def attend_multihead(weights: Attention, buffers: Buffers, cache: Cache, mixed: 
     query = buffers.take("query", rows, heads, size)
     keys, values = cache
     multihead.rotate_and_write(projected, buffers.cos, buffers.sin, buffers.positions, query, keys, values, **early)
-    splits = splits_of(rows, heads)
+    splits = multihead_splits(rows, heads)
     partial = buffers.take("partial", rows, splits, heads, size, dtype=torch.float32)
     share = buffers.take("share", rows, splits, heads, dtype=torch.float32)
     multihead.attend_splits(query, keys, values, buffers.positions, weights.scaling, partial, share, **early)
-    latent.join_splits(partial, share, buffers.positions, mixed, keys_a_step=multihead.KEYS_A_STEP, **early)
+    latent.join_splits(partial, share, buffers.positions, mixed, keys_a_step=multihead.keys_a_step(rows), **early)
 
 
 def attend(weights: Attention, buffers: Buffers, cache: Cache) -> None:
@@ -292,7 +297,7 @@ def predict(weights: Weights, buffers: Buffers) -> None:
         linear.few_rows_linear(buffers.normed, [weights.head], buffers.logits, rounded=True)
         torch.argmax(buffers.logits, dim=-1, out=buffers.tokens)
         return
-    block = linear.one_row_blocks(weights.head.shape[1])["BLOCK_N"]
+    block = linear.one_row_blocks(weights.head.shape[1], weights.head.shape[0])["BLOCK_N"]
     programs = triton.cdiv(weights.head.shape[0], block)
     best = (
         buffers.take("best", programs, dtype=torch.float32),

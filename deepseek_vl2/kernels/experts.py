@@ -186,7 +186,9 @@ def one_row_inner(
     weights.check()
     hidden, some = x_H.shape[-1], weights.any
     chosen = 0 if ids_K is None else ids_K.shape[-1]
-    sizes = {"BLOCK_N": 4, "BLOCK_H": min(power_of_two(hidden, 16), 512), "num_warps": 4, **blocks}
+    # Measured on an H200 (benchmarks/gpu_tune.py): long rows want few of them in a program, and wide loads.
+    block_n, block_h = (2, 1024) if hidden >= 2048 else (4, 512)
+    sizes = {"BLOCK_N": block_n, "BLOCK_H": min(power_of_two(hidden, 16), block_h), "num_warps": 4, **blocks}
     routed_blocks = chosen * triton.cdiv(weights.inner, sizes["BLOCK_N"])
     _one_row_inner_kernel[(triton.cdiv(weights.shared_inner, sizes["BLOCK_N"]) + routed_blocks,)](
         x_H,
@@ -281,10 +283,12 @@ def one_row_down(
     weights.check()
     hidden, some = out_H.shape[-1], weights.any
     widest = power_of_two(max(weights.inner, weights.shared_inner), 16)
-    # All programs at once: 64 registers a thread let 1,056 of them run on an H200, and twice the rows 924.
-    few = {"BLOCK_H": 2, "BLOCK_I": min(widest, 512), "AHEAD": 6}
-    many = {"BLOCK_H": 4, "BLOCK_I": min(widest, 256), "AHEAD": 11}
-    sizes = {**(few if hidden <= 2 * 1056 else many), "num_warps": 4, **blocks}
+    # Measured on an H200 (benchmarks/gpu_tune.py). All programs shall run at once: 64 registers a thread let 1,056 of
+    # them with four warps do so, and twice as many with two.
+    cut = {"BLOCK_H": 2, "BLOCK_I": min(widest, 512), "AHEAD": 6, "num_warps": 2}
+    if 2048 <= hidden <= 2 * 1056:
+        cut = {"BLOCK_H": 2, "BLOCK_I": min(widest, 1024), "AHEAD": 3, "num_warps": 4}
+    sizes = {**cut, **blocks}
     _one_row_down_kernel[(triton.cdiv(hidden, sizes["BLOCK_H"]),)](
         inner_N,
         inner_N if ids_K is None else ids_K,

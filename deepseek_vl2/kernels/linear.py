@@ -100,8 +100,13 @@ def _one_row_kernel(
         tl.store(best_id_ptr + program, tl.min(tl.where(shown == best, rows, N1), axis=0))
 
 
-def one_row_blocks(width: int) -> dict[str, int]:
-    """Return rows a program, columns a step and warps for weights that are ``width`` wide."""
+def one_row_blocks(width: int, rows: int) -> dict[str, int]:
+    """Return rows a program, columns a step and warps for ``rows`` of weights that are ``width`` wide.
+
+    Measured on an H200 (benchmarks/gpu_tune.py).
+    """
+    if width >= 2048 and rows <= 16384:
+        return {"BLOCK_N": 4, "BLOCK_K": 1024, "num_warps": 4}
     return {"BLOCK_N": 8, "BLOCK_K": min(power_of_two(width, 16), 512), "num_warps": 4}
 
 
@@ -136,7 +141,7 @@ def one_row_linear(
         raise ValueError(f"one_row_linear takes one to {MAX_WEIGHTS} weights, and one where the best is asked for.")
     sizes = [weight.shape[0] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
     first, second, third = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
-    cut = {**one_row_blocks(x_K.shape[-1]), **blocks}
+    cut = {**one_row_blocks(x_K.shape[-1], sum(sizes)), **blocks}
     _one_row_kernel[(sum(triton.cdiv(size, cut["BLOCK_N"]) for size in sizes),)](
         x_K,
         x_K if norm_K is None else norm_K,

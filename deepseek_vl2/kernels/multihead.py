@@ -15,7 +15,13 @@ import triton.language as tl
 from .latent import live_splits
 from .primitives import check_rows, let_next_start, power_of_two, wait_for_inputs
 
-KEYS_A_STEP = 64
+
+def keys_a_step(rows: int) -> int:
+    """Return how many keys a program reads at a time.
+
+    One row has few programs, so each keeps many loads under way; with several rows programs of a single warp do that.
+    """
+    return 64 if rows == 1 else 16
 
 
 def rotate_halves_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -208,7 +214,7 @@ def attend_splits(
         D=size,
         D_PAD=power_of_two(size, 16),
         SPLITS=splits,
-        BLOCK_C=KEYS_A_STEP,
-        num_warps=4,
+        BLOCK_C=keys_a_step(rows),
+        num_warps=4 if rows == 1 else 1,
         **options,
     )
