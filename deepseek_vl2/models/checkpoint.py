@@ -7,9 +7,10 @@ converts between the two while loading and saving, by the rules below.
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -26,6 +27,8 @@ OPTIONAL_TENSORS = r"^vision\.attn_pool\."
 
 EXPERT_TENSOR = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+INTEGER_DTYPES = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DTYPES = {**FLOAT_DTYPES, **INTEGER_DTYPES, "BOOL": torch.bool}
 
 
 def conversion_rules() -> list[WeightConverter]:
@@ -69,6 +72,65 @@ def released_shapes(model: nn.Module, config: PretrainedConfig) -> Shapes:
     return shapes
 
 
+class StoredTensor:
+    """A tensor of a safetensors file, read at ``tensor[...]`` without holding the interpreter's lock.
+
+    safetensors' own slices hold it while they read, so that threads would wait for each other: transformers loads with
+    several.
+
+    Source: the format, github.com/huggingface/safetensors.
+    """
+
+    def __init__(self, file: BinaryIO, start: int, entry: dict[str, Any]) -> None:
+        self.file = file
+        self.start = start + entry["data_offsets"][0]
+        self.code: str = entry["dtype"]
+        self.shape: list[int] = entry["shape"]
+
+    def get_shape(self) -> list[int]:
+        """Return the shape."""
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        """Return the stored dtype, as safetensors names it."""
+        return self.code
+
+    def read_into(self, out: torch.Tensor) -> None:
+        """Read into a contiguous tensor of the stored shape and dtype."""
+        if not out.numel():
+            return
+        rest, at = memoryview(out.view(-1).view(torch.uint8).numpy()), self.start
+        while len(rest):
+            read = os.preadv(self.file.fileno(), [rest], at)
+            if read == 0:
+                raise ValueError(f"{self.file.name} ends at byte {at}, in the middle of a tensor.")
+            rest, at = rest[read:], at + read
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        out = torch.empty(self.shape, dtype=DTYPES[self.code])
+        self.read_into(out)
+        return out[index]
+
+
+def read_slices(path: Path) -> dict[str, Any]:
+    """Return what reads each tensor of a safetensors file, by its name.
+
+    Raises:
+        safetensors.SafetensorError: the file is truncated or none of its kind.
+    """
+    shard = safe_open(path, framework="pt", backend="pread")  # checks the header, and the size
+    slices: dict[str, Any] = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - not a dict
+    if not hasattr(os, "preadv"):
+        return slices
+    file = path.open("rb", buffering=0)
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    for name in slices:
+        if header[name]["dtype"] in DTYPES:
+            slices[name] = StoredTensor(file, 8 + size, header[name])
+    return slices
+
+
 class StoredTensors:
     """The tensors of a checkpoint's safetensors files, known by name and shape and read one by one when asked for.
 
@@ -79,9 +141,7 @@ class StoredTensors:
     def __init__(self, files: list[Path]) -> None:
         self.slices: dict[str, Any] = {}
         for file in files:
-            shard = safe_open(file, framework="pt", backend="pread")
-            for name in shard.keys():  # noqa: SIM118 - not a dict
-                self.slices[name] = shard.get_slice(name)
+            self.slices.update(read_slices(file))
         self.shapes: Shapes = {name: tuple(s.get_shape()) for name, s in self.slices.items()}
 
     @property
@@ -124,13 +184,17 @@ class FusedSlices:
         return self.slices[0][0].get_dtype()
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        first = self.slices[0][0][...]
-        fused = torch.empty(self.get_shape(), dtype=first.dtype)
+        code = self.get_dtype()
+        fused = torch.empty(self.get_shape(), dtype=DTYPES[code] if code in DTYPES else self.slices[0][0][...].dtype)
         for expert, parts in enumerate(self.slices):
             start = 0
             for part in parts:
                 rows = part.get_shape()[0]
-                fused[expert, start : start + rows] = part[...]
+                place = fused[expert, start : start + rows]
+                if isinstance(part, StoredTensor) and part.code == code:
+                    part.read_into(place)
+                else:
+                    place.copy_(part[...])
                 start += rows
         return fused[index]
 
