@@ -99,7 +99,8 @@ class StoredTensor:
         """Read into a contiguous tensor of the stored shape and dtype."""
         if not out.numel():
             return
-        rest, at = memoryview(out.view(-1).view(torch.uint8).numpy()), self.start
+        numbers: Any = out.view(-1).view(torch.uint8).numpy()
+        rest, at = memoryview(numbers), self.start
         while len(rest):
             read = os.preadv(self.file.fileno(), [rest], at)
             if read == 0:
