@@ -99,8 +99,8 @@ def measure(size: str, parent: str | None, device: str) -> list[str]:
             result = subprocess.run(command, check=True, capture_output=True, text=True)
             got = json.loads(result.stdout.splitlines()[-1])
             lines.append(
-                f"| {size} | {state} | {total:.2f} | {largest:.2f} | {raw[0]:.2f} / {raw[1]:.2f} | {got['seconds']:.2f} | "
-                f"{total / got['seconds']:.2f} | {got['host']:.2f} |"
+                f"| {size} | {state} | {total:.2f} | {largest:.2f} | {raw[0]:.2f} / {raw[1]:.2f} | "
+                f"{got['seconds']:.2f} | {total / got['seconds']:.2f} | {got['host']:.2f} |"
             )
     return lines
 
@@ -116,9 +116,7 @@ def main() -> None:
     if args.load is not None:
         load(args.load, args.device)
         return
-    print(
-        "| size | files | GB | largest, GB | read alone by 1 / 4 threads, GB/s | loaded in, s | GB/s | host memory, GB |"
-    )
+    print("| size | files | GB | largest, GB | read by 1 / 4 threads, GB/s | loaded in, s | GB/s | host memory, GB |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     print(*measure(args.size, args.folder, args.device), sep="\n", flush=True)
 

@@ -295,7 +295,13 @@ def predict(weights: Weights, buffers: Buffers) -> None:
     """Write the logits, and the likeliest ids in place of those read."""
     if buffers.rows > 1:
         linear.few_rows_linear(buffers.normed, [weights.head], buffers.logits, rounded=True)
-        torch.argmax(buffers.logits, dim=-1, out=buffers.tokens)
+        parts = triton.cdiv(weights.head.shape[0], linear.PART)
+        best = (
+            buffers.take("best", buffers.rows, parts, dtype=torch.float32),
+            buffers.take("best id", buffers.rows, parts, dtype=torch.int32),
+        )
+        linear.best_of_parts(buffers.logits, best)
+        linear.pick_best(best, buffers.tokens)
         return
     block = linear.one_row_blocks(weights.head.shape[1], weights.head.shape[0])["BLOCK_N"]
     programs = triton.cdiv(weights.head.shape[0], block)

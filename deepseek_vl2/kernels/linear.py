@@ -97,7 +97,7 @@ def _one_row_kernel(
         shown = tl.where(rows < size, out, float("-inf"))
         best = tl.max(shown, axis=0)
         tl.store(best_ptr + program, best)
-        tl.store(best_id_ptr + program, tl.min(tl.where(shown == best, rows, N1), axis=0))
+        tl.store(best_id_ptr + program, tl.min(tl.where((shown == best) & (rows < size), rows, 2147483647), axis=0))
 
 
 def one_row_blocks(width: int, rows: int) -> dict[str, int]:
@@ -173,6 +173,8 @@ def _best_kernel(
 ) -> None:
     let_next_start(EARLY)
     wait_for_inputs(EARLY)
+    best_ptr += tl.program_id(0) * N
+    best_id_ptr += tl.program_id(0) * N
     index = tl.arange(0, BLOCK)
     value = tl.full([BLOCK], float("-inf"), tl.float32)
     winner = tl.full([BLOCK], 2147483647, tl.int32)
@@ -185,16 +187,50 @@ def _best_kernel(
         winner = tl.where(better, new_id, winner)
     top = tl.max(value, axis=0)
     chosen = tl.min(tl.where(value == top, winner, 2147483647), axis=0)
-    tl.store(out_ptr, chosen.to(tl.int64))
+    chosen = tl.where(chosen == 2147483647, 0, chosen)  # of what is not a number none is largest: any id of the table
+    tl.store(out_ptr + tl.program_id(0), chosen.to(tl.int64))
 
 
-def pick_best(best: tuple[torch.Tensor, torch.Tensor], out_1: torch.Tensor, **options: Any) -> None:
-    """Write the index of the largest output, the first one of equals, from what `one_row_linear` noted.
+def pick_best(best: tuple[torch.Tensor, torch.Tensor], out_B: torch.Tensor, **options: Any) -> None:
+    """Write the index of each row's largest output, the first one of equals; 0 where no output is a number.
 
-    Options: of the launch, see `primitives.early_start`.
+    Args:
+        best: the largest output of each part and its index, as `one_row_linear` or `best_of_parts` noted them.
+        out_B: written, int64.
+        options: of the launch, see `primitives.early_start`.
     """
     values, ids = best
-    _best_kernel[(1,)](values, ids, out_1, values.shape[0], BLOCK=2048, num_warps=8, **options)
+    _best_kernel[(out_B.shape[0],)](values, ids, out_B, values.shape[-1], BLOCK=2048, num_warps=8, **options)
+
+
+PART = 4096
+
+
+@triton.jit(do_not_specialize=["V"])
+def _best_of_part_kernel(
+    logits_ptr: tl.tensor, best_ptr: tl.tensor, best_id_ptr: tl.tensor, V: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    shown = tl.load(logits_ptr + row * V + index, mask=index < V, other=float("-inf"))
+    best = tl.max(shown, axis=0)
+    place = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(best_ptr + place, best)
+    tl.store(best_id_ptr + place, tl.min(tl.where((shown == best) & (index < V), index, 2147483647), axis=0))
+
+
+def best_of_parts(logits_BV: torch.Tensor, best: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Note the largest number of each `PART` numbers of each row, [B, parts], and its index in the row, for `pick_best`.
+
+    PyTorch's own argmax has one program for a row, which takes longer than a layer's attention.
+
+    Args:
+        logits_BV: contiguous, float32.
+        best: written; float32 and int32.
+    """
+    check_rows(logits_BV)
+    rows, vocabulary = logits_BV.shape
+    _best_of_part_kernel[(rows, best[0].shape[1])](logits_BV, *best, vocabulary, BLOCK=PART, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["rows"])

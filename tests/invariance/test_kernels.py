@@ -81,6 +81,27 @@ def test_best_of_one_row(dtype: torch.dtype, size: int) -> None:
     assert torch.equal(out, out.to(dtype).float())
     check(out, weight.float() @ x.float(), dtype)
     assert chosen.item() == size // 2
+    linear.one_row_linear(x * float("nan"), [weight], out, rounded=True, best=best)
+    linear.pick_best(best, chosen)
+    assert 0 <= chosen.item() < size  # it will be looked up in the table of embeddings
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("size", [100, linear.PART, 3 * linear.PART + 17])
+def test_best_of_rows(rows: int, size: int) -> None:
+    logits, parts = draw(rows, size), -(-size // linear.PART)
+    logits[0, -1] = logits[0, size // 2] = 10.0  # two that are equal and largest
+    logits[-1, : size - 1] = float("-inf")
+    expected = logits.argmax(dim=-1)
+    expected[0] = size // 2 if rows > 1 else size - 1
+    best = (poisoned(rows, parts), torch.full((rows, parts), -1, device=DEVICE, dtype=torch.int32))
+    chosen = torch.full((rows,), -1, device=DEVICE)
+    linear.best_of_parts(logits, best)
+    linear.pick_best(best, chosen)
+    assert torch.equal(chosen, expected)
+    linear.best_of_parts(logits.fill_(float("nan")), best)
+    linear.pick_best(best, chosen)
+    assert bool(((chosen >= 0) & (chosen < size)).all())  # it will be looked up in the table of embeddings
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
