@@ -220,7 +220,7 @@ def _best_of_part_kernel(
 
 
 def best_of_parts(logits_BV: torch.Tensor, best: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Note the largest number of each `PART` numbers of each row, [B, parts], and its index in the row, for `pick_best`.
+    """Note the largest of every `PART` numbers of a row, [B, parts], and its index in the row, for `pick_best`.
 
     PyTorch's own argmax has one program for a row, which takes longer than a layer's attention.
 
