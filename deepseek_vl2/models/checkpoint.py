@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import weakref
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -72,6 +73,27 @@ def released_shapes(model: nn.Module, config: PretrainedConfig) -> Shapes:
     return shapes
 
 
+class OpenFile:
+    """A file that is open for reading at any place, by any thread, until nobody refers to it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def read_into(self, rest: memoryview, at: int) -> None:
+        """Fill a buffer with the bytes from ``at`` on.
+
+        Raises:
+            ValueError: the file ends before.
+        """
+        while len(rest):
+            read = os.preadv(self.descriptor, [rest], at)
+            if read == 0:
+                raise ValueError(f"{self.path} ends at byte {at}, in the middle of a tensor.")
+            rest, at = rest[read:], at + read
+
+
 class StoredTensor:
     """A tensor of a safetensors file, read at ``tensor[...]`` without holding the interpreter's lock.
 
@@ -81,7 +103,7 @@ class StoredTensor:
     Source: the format, github.com/huggingface/safetensors.
     """
 
-    def __init__(self, file: BinaryIO, start: int, entry: dict[str, Any]) -> None:
+    def __init__(self, file: OpenFile, start: int, entry: dict[str, Any]) -> None:
         self.file = file
         self.start = start + entry["data_offsets"][0]
         self.code: str = entry["dtype"]
@@ -100,12 +122,7 @@ class StoredTensor:
         if not out.numel():
             return
         numbers: Any = out.view(-1).view(torch.uint8).numpy()
-        rest, at = memoryview(numbers), self.start
-        while len(rest):
-            read = os.preadv(self.file.fileno(), [rest], at)
-            if read == 0:
-                raise ValueError(f"{self.file.name} ends at byte {at}, in the middle of a tensor.")
-            rest, at = rest[read:], at + read
+        self.file.read_into(memoryview(numbers), self.start)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         out = torch.empty(self.shape, dtype=DTYPES[self.code])
@@ -123,9 +140,10 @@ def read_slices(path: Path) -> dict[str, Any]:
     slices: dict[str, Any] = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - not a dict
     if not hasattr(os, "preadv"):
         return slices
-    file = path.open("rb", buffering=0)
-    size = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(size))
+    with path.open("rb") as start:
+        size = int.from_bytes(start.read(8), "little")
+        header = json.loads(start.read(size))
+    file = OpenFile(path)
     for name in slices:
         if header[name]["dtype"] in DTYPES:
             slices[name] = StoredTensor(file, 8 + size, header[name])

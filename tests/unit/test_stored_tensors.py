@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,6 +61,21 @@ def test_experts_are_read_into_one_tensor(tmp_path: Path) -> None:
         gate, up, down = (tensors[name] for name in names[3 * expert : 3 * expert + 3])
         assert torch.equal(gate_up[expert], torch.cat((gate.bfloat16(), up)))
         assert torch.equal(fused["layers.1.mlp.experts.down_proj"][...][expert], down)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Linux")
+def test_files_are_closed_when_nobody_needs_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write(path)
+
+    def handles() -> int:
+        return sum(path == Path(link).resolve() for link in Path("/proc/self/fd").iterdir() if link.exists())
+
+    one = read_slices(path)["odd"]
+    assert handles() == 1 and one[...].tolist() == list(range(7))
+    del one
+    gc.collect()
+    assert handles() == 0
 
 
 def test_a_truncated_file(tmp_path: Path) -> None:
