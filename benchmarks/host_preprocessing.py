@@ -1,7 +1,7 @@
 """Time the processor on the host, beside an earlier state of the package in the same process.
 
-    git worktree add /tmp/before d751df0
-    python benchmarks/host_preprocessing.py --beside /tmp/before [--threads N] [--markdown FILE]
+    git worktree add ../before d751df0
+    python benchmarks/host_preprocessing.py --beside ../before [--threads N] [--markdown FILE]
 
 One 1024x768 JPEG (7 tiles) given as a path, and two and four of them; calls alternate between the two states, and
 times are medians. "processor" is the call alone, "to bfloat16" is the call and ``.to(torch.bfloat16)``, "read" is the
