@@ -283,8 +283,8 @@ def one_row_down(
     weights.check()
     hidden, some = out_H.shape[-1], weights.any
     widest = power_of_two(max(weights.inner, weights.shared_inner), 16)
-    # Measured on an H200 (benchmarks/gpu_tune.py). All programs shall run at once: 64 registers a thread let 1,056 of
-    # them with four warps do so, and twice as many with two.
+    # Measured on an H200 (benchmarks/gpu_tune.py), where 64 registers a thread let 1,056 programs of four warps run at
+    # once, or twice as many of two. Rows of small's width just fit as the former, and wide loads are faster then.
     cut = {"BLOCK_H": 2, "BLOCK_I": min(widest, 512), "AHEAD": 6, "num_warps": 2}
     if 2048 <= hidden <= 2 * 1056:
         cut = {"BLOCK_H": 2, "BLOCK_I": min(widest, 1024), "AHEAD": 3, "num_warps": 4}

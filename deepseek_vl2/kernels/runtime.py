@@ -187,11 +187,12 @@ def engine_of(language: Any, unchanged: bool = False) -> Engine:
     engine = ENGINES.get(language)
     if engine is not None and unchanged:
         return engine
-    if engine is None or engine.addresses != addresses_of(language.parameters()):
-        ENGINES.pop(language, None)
-        engine = ENGINES[language] = Engine(language)
-    engine.watch = Watch(language)
-    return engine
+    if engine is not None and engine.addresses == addresses_of(language.parameters()):
+        engine.watch = Watch(language)
+        return engine
+    ENGINES.pop(language, None)
+    ENGINES[language] = Engine(language)
+    return ENGINES[language]
 
 
 def release(language: Any) -> None:

@@ -20,8 +20,8 @@ class Watch:
     modules takes a few tenths of a millisecond, where walking over them takes several. The module itself is not kept
     alive, only what it holds.
 
-    Assigning anything counts as a change, even of what equals it. What is changed within an attribute, such as a list
-    or a config, does not, and neither do numbers written into a weight.
+    Another object in the place of one counts as a change, even where the two are equal. What is changed within an
+    attribute, such as a list or a config, does not, and neither do numbers written into a weight.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
