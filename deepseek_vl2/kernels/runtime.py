@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from ..models.cache import GrowingLayer
+from ..models.cache import CACHE_NAME, GrowingLayer
 from ..models.generation import SampleCall
 from . import graphs, whole_prompt
 from .decode import MAX_ROWS, Buffers, Weights, decode_step, new_buffers
@@ -230,7 +230,7 @@ def why_not_call(call: SampleCall) -> str | None:
         return f"more than {MAX_ROWS} rows"
     if getattr(call.stopping_criteria, "max_length", None) is None:
         return "there is no maximum length"
-    cache: Any = kwargs.get("past_key_values")
+    cache: Any = kwargs.get(CACHE_NAME)
     if type(cache) is not DynamicCache or any(type(x) not in (DynamicLayer, GrowingLayer) for x in cache.layers):
         return f"the cache is a {type(cache).__name__} of a kind of its own"
     return why_not_positions(kwargs)
@@ -248,7 +248,7 @@ def why_not_positions(kwargs: dict[str, Any]) -> str | None:
     length = positions.shape[1]
     if mask is None:
         counted = torch.arange(length, device=positions.device)
-        whole = kwargs["past_key_values"].get_seq_length() == 0 and bool((positions == counted).all())
+        whole = kwargs[CACHE_NAME].get_seq_length() == 0 and bool((positions == counted).all())
         return None if whole else "positions were given"
     usual = (mask.long().cumsum(-1) - 1)[:, -length:]
     real = mask.bool()[:, -length:]
@@ -375,7 +375,7 @@ def generate(
         start = session.buffers.positions.clone()
     session, lines = decode(call, language, engine, session, session.buffers.logits, length)
     if not private:
-        append_new_tokens(engine.weights, session.buffers, call.model_kwargs["past_key_values"], start, len(lines) - 1)
+        append_new_tokens(engine.weights, session.buffers, call.model_kwargs[CACHE_NAME], start, len(lines) - 1)
     if call.streamer is not None:
         call.streamer.end()
     new = torch.tensor(lines, dtype=call.input_ids.dtype).T.to(call.input_ids.device)
@@ -393,7 +393,7 @@ def read_prompt_plainly(call: SampleCall, engine: Engine, session: Session) -> t
     # Asked while the device has nothing else to finish.
     padding = None if mask is None or bool(mask.all()) else mask.to(device)
     outputs = call.model._prefill(call.input_ids, call.generation_config, call.model_kwargs)
-    cache = outputs.past_key_values
+    cache = outputs[CACHE_NAME]
     length = int(cache.get_seq_length())
     if mask is not None and mask.shape[1] != length:
         raise ValueError(f"The attention mask covers {mask.shape[1]} tokens, but the prompt has {length}.")

@@ -19,6 +19,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..models.attention import DeepseekV2Attention, eager_attention_forward
+from ..models.cache import CACHE_NAME
 from ..models.generation import SampleCall
 from ..models.modeling_deepseek import DeepseekV2ForCausalLM
 from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
@@ -35,7 +36,7 @@ MAX_PROMPTS = 4
 
 KNOWN = {
     "attention_mask", "cache_position", "images", "images_seq_mask", "images_spatial_crop", "inputs_embeds",
-    "logits_to_keep", "past_key_values", "position_ids", "use_cache",
+    "logits_to_keep", CACHE_NAME, "position_ids", "use_cache",
 }  # fmt: skip
 
 
@@ -188,7 +189,7 @@ def why_not_prompt(call: SampleCall, language: Any) -> str | None:
         return "autocast or compilation is on"
     if unknown := [name for name, value in kwargs.items() if name not in KNOWN and value is not None]:
         return f"the call has arguments of its own: {', '.join(unknown)}"
-    cache = kwargs["past_key_values"]
+    cache = kwargs[CACHE_NAME]
     if not getattr(cache, "is_private", False) or cache.get_seq_length() > 0:
         return "the cache is the caller's, or holds tokens"
     if call.generation_config.prefill_chunk_size is not None:

@@ -7,8 +7,22 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 SPARE_TOKENS = 256
+# What transformers calls a cache in its calls and outputs: "past_key_values" up to 5.23, "cache" since.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def one_cache(past_key_values: Any, cache: Any) -> Any:
+    """Return what a call was given as its cache, by either of the names it goes by.
+
+    Raises:
+        ValueError: both were given.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("Give either past_key_values or cache, not both: they are names of the same argument.")
+    return cache if past_key_values is None else past_key_values
 
 
 class GrowingLayer(DynamicLayer):

@@ -99,7 +99,7 @@ class DeepseekV2Config(PretrainedConfig):
 
     model_type = "deepseek_v2"
     base_config_key = "language_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
-from .cache import new_cache
+from .cache import CACHE_NAME, new_cache, one_cache
 from .configuration_deepseek import DeepseekV2Config
 
 
@@ -74,7 +74,7 @@ class ChunkedGenerationMixin(GenerationMixin):
         Args:
             prompt: ids [B, T] or embeddings [B, T, H].
             generation_config: the call's own config.
-            kwargs: the call's keywords; ``past_key_values`` is replaced where it must be.
+            kwargs: the call's keywords; the cache is replaced where it must be, and named as transformers does.
         """
 
         def setting(name: str) -> Any:
@@ -90,15 +90,15 @@ class ChunkedGenerationMixin(GenerationMixin):
                 stacklevel=3,
             )
         copies = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
-        cache = as_cache(kwargs.get("past_key_values"))
+        cache = as_cache(one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None)))
         if cache is not None:
             if copies > 1 and cache.get_seq_length() > 0 and cache.layers[0].keys.shape[0] == prompt.shape[0]:
                 cache = copy.deepcopy(cache)  # the caller may go on with theirs
                 cache.batch_repeat_interleave(copies)
-            kwargs["past_key_values"] = cache
+            kwargs[CACHE_NAME] = cache
         elif setting("cache_implementation") is None and kwargs.get("use_cache", True):
-            kwargs["past_key_values"] = new_cache(config)
-            kwargs["past_key_values"].is_private = True  # nobody looks at it after the call
+            kwargs[CACHE_NAME] = new_cache(config)
+            kwargs[CACHE_NAME].is_private = True  # nobody looks at it after the call
         return copies
 
     def prefill_in_chunks(
@@ -146,26 +146,28 @@ class ChunkedGenerationMixin(GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Prepare a forward pass as transformers does; candidate tokens behind a prompt of embeddings are embedded.
 
         Assisted decoding appends candidates to the ids alone, and expects their logits.
         """
+        cache = one_cache(past_key_values, cache)
         if is_first_iteration and inputs_embeds is not None:
             candidates = input_ids.shape[1] - inputs_embeds.shape[1]
             if candidates > 0:
                 embedded = self.get_input_embeddings()(input_ids[:, -candidates:])
                 inputs_embeds = torch.cat((inputs_embeds, embedded.to(inputs_embeds)), dim=1)
-            past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+            past = int(cache.get_seq_length()) if cache is not None else 0
             if past and next_sequence_length is None:
                 next_sequence_length = inputs_embeds.shape[1] - past
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
 
@@ -177,7 +179,7 @@ class ChunkedGenerationMixin(GenerationMixin):
         Here, unlike in ``generate``, the cache exists, of whatever kind, and beams have been laid out.
         """
         if generation_config.prefill_chunk_size is not None:
-            cache = model_kwargs.get("past_key_values")
+            cache = model_kwargs.get(CACHE_NAME)
             if cache is None:
                 raise ValueError("prefill_chunk_size needs a cache: do not set use_cache=False.")
             for layer in cache.layers:

@@ -19,7 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .attention import DeepseekV2Attention, DeepseekV2MultiHeadAttention, Rotation, build_attention
-from .cache import new_cache
+from .cache import CACHE_NAME, new_cache, one_cache
 from .checkpoint import conversion_rules
 from .configuration_deepseek import DeepseekV2Config
 from .cpu import is_single_cpu_row, onednn
@@ -129,9 +129,11 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         routing: RoutingContext | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the layer's output and, where they are computed, its attention weights."""
+        past_key_values = one_cache(past_key_values, cache)
         attended, weights = self.self_attn(
             self.input_layernorm(hidden_states), rotation, attention_mask, past_key_values, **kwargs
         )
@@ -150,7 +152,7 @@ class DeepseekV2PreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
     input_modalities: tuple[str, ...] = ("text",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeepseekV2DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = False
@@ -232,6 +234,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         routing: RoutingContext | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the layers.
@@ -241,7 +244,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             attention_mask: [B, S], true where a token (cached ones included) is not padding; or a 4-D mask.
             position_ids: [B, T]; by default counted from each row's first real token. Without a cache, and without
                 padding on the left, samples packed in a row are kept apart where positions start anew.
-            past_key_values: a cache, or a tuple of (key, value) pairs.
+            past_key_values: a cache, or a tuple of (key, value) pairs; ``cache`` is another name of it.
             use_cache: return a cache; by default as the config says, but not in training.
             routing: which tokens count as load of the experts in training; by default those of the attention mask.
             output_attentions: return all attention weights ("eager" only).
@@ -258,17 +261,17 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        past_key_values = as_cache(past_key_values)
+        past_key_values = as_cache(one_cache(past_key_values, cache))
         if past_key_values is None and routing is None and (self.training or position_ids is not None):
             attention_mask, routing = split_training_mask(attention_mask, position_ids)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if attention_mask is None and past_key_values is None:
             kwargs.update(flash_options(self.config._attn_implementation, position_ids))
         mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,  # not a new one: with any cache packed samples go unseen
+            self.config,
+            hidden_states,
+            attention_mask,
+            past_key_values,  # not a new one: with any cache packed samples go unseen
             position_ids=position_ids,  # given ones may tell of several samples packed in a row
         )
         if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
@@ -286,8 +289,8 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
                     hidden_states,
                     rotation,
                     attention_mask=mask,
-                    past_key_values=past_key_values,
                     routing=routing,
+                    **{CACHE_NAME: past_key_values},  # by the name that gradient checkpointing knows
                     **kwargs,
                 )
                 if all_hidden is not None:
@@ -299,9 +302,9 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             all_hidden[-1] = hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=None if all_hidden is None else tuple(all_hidden),
             attentions=None if all_weights is None else tuple(all_weights),
+            **{CACHE_NAME: past_key_values if use_cache else None},
         )
 
 
@@ -372,6 +375,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         routing: RoutingContext | None = None,
         skip_logits: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> DeepseekV2CausalLMOutput:
         """Predict the next token at each position.
@@ -389,6 +393,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
         Returns:
             ``logits`` [B, T, vocabulary] in float32, ``loss`` where labels are given, the cache, and what was asked.
         """
+        past_key_values = one_cache(past_key_values, cache)
         if skip_logits is None:
             skip_logits = self.skips_logits(labels, logits_to_keep)
         if isinstance(labels, torch.Tensor):
@@ -423,10 +428,10 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
         return DeepseekV2CausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             last_hidden_state=outputs.last_hidden_state if skip_logits else None,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def generate(

@@ -21,8 +21,10 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
+from .cache import CACHE_NAME, one_cache
 from .checkpoint import OPTIONAL_TENSORS, register_conversion
 from .configuration_deepseek import DeepseekV2Config
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
@@ -58,24 +60,19 @@ FAST_ENCODERS: list[Callable[[Any, torch.Tensor], torch.Tensor | None]] = []
 
 
 @dataclass
-class DeepSeekVLV2CausalLMOutputWithPast(ModelOutput):
+class DeepSeekVLV2CausalLMOutputWithPast(CausalLMOutputWithPast):
     """What the model returns.
 
     Fields:
         loss: mean cross entropy, where labels were given.
         logits: [B, T, vocabulary], float32.
-        past_key_values: the cache.
+        past_key_values: the cache; a property, and the field is called ``cache``, from transformers 5.24 on.
         hidden_states: embeddings and every layer's output, [B, T, H] each, where asked for.
         attentions: attention weights of every layer, where asked for.
         rope_deltas: always ``None``; kept for scripts that unpack it.
         last_hidden_state: what the logits are computed from, [B, T, H], where they are skipped.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     rope_deltas: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
 
@@ -472,6 +469,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> DeepSeekVLV2CausalLMOutputWithPast:
         """Predict the next token at each position of a prompt with images.
@@ -484,6 +482,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         Raises:
             ValueError: ids, mask and images disagree, or neither ids nor embeddings are given.
         """
+        past_key_values = one_cache(past_key_values, cache)
         # What reads numbers back from the device comes first, while the device has nothing else to finish.
         if skip_logits is None:
             skip_logits = self.language.skips_logits(labels, logits_to_keep)
@@ -521,10 +520,10 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         return DeepSeekVLV2CausalLMOutputWithPast(
             loss=outputs.loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             last_hidden_state=outputs.last_hidden_state,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     def prepare_inputs_for_generation(  # type: ignore[override]
@@ -538,12 +537,13 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         images_spatial_crop: torch.Tensor | None = None,
         is_first_iteration: bool = False,
         use_cache: bool = True,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Hand the images to the first forward pass of a generation only: later ones have them in the cache."""
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(past_key_values, cache),
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
@@ -622,7 +622,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         and before a prefill in chunks, since images cannot be cut.
         """
         chunk_size = self.generation_setting("prefill_chunk_size", generation_config, kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE_NAME)
         assisted = kwargs.get("assistant_model") is not None or self.generation_setting(
             "prompt_lookup_num_tokens", generation_config, kwargs
         )
@@ -638,6 +638,6 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             if assisted and kwargs.get("input_ids") is None:
                 raise ValueError("Assisted decoding needs input_ids beside inputs_embeds: candidates are token ids.")
             if assisted and chunk_size is not None:
-                kwargs["past_key_values"] = self.prefill_in_chunks(
+                kwargs[CACHE_NAME] = self.prefill_in_chunks(
                     kwargs["inputs_embeds"], kwargs.get("attention_mask"), chunk_size, cache
                 )

@@ -12,6 +12,8 @@ from support import collate as collate_rows
 from transformers import DynamicCache, GenerationConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from deepseek_vl2.models.cache import CACHE_NAME
+
 Inputs = dict[str, torch.Tensor]
 
 
@@ -628,3 +630,36 @@ def test_a_compiled_decode_on_a_static_cache_gives_the_same(kind: str) -> None:
     plain = shared_mini_model(kind).generate(**inputs, **GREEDY)
     got = model.generate(**inputs, **GREEDY, cache_implementation="static", compile_config=compile_config)
     assert torch.equal(got, plain)
+
+
+# ---------------------------------------------------------------- a cache by either of its names
+
+
+@pytest.mark.parametrize("part", ["whole", "language", "decoder"])
+def test_a_cache_goes_by_both_names(kind: str, inputs: Inputs, part: str) -> None:
+    """transformers 5.24 renamed it; a script written for one name runs with either version."""
+    whole = shared_mini_model(kind)
+    model = {"whole": whole, "language": whole.language, "decoder": whole.language.model}[part]
+    embeds, mask = whole.prepare_inputs_embeds(**inputs).detach(), inputs["attention_mask"]
+    given, last = {"attention_mask": mask, "use_cache": True}, embeds[:, -1:]
+
+    def filled() -> Any:
+        return model(inputs_embeds=embeds[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
+
+    by_old, by_new = (model(inputs_embeds=last, **{name: filled()}, **given) for name in ("past_key_values", "cache"))
+    assert isinstance(by_old.past_key_values, DynamicCache) and by_new.past_key_values.get_seq_length() == mask.shape[1]
+    assert torch.equal(by_old[0], by_new[0])
+    with pytest.raises(ValueError, match="not both"):
+        model(inputs_embeds=last, past_key_values=filled(), cache=filled(), **given)
+    with torch.no_grad():
+        assert CACHE_NAME in model(inputs_embeds=embeds, **given)
+
+
+def test_generate_takes_a_cache_by_both_names(kind: str, inputs: Inputs, plain: list[list[int]]) -> None:
+    model = shared_mini_model(kind)
+    for name in ("past_key_values", "cache"):
+        cache = DynamicCache()
+        assert model.generate(**inputs, **GREEDY, **{name: cache}).tolist() == plain
+        assert cache.get_seq_length() == len(plain[0]) - 1
+    with pytest.raises(ValueError, match="not both"):
+        model.generate(**inputs, **GREEDY, past_key_values=DynamicCache(), cache=DynamicCache())
