@@ -12,11 +12,14 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from ..models.generation import SampleCall
+    from ..models.views import Pictures
 
-__all__ = ["SWITCH", "encode_tiles", "release", "run_experts", "sample", "why_not"]
+__all__ = ["SWITCH", "begin_tiles", "encode_tiles", "may_scale", "release", "run_experts", "sample", "scale", "why_not"]
 
 SWITCH = "DEEPSEEK_VL2_KERNELS"
 
@@ -71,7 +74,48 @@ def encode_tiles(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor | None:
         return tiles.encode_tiles(model, tiles_V3SS)
 
 
+def begin_tiles(model: Any, images: torch.Tensor, crops: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+    """Begin to embed a batch's tiles; ``None`` where it cannot. Registered with `models.modeling_deepseek_vl_v2`."""
+    if images.device.type != "cuda" or _why_not_here() is not None:
+        return None
+    import torch
+
+    from . import tiles
+
+    with torch.cuda.device(images.device):
+        return tiles.begin(model, images, crops)
+
+
+def may_scale() -> bool:
+    """Whether this process uses a GPU that may scale images. Registered with `models.views`."""
+    import torch
+
+    return _why_not_here() is None and not _failed_to_scale and torch.cuda.is_initialized()
+
+
+def scale(pictures: Pictures, device: torch.device) -> torch.Tensor | None:
+    """Scale images to tiles on a GPU, as bytes; ``None`` where it cannot. Registered with `models.views`."""
+    if device.type != "cuda" or _failed_to_scale or _why_not_here() is not None:
+        return None
+    import torch
+
+    from . import runtime, scaling
+
+    if torch.version.hip is not None:
+        return None
+    try:
+        with torch.cuda.device(device):
+            return scaling.scale(pictures, device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler or its tools may raise: Pillow still works
+        _failed_to_scale.append(f"{type(error).__name__}: {error}")
+        runtime.logger.warning("Images are scaled on the host from now on: %s", _failed_to_scale[0])
+        return None
+
+
 _failed: list[str] = []
+_failed_to_scale: list[str] = []
 
 
 def run_experts(

@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 
-from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
+from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM, real_grids, select_tiles
 from . import graphs
 from .graphs import Pass, Passes
 from .watch import Watch
@@ -62,6 +63,7 @@ class Encoder:
         device = parameters(model)[0].device
         self.record = graphs.recorder_for(device)
         self.ended = torch.cuda.Event() if device.type == "cuda" else None
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.passes = Passes(MAX_PASSES)
         self.model = weakref.ref(model)
         self.broken: str | None = None
@@ -77,6 +79,32 @@ class Encoder:
         with torch.inference_mode(False):
             given, model = Tiles(torch.empty_like(tiles_V3SS, memory_format=torch.contiguous_format)), self.model
         return Pass(given, lambda: encode_into(model(), given))
+
+    def is_recorded(self, tiles_V3SS: torch.Tensor) -> bool:
+        """Whether the pass over that many tiles only needs to be replayed."""
+        one = self.passes.held.get((tuple(tiles_V3SS.shape), graphs.modes()))
+        return one is not None and one.replay is not None
+
+    def begin(self, tiles_V3SS: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Encode tiles on a stream of the encoder's own; returns what makes the caller's stream wait, and the result.
+
+        What the caller's stream does meanwhile, copies that the host waits for among it, does not wait for the tower.
+        """
+        if self.side is None:
+            embeddings = self.encode(tiles_V3SS)
+            return lambda: embeddings
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            embeddings = self.encode(tiles_V3SS)
+            done = self.side.record_event()
+        tiles_V3SS.record_stream(self.side)
+
+        def result() -> torch.Tensor:
+            done.wait()
+            embeddings.record_stream(torch.cuda.current_stream())
+            return embeddings
+
+        return result
 
     def encode(self, tiles_V3SS: torch.Tensor) -> torch.Tensor:
         """Return the embeddings, [V, L, H], of tiles."""
@@ -148,15 +176,51 @@ def encoder_of(model: Any) -> Encoder | None:
     return ENCODERS[model]
 
 
-def encode_tiles(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor | None:
-    """Return the embeddings, [V, L, H], of tiles by a recorded pass; ``None`` where it is not for them."""
+def locked_encoder(model: Any, tiles_V3SS: torch.Tensor) -> Encoder | None:
+    """Return the encoder for these tiles, its lock held; ``None``: it is not for them, or another thread is at it."""
     if (reason := why_not_call(model, tiles_V3SS)) is not None:
         logger.debug("Tiles without a recorded pass: %s.", reason)
         return None
     encoder = encoder_of(model)
     if encoder is None or encoder.broken is not None or not encoder.lock.acquire(blocking=False):
-        return None  # it cannot be recorded, or another thread is at it
+        return None
+    return encoder
+
+
+def encode_tiles(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor | None:
+    """Return the embeddings, [V, L, H], of tiles by a recorded pass; ``None`` where it is not for them."""
+    encoder = locked_encoder(model, tiles_V3SS)
+    if encoder is None:
+        return None
     try:
         return encoder.encode(tiles_V3SS)
+    finally:
+        encoder.lock.release()
+
+
+def begin(model: Any, images: torch.Tensor, crops: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+    """Begin to encode the images of a batch; returns what waits for the embeddings of its tiles, [V, L, H].
+
+    ``None`` where they are not recorded yet, or not for a recorded pass. Whether ids, mask and images agree is checked
+    by those who use the result.
+
+    Args:
+        images: [B, tiles, 3, S, S], on the device of the model's vision tower.
+        crops: tiles across and down for each image, [B, images, 2].
+    """
+    if type(model) is not DeepseekVLV2ForCausalLM or images.dim() != 5 or crops.dim() != 3:
+        return None
+    weight = model.vision.patch_embed.proj.weight
+    if images.device != weight.device or len(images) != len(crops) or model not in ENCODERS:
+        return None
+    grids = real_grids(crops.tolist())
+    if not 0 < max(sum(grid.views for grid in row) for row in grids) <= images.shape[1]:
+        return None
+    tiles_V3SS = select_tiles(images, grids).to(weight.dtype)
+    encoder = locked_encoder(model, tiles_V3SS)
+    if encoder is None:
+        return None
+    try:
+        return encoder.begin(tiles_V3SS) if encoder.is_recorded(tiles_V3SS) else None
     finally:
         encoder.lock.release()

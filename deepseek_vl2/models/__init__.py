@@ -2,12 +2,13 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from ..kernels import encode_tiles, run_experts, sample
+from ..kernels import begin_tiles, encode_tiles, may_scale, run_experts, sample, scale
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .generation import FAST_SAMPLERS
-from .modeling_deepseek_vl_v2 import FAST_ENCODERS, DeepseekVLV2ForCausalLM
+from .modeling_deepseek_vl_v2 import EARLY_ENCODERS, FAST_ENCODERS, DeepseekVLV2ForCausalLM
 from .moe import FAST_EXPERTS
 from .processing_deepseek_vl_v2 import DeepseekVLV2Processor
+from .views import DEVICE_SCALERS, DeviceScaler
 
 __all__ = ["DeepseekVLV2Config", "DeepseekVLV2ForCausalLM", "DeepseekVLV2Processor"]
 
@@ -22,3 +23,7 @@ if run_experts not in FAST_EXPERTS:
     FAST_EXPERTS.append(run_experts)
 if encode_tiles not in FAST_ENCODERS:
     FAST_ENCODERS.append(encode_tiles)
+if begin_tiles not in EARLY_ENCODERS:
+    EARLY_ENCODERS.append(begin_tiles)
+if DeviceScaler(may_scale, scale) not in DEVICE_SCALERS:
+    DEVICE_SCALERS.append(DeviceScaler(may_scale, scale))

@@ -7,7 +7,9 @@ L image tokens of a tile, W image tokens along a tile's side.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -57,6 +59,11 @@ IMAGE_INPUTS = ("images", "images_seq_mask", "images_spatial_crop")
 # Faster forms of `encode_tiles`, asked in order with the model and its tiles; each returns None where it is not for
 # them. A package around these files fills it: as remote code they know of none.
 FAST_ENCODERS: list[Callable[[Any, torch.Tensor], torch.Tensor | None]] = []
+# What begins to encode before `generate` has prepared its call: given the model, its images and their crops, it returns
+# a function that waits for the embeddings of all tiles, or None where it is not for them.
+EARLY_ENCODERS: list[Callable[[Any, torch.Tensor, torch.Tensor], Callable[[], torch.Tensor] | None]] = []
+# In a call of `generate`: its model, its images, their version, and that function.
+_begun: ContextVar[tuple[Any, torch.Tensor, int, Callable[[], torch.Tensor]] | None] = ContextVar("begun", default=None)
 
 
 @dataclass
@@ -191,6 +198,8 @@ def check_image_tokens(marked: list[int], consistent: bool, grids: list[list[Til
     Raises:
         ValueError: they do not; the row and both numbers are named.
     """
+    if len(grids) != len(marked):
+        raise ValueError(f"images_spatial_crop has {len(grids)} rows, input_ids {len(marked)}.")
     for row, row_grids in enumerate(grids):
         expected = sum(count_image_tokens(grid, side) for grid in row_grids)
         if marked[row] != expected:
@@ -231,6 +240,38 @@ def is_whole_prompt(attention_mask: torch.Tensor | None, past_key_values: Any) -
     if attention_mask is None or attention_mask.dim() != 2 or not isinstance(past_key_values, Cache):
         return False
     return int(past_key_values.get_seq_length()) == 0 and bool(attention_mask.all())
+
+
+def select_tiles(images: torch.Tensor, grids: list[list[TileGrid]]) -> torch.Tensor:
+    """Return the tiles of a batch, [V, 3, S, S], without those that fill up its rows."""
+    used = [sum(grid.views for grid in row_grids) for row_grids in grids]
+    if len(grids) == 1:
+        return images[0, : used[0]]
+    first = range(0, len(grids) * images.shape[1], images.shape[1])
+    numbers = np.concatenate([np.arange(start, start + n) for start, n in zip(first, used, strict=True)])
+    return images.flatten(0, 1).index_select(0, torch.from_numpy(numbers).to(images.device))
+
+
+@contextmanager
+def images_begun(model: Any, images: torch.Tensor | None, crops: torch.Tensor | None) -> Iterator[None]:
+    """Have the images of a prompt on their way through the vision tower meanwhile, where something can do so."""
+    wait = None
+    if images is not None and crops is not None:
+        wait = next((wait for early in EARLY_ENCODERS if (wait := early(model, images, crops)) is not None), None)
+    token = _begun.set(None if images is None or wait is None else (model, images, images._version, wait))
+    try:
+        yield
+    finally:
+        _begun.reset(token)
+
+
+def take_begun(model: Any, images: torch.Tensor) -> torch.Tensor | None:
+    """Return, once, the embeddings of tiles that `images_begun` began to make of these very images."""
+    begun = _begun.get()
+    if begun is None or begun[0] is not model or begun[1] is not images or begun[2] != images._version:
+        return None
+    _begun.set(None)
+    return begun[3]()
 
 
 def is_one_of_several_processes() -> bool:
@@ -390,14 +431,8 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         every = [grid for row_grids in grids for grid in row_grids]
         layout = layout_of_images(every, side * side, self.global_view_pos == "head")
         places = torch.from_numpy(np.concatenate(layout)).to(device)
-        used = [sum(grid.views for grid in row_grids) for row_grids in grids]
-        if len(grids) == 1:
-            tiles = images[0, : used[0]]
-        else:
-            first = range(0, len(grids) * images.shape[1], images.shape[1])
-            numbers = np.concatenate([np.arange(start, start + n) for start, n in zip(first, used, strict=True)])
-            tiles = images.flatten(0, 1).index_select(0, torch.from_numpy(numbers).to(images.device))
-        views_VLH = self.encode_tiles(tiles)
+        begun = take_begun(self, images)
+        views_VLH = self.encode_tiles(select_tiles(images, grids)) if begun is None else begun
         newline, separator = (p.to(views_VLH) for p in (self.image_newline, self.view_seperator))
         ends = newline.expand(len(layout.newlines), -1), separator.expand(len(layout.separators), -1)
         return torch.cat((views_VLH.flatten(0, 1), *ends)), places
@@ -613,7 +648,9 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         if prompt is not None:
             copies = self.prepare_call(prompt, generation_config, kwargs)
             self._embed_prompt(generation_config, kwargs, copies)
-        return super().generate(None, generation_config=generation_config, **kwargs)
+        images = None if kwargs.get("inputs_embeds") is not None else kwargs.get("images")
+        with images_begun(self, images, kwargs.get("images_spatial_crop")):
+            return super().generate(None, generation_config=generation_config, **kwargs)
 
     def _embed_prompt(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], copies: int) -> None:
         """Embed the images here where transformers would do it wrongly or many times over.

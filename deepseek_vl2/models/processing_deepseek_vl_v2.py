@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from numpy.typing import NDArray
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
@@ -36,14 +35,16 @@ from .tiling import (
     tile_grid,
     tokens_per_side,
 )
-from .views import ByteTiles, map_in_threads, stack_tiles, write_view
+from .views import ByteTiles, Picture, Pictures, are_kept, map_in_threads, stack_tiles
+
+HELD = (ByteTiles, Pictures)
 
 
 class _OutputWithTiles(BatchFeature):
     """Fields of which the images may be held as bytes: they become the tensor that users see when it is first read.
 
     Until then copying to a device, pickling and batching handle a quarter of the memory, and the tensor is made on the
-    device that the bytes are on by then.
+    device that the bytes are on by then. Where there is a GPU that scales images, even that waits until they are moved.
     """
 
     def __init__(self, data: dict[str, Any] | None = None, **fields: Any) -> None:
@@ -54,7 +55,7 @@ class _OutputWithTiles(BatchFeature):
         """The fields as a plain dict, the images as a tensor."""
         fields = self.held()
         for name, value in fields.items():
-            if isinstance(value, ByteTiles):
+            if isinstance(value, HELD):
                 fields[name] = value.numbers()
         return fields
 
@@ -63,11 +64,11 @@ class _OutputWithTiles(BatchFeature):
         self.__dict__["data"] = fields
 
     def held(self) -> dict[str, Any]:
-        """Return the fields as they are held, the images perhaps as `ByteTiles`."""
+        """Return the fields as they are held, the images perhaps as `ByteTiles` or `Pictures`."""
         return self.__dict__["data"]
 
     def __getitem__(self, item: str) -> Any:
-        if not isinstance(item, str) or isinstance(self.held().get(item), ByteTiles):
+        if not isinstance(item, str) or isinstance(self.held().get(item), HELD):
             return super().__getitem__(item)
         return self.held()[item]
 
@@ -91,7 +92,8 @@ class _OutputWithTiles(BatchFeature):
         return super().__copy__()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"data": self.held()}
+        fields = self.held().items()
+        return {"data": {name: value.tiles() if isinstance(value, Pictures) else value for name, value in fields}}
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
         """Move the tensors to ``device`` in place, cast the images to ``dtype``, and return self.
@@ -103,7 +105,7 @@ class _OutputWithTiles(BatchFeature):
             device, dtype = None, device
         fields = self.held()
         for name, value in fields.items():
-            if isinstance(value, ByteTiles):
+            if isinstance(value, HELD):
                 fields[name] = value.to(device, dtype, **kwargs)
             elif isinstance(value, torch.Tensor):
                 cast = dtype if value.is_floating_point() else None
@@ -386,28 +388,16 @@ class DeepseekVLV2Processor(ProcessorMixin):
 
     # ---------------------------------------------------------------- images
 
-    def _tiles(self, sample: _Sample) -> ByteTiles:
+    def _tiles(self, sample: _Sample) -> ByteTiles | Pictures:
         """Return each image's global view followed by its local tiles; one tile of zeros where there is no image."""
-        side, color = self.image_size, self.image_transform.background
-        real = sum(grid.views for grid in sample.grids)
-        tiles_VSSC = np.empty((max(real, 1), side, side, 3), dtype=np.uint8)
-        views: list[tuple[Image.Image, TileGrid, NDArray[np.uint8]]] = []
-        twice: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = []
-        start = 0
-        for image, grid in zip(sample.images, sample.grids, strict=True):
-            whole, local = tiles_VSSC[start : start + 1], tiles_VSSC[start + 1 : start + grid.views]
-            views.append((image, TileGrid(1, 1), whole))
-            if grid == (1, 1):
-                twice.append((local, whole))
-            else:
-                views.append((image, grid, local))
-            start += grid.views
-        map_in_threads(lambda view: write_view(view[0], view[1], color, view[2]), views)
-        for local, whole in twice:
-            local[...] = whole
-        if not real:
-            tiles_VSSC[...] = 0
-        return ByteTiles(torch.from_numpy(tiles_VSSC), self.image_transform.values_of_bytes(), (real,))
+        side, values = self.image_size, self.image_transform.values_of_bytes()
+        if not sample.images:
+            return ByteTiles(torch.zeros(1, side, side, 3, dtype=torch.uint8), values, (0,))
+        kept = are_kept(sample.images)
+        sources: Sequence[Any] = [np.asarray(image) for image in sample.images] if kept else sample.images
+        views = tuple(Picture(source, grid) for source, grid in zip(sources, sample.grids, strict=True))
+        pictures = Pictures((views,), side, self.image_transform.background, values)
+        return pictures if kept else pictures.tiles()
 
     def _add_text_with_images(
         self,

@@ -20,6 +20,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_THREADS = 8
+# A larger image is scaled at once: as it is, it would take more memory than its tiles, and longer to the device.
+MAX_PIXELS_KEPT = 16_000_000
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
@@ -68,6 +70,106 @@ def write_view(
             tile[y0 - y : y1 - y, x0 - x : x1 - x] = pixels[y0:y1, x0:x1, :3]
 
 
+class Picture(NamedTuple):
+    """An image before it is scaled, RGB, and the tiles across and down of its local view.
+
+    One that waits is an array of its own, uint8 [H, W, 3]: the caller may change or close theirs.
+    """
+
+    pixels: NDArray[np.uint8] | Image.Image
+    grid: TileGrid
+
+
+class Pictures(NamedTuple):
+    """Images that become tiles when they are read, or when they go to a device that scales them itself.
+
+    Fields:
+        samples: the pictures of each sample.
+        side: of a tile, in pixels.
+        color: what surrounds an image.
+        values: see `ByteTiles`.
+        batched: whether the tiles have a dimension for the samples.
+    """
+
+    samples: tuple[tuple[Picture, ...], ...]
+    side: int
+    color: tuple[int, ...]
+    values: torch.Tensor
+    batched: bool = False
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many tiles each sample has."""
+        return tuple(sum(picture.grid.views for picture in sample) for sample in self.samples)
+
+    def like(self, other: Any) -> bool:
+        """Whether the tiles of both can stand in one batch."""
+        if not isinstance(other, Pictures) or (self.side, self.color) != (other.side, other.color):
+            return False
+        return self.values is other.values or torch.equal(self.values, other.values)
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any) -> Pictures | ByteTiles:
+        """Return the tiles on a device, scaled there by the first of `DEVICE_SCALERS` that is for it, or here."""
+        if device is None or torch.device(device).type == "cpu":
+            return self._replace(values=self.values.to(dtype=dtype))
+        for scaler in DEVICE_SCALERS:
+            tiles = scaler.scale(self, torch.device(device))
+            if tiles is not None:
+                values = self.values.to(device=device, dtype=dtype, **kwargs)
+                return ByteTiles(tiles if self.batched else tiles[0], values, self.counts)
+        return self.tiles().to(device, dtype, **kwargs)
+
+    def tiles(self) -> ByteTiles:
+        """Return the tiles, each image's global view followed by its local ones; behind a sample's own are zeros."""
+        counts, side = self.counts, self.side
+        tiles_BVSSC = np.empty((len(counts), max(counts), side, side, 3), dtype=np.uint8)
+        views: list[tuple[Image.Image, TileGrid, NDArray[np.uint8]]] = []
+        twice: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = []
+        for row, sample in zip(tiles_BVSSC, self.samples, strict=True):
+            start = 0
+            for pixels, grid in sample:
+                image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+                whole, local = row[start : start + 1], row[start + 1 : start + grid.views]
+                views.append((image, TileGrid(1, 1), whole))
+                if grid == (1, 1):
+                    twice.append((local, whole))
+                else:
+                    views.append((image, grid, local))
+                start += grid.views
+            row[start:] = 0
+        map_in_threads(lambda view: write_view(view[0], view[1], self.color, view[2]), views)
+        for local, whole in twice:
+            local[...] = whole
+        tiles = torch.from_numpy(tiles_BVSSC)
+        return ByteTiles(tiles if self.batched else tiles[0], self.values, counts)
+
+    def numbers(self) -> torch.Tensor:
+        """Return the numbers, see `ByteTiles`."""
+        return self.tiles().numbers()
+
+
+class DeviceScaler(NamedTuple):
+    """What scales images on a device: whether there may be such a device, and what does it, or returns ``None``."""
+
+    is_at_hand: Callable[[], bool]
+    scale: Callable[[Pictures, torch.device], torch.Tensor | None]
+
+
+# Filled by a package around these files: as remote code they know of none.
+DEVICE_SCALERS: list[DeviceScaler] = []
+
+
+def are_kept(images: Sequence[Image.Image]) -> bool:
+    """Whether images wait for the device that their tiles go to, instead of being scaled at once.
+
+    Not in a loader's worker: the process that it works for would have the work. Nor without a device that scales.
+    """
+    if not images or torch.utils.data.get_worker_info() is not None:
+        return False
+    small = all(image.width * image.height <= MAX_PIXELS_KEPT for image in images)
+    return small and any(scaler.is_at_hand() for scaler in DEVICE_SCALERS)
+
+
 class ByteTiles(NamedTuple):
     """Tiles as bytes, with the number that each byte of each channel stands for: a quarter of float32, until read.
 
@@ -105,8 +207,12 @@ class ByteTiles(NamedTuple):
             return out
 
 
-def stack_tiles(samples: Sequence[Any]) -> ByteTiles | None:
+def stack_tiles(samples: Sequence[Any]) -> ByteTiles | Pictures | None:
     """Return the tiles of samples as those of a batch, or None where not all are bytes that stand for the same."""
+    first = samples[0]
+    if isinstance(first, Pictures) and all(first.like(sample) for sample in samples):
+        return first._replace(samples=tuple(row for sample in samples for row in sample.samples), batched=True)
+    samples = [sample.tiles() if isinstance(sample, Pictures) else sample for sample in samples]
     first = samples[0]
     for sample in samples:
         if not isinstance(sample, ByteTiles) or sample.bytes.shape[1:] != first.bytes.shape[1:]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import mini_model
+from support import GREEDY, mini_inputs, mini_model
 from test_whole_prompt import DEVICE, ON_GPU, NoHost, Recorder, poison, pretend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deepseek_vl2.kernels import graphs, tiles
+from deepseek_vl2.models import modeling_deepseek_vl_v2
 
 SIDE = 70
 
@@ -154,3 +155,86 @@ def test_nothing_waits_for_the_device() -> None:
         with NoHost():
             tiles.encode_into(model, given)
         assert given.embeddings is not None and given.embeddings.device.type == "cuda"
+
+
+# ---------------------------------------------------------------- begun before generate prepares its call
+
+
+@pytest.fixture
+def early(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Encode by passes, begun early where they are recorded; what happened, in order."""
+    events: list[str] = []
+
+    def begin(*given: Any) -> Any:
+        wait = tiles.begin(*given)
+        events.append("not begun" if wait is None else "begun")
+        return wait and (lambda: events.append("taken") or wait())
+
+    monkeypatch.setattr(modeling_deepseek_vl_v2, "EARLY_ENCODERS", [begin])
+    monkeypatch.setattr(modeling_deepseek_vl_v2, "FAST_ENCODERS", [tiles.encode_tiles])
+    return events
+
+
+def on_device(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize("rows", [[[5, (2, 1), 9]], [[5, (2, 1), 9], [3, (1, 1), 4, (1, 1), 6], [7]]])
+def test_answers_are_the_same_when_tiles_begin_early(early: list[str], recorder: Recorder, rows: list[Any]) -> None:
+    model = mini_model("small").to(DEVICE)
+    calls = [on_device(mini_inputs(*rows, seed=seed)) for seed in (1, 2, 3, 1, 2, 3)]
+    answers = [model.generate(**inputs, **GREEDY).tolist() for inputs in calls]
+    assert early == ["not begun"] * 2 + ["begun", "taken"] * 4
+    assert recorder.records == 1 and recorder.replays == 5  # each prompt's tiles ran once
+    assert answers[3:] == answers[:3] and answers[0] != answers[1]
+    model.generate(**calls[0], **GREEDY, num_beams=2)  # embeds the images before
+    assert early[10:] == []
+
+
+def test_what_was_begun_is_for_those_images_alone(early: list[str]) -> None:
+    model, inputs = mini_model("tiny").to(DEVICE), on_device(mini_inputs([5, (2, 1), 9], seed=4))
+    images, crops = inputs["images"], inputs["images_spatial_crop"]
+    with torch.no_grad():
+        for _ in range(2):
+            model.prepare_inputs_embeds(**inputs)
+        want = model.prepare_inputs_embeds(**inputs)
+        with modeling_deepseek_vl_v2.images_begun(model, images, crops):
+            other = model.prepare_inputs_embeds(**{**inputs, "images": images + 1})
+            assert early == ["begun"] and not torch.equal(other, want)
+            assert torch.equal(model.prepare_inputs_embeds(**inputs), want) and early == ["begun", "taken"]
+            assert torch.equal(model.prepare_inputs_embeds(**inputs), want) and early == ["begun", "taken"]
+        with modeling_deepseek_vl_v2.images_begun(model, images, crops):
+            images.add_(1)
+            assert torch.allclose(model.prepare_inputs_embeds(**inputs), other) and early[2:] == ["begun"]
+        with modeling_deepseek_vl_v2.images_begun(model, images, crops):
+            pass
+        assert torch.allclose(model.prepare_inputs_embeds(**inputs), other) and early[3:] == ["begun"]
+
+
+@pytest.mark.parametrize("wrong", ["crops", "more tiles", "shape", "rows"])
+def test_what_is_wrong_is_said_as_ever(early: list[str], wrong: str) -> None:
+    model, inputs = mini_model("tiny").to(DEVICE), on_device(mini_inputs([5, (2, 1), 9], seed=4))
+    for _ in range(2):
+        model.generate(**inputs, **GREEDY)
+    crops = inputs["images_spatial_crop"]
+    changed = {
+        "crops": {"images_spatial_crop": torch.ones_like(crops)},
+        "more tiles": {"images_spatial_crop": crops * 9},
+        "shape": {"images": inputs["images"][0]},
+        "rows": {"images_spatial_crop": crops.repeat(2, 1, 1)},
+    }[wrong]
+    with pytest.raises(ValueError):
+        model.generate(**{**inputs, **changed}, **GREEDY)
+    assert early[:2] == ["not begun"] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_begun_on_a_stream_of_its_own(early: list[str]) -> None:
+    model = mini_model("small").to(DEVICE, torch.bfloat16)
+    calls = [on_device(mini_inputs([5, (2, 1), 9], seed=seed)) for seed in range(4)]
+    want = [model.generate(**inputs, **GREEDY).tolist() for inputs in calls[:2]]
+    for _ in range(5):
+        got = [model.generate(**inputs, **GREEDY).tolist() for inputs in calls]
+        assert got[:2] == want
+    assert early.count("taken") == 20
