@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, let_next_start, load_rows, power_of_two, wait_for_inputs
+from .primitives import check_rows, dot, let_next_start, load_rows, power_of_two, wait_for_inputs
 
 GREEDY, GROUP_LIMITED, CORRECTED = 0, 1, 2
 METHODS = {"greedy": GREEDY, "group_limited_greedy": GROUP_LIMITED, "noaux_tc": CORRECTED}
@@ -280,3 +280,106 @@ def route(
         **rule.constants(),
         **sizes,
     )
+
+
+@triton.jit
+def _route_rows_kernel(
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    last_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    rows: tl.tensor,
+    positions: tl.tensor,
+    scale: tl.tensor,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    CHOSEN_PAD: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    NORMALISED: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+) -> None:
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    e = tl.arange(0, E_PAD)
+    logits = tl.zeros([BLOCK_N, E_PAD], tl.float32)
+    for start in range(0, H, BLOCK_H):
+        h = start + tl.arange(0, BLOCK_H)
+        x = tl.load(x_ptr + n[:, None] * H + h[None, :], mask=(n < rows)[:, None] & (h < H)[None, :], other=0.0)
+        weight = tl.load(weight_ptr + e[None, :] * H + h[:, None], mask=(e < E)[None, :] & (h < H)[:, None], other=0.0)
+        logits = dot(x, weight, logits)
+    real = (e < E)[None, :]
+    if SIGMOID:
+        scores = tl.where(real, 1.0 / (1.0 + tl.exp(-logits)), 0.0)
+    else:
+        logits = tl.where(real, logits, float("-inf"))
+        power = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+        scores = power / tl.sum(power, axis=1)[:, None]
+    choice = scores
+    if CORRECTED:
+        choice += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+    choice = tl.where(real, choice, float("-inf"))
+    slots = tl.arange(0, CHOSEN_PAD)[None, :]
+    ids = tl.zeros([BLOCK_N, CHOSEN_PAD], tl.int32)
+    weights = tl.zeros([BLOCK_N, CHOSEN_PAD], tl.float32)
+    for slot in tl.static_range(CHOSEN):
+        best = tl.argmax(choice, axis=1)
+        taken = e[None, :] == best[:, None]
+        weight_of_best = tl.sum(tl.where(taken, scores, 0.0), axis=1)
+        ids = tl.where(slots == slot, best[:, None], ids)
+        weights = tl.where(slots == slot, weight_of_best[:, None], weights)
+        choice = tl.where(taken, float("-inf"), choice)
+    if NORMALISED:
+        weights = weights / (tl.sum(weights, axis=1)[:, None] + 1e-20)
+    if PADDED:
+        ids = tl.where((n % positions > tl.load(last_ptr))[:, None], E, ids)
+    places = n[:, None] * CHOSEN + slots
+    held = (n < rows)[:, None] & (slots < CHOSEN)
+    tl.store(ids_ptr + places, ids, mask=held)
+    tl.store(weights_ptr + places, weights * scale, mask=held)
+
+
+def route_rows(
+    x_NH: torch.Tensor,
+    weight_EH: torch.Tensor,
+    bias_E: torch.Tensor | None,
+    rule: GateRule,
+    last: torch.Tensor | None = None,
+    positions: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the experts of many rows, which are normed already; the plain form is `choose_plain` of their logits.
+
+    Products of bfloat16 are exact in float32, where they are summed: logits are as good as those of float32 inputs.
+
+    Args:
+        x_NH: the rows, contiguous, in the dtype of the gate's weight.
+        weight_EH: the gate's.
+        bias_E: what a corrected choice adds to the scores.
+        rule: how experts are chosen; not from groups of which some are left out.
+        last: index of the last token that is not padding, [1]: those behind it get no expert, which is id E.
+        positions: how many rows a prompt takes.
+
+    Returns:
+        Ids, int32 [N, K], best first, and weights, float32 [N, K].
+    """
+    check_rows(x_NH, weight_EH)
+    if rule.limited:
+        raise ValueError("Groups of experts that are left out need the plain form.")
+    rows, hidden = x_NH.shape
+    ids = torch.empty(rows, rule.chosen, dtype=torch.int32, device=x_NH.device)
+    weights = torch.empty(rows, rule.chosen, dtype=torch.float32, device=x_NH.device)
+    constants = rule.constants()
+    for name in ("LIMITED", "GROUP_SIZE", "KEPT_GROUPS"):
+        del constants[name]
+    _route_rows_kernel[(triton.cdiv(rows, 16),)](
+        x_NH, weight_EH, weights if bias_E is None else bias_E, ids if last is None else last, ids, weights,
+        rows, positions, rule.scale,
+        H=hidden, PADDED=last is not None, BLOCK_N=16, BLOCK_H=min(power_of_two(hidden, 16), 128), **constants,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return ids, weights

@@ -38,11 +38,13 @@ def _finish_layer_kernel(
     norm_ptr: tl.tensor,
     out_ptr: tl.tensor,
     normed_ptr: tl.tensor,
+    places_ptr: tl.tensor,
     eps: tl.tensor,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     K: tl.constexpr,
     SHARED: tl.constexpr,
+    PLACED: tl.constexpr,
 ) -> None:
     row = tl.program_id(0)
     dtype = out_ptr.dtype.element_ty
@@ -54,7 +56,11 @@ def _finish_layer_kernel(
         total = tl.zeros([BLOCK_H], tl.float32)
         for slot in tl.static_range(K):
             weight = tl.load(weights_ptr + row * K + slot)
-            total += weight * tl.load(routed_ptr + (row * K + slot) * H + h, mask=held, other=0.0).to(tl.float32)
+            place = (row * K + slot).to(tl.int64)
+            if PLACED:
+                place = tl.load(places_ptr + place).to(tl.int64)
+            part = tl.load(routed_ptr + place * H + h, mask=h < tl.where(place >= 0, H, 0), other=0.0)
+            total += weight * part.to(tl.float32)
         total = total.to(dtype).to(tl.float32)
         if SHARED:
             total += tl.load(shared_ptr + row * H + h, mask=held, other=0.0).to(tl.float32)
@@ -77,10 +83,12 @@ def finish_layer(
     eps: float,
     out_BH: torch.Tensor,
     normed_BH: torch.Tensor,
+    places_P: torch.Tensor | None = None,
 ) -> None:
     """Write `finish_layer_plain`; without routed and shared experts, the norm alone.
 
-    ``out_BH`` may be the residual itself. Rounds where the plain form rounds. All tensors are contiguous.
+    ``out_BH`` may be the residual itself. Rounds where the plain form rounds. All tensors are contiguous. With
+    ``places_P`` the routed experts' outputs are rows, [P, H], of which pair p's is row ``places_P[p]``; below 0: none.
     """
     check_rows(residual_BH, out_BH, normed_BH)
     rows, hidden = residual_BH.shape
@@ -92,10 +100,12 @@ def finish_layer(
         norm_H,
         out_BH,
         normed_BH,
+        residual_BH if places_P is None else places_P,
         eps,
         H=hidden,
         BLOCK_H=power_of_two(hidden, 16),
         K=0 if weights_BK is None else weights_BK.shape[1],
         SHARED=shared_BH is not None,
+        PLACED=places_P is not None,
         num_warps=8,
     )

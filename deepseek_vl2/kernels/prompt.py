@@ -19,21 +19,113 @@ from .primitives import check_rows, power_of_two
 
 
 @triton.jit
-def _silu_product_kernel(both_ptr: tl.tensor, out_ptr: tl.tensor, I: tl.constexpr, BLOCK: tl.constexpr) -> None:  # noqa: E741
+def _silu_product_kernel(
+    gate_ptr: tl.tensor,
+    up_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    stride: tl.tensor,
+    I: tl.constexpr,  # noqa: E741
+    BLOCK: tl.constexpr,
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(both_ptr + row * 2 * I + i, mask=i < I, other=0.0).to(tl.float32)
-    up = tl.load(both_ptr + row * 2 * I + I + i, mask=i < I, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * stride + i, mask=i < I, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * stride + i, mask=i < I, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * I + i, silu_product(gate, up).to(out_ptr.dtype.element_ty), mask=i < I)
 
 
-def silu_of_gate_times_up(both_PJ: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up, [P, I], of both side by side, [P, 2I], contiguous."""
-    check_rows(both_PJ)
-    pairs, inner = both_PJ.shape[0], both_PJ.shape[1] // 2
-    out = both_PJ.new_empty(pairs, inner)
+def silu_times(gate_PI: torch.Tensor, up_PI: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up, [P, I], of rows without gaps in them, as far apart in one as in the other."""
+    check_rows(gate_PI, up_PI)
+    if gate_PI.stride() != up_PI.stride():
+        raise ValueError(f"Gates and ups are laid out differently: {gate_PI.stride()}, {up_PI.stride()}.")
+    pairs, inner = gate_PI.shape
+    out = gate_PI.new_empty(pairs, inner)
     block = min(power_of_two(inner, 16), 1024)
-    _silu_product_kernel[(pairs, triton.cdiv(inner, block))](both_PJ, out, I=inner, BLOCK=block, num_warps=4)
+    grid = (pairs, triton.cdiv(inner, block))
+    _silu_product_kernel[grid](gate_PI, up_PI, out, gate_PI.stride(0), I=inner, BLOCK=block, num_warps=4)
+    return out
+
+
+def silu_of_gate_times_up(both_PJ: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up, [P, I], of both side by side, [P, 2I]."""
+    return silu_times(*both_PJ.chunk(2, dim=-1))
+
+
+# ---------------------------------------------------------------- pairs in the order of their experts
+
+
+@triton.jit
+def _place_kernel(
+    ids_ptr: tl.tensor,
+    places_ptr: tl.tensor,
+    ends_ptr: tl.tensor,
+    pairs: tl.tensor,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    expert = tl.program_id(0)
+    before = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, pairs, BLOCK):
+        p = start + tl.arange(0, BLOCK)
+        before += (tl.load(ids_ptr + p, mask=p < pairs, other=E) < expert).to(tl.int32)
+    place = tl.sum(before, axis=0)
+    for start in range(0, pairs, BLOCK):
+        p = start + tl.arange(0, BLOCK)
+        id_ = tl.load(ids_ptr + p, mask=p < pairs, other=E)
+        own = (id_ == expert).to(tl.int32)
+        tl.store(places_ptr + p, place + tl.cumsum(own, axis=0) - 1, mask=id_ == expert)
+        if expert == 0:
+            tl.store(places_ptr + p, -1, mask=(p < pairs) & (id_ >= E))
+        place += tl.sum(own, axis=0)
+    tl.store(ends_ptr + expert, place)
+
+
+def place_pairs(ids_NK: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put pairs in the order of their experts, and of their tokens within an expert: a stable sort.
+
+    Args:
+        ids_NK: the expert of each pair; a pair whose id is no expert's gets no place.
+        experts: how many there are.
+
+    Returns:
+        Each pair's place, int32 [P], -1 for none; and behind which place each expert ends, int32 [E].
+    """
+    ids_P = ids_NK.flatten()
+    places = torch.empty(len(ids_P), dtype=torch.int32, device=ids_P.device)
+    ends = torch.empty(experts, dtype=torch.int32, device=ids_P.device)
+    block = min(power_of_two(len(ids_P), 16), 2048)
+    _place_kernel[(experts,)](ids_P, places, ends, len(ids_P), E=experts, BLOCK=block, num_warps=8)
+    return places, ends
+
+
+@triton.jit
+def _spread_kernel(
+    x_ptr: tl.tensor,
+    places_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + token * H + h, mask=h < H, other=0.0)
+    for slot in tl.static_range(K):
+        place = tl.load(places_ptr + token * K + slot).to(tl.int64)
+        if place >= 0:
+            tl.store(out_ptr + place * H + h, x, mask=h < H)
+
+
+def spread_rows(x_NH: torch.Tensor, places_P: torch.Tensor) -> torch.Tensor:
+    """Return a row for each pair, [P, H], at the pair's place; the last ones are unset where pairs have no place."""
+    check_rows(x_NH)
+    (tokens, hidden), pairs = x_NH.shape, len(places_P)
+    out = x_NH.new_empty(pairs, hidden)
+    block = min(power_of_two(hidden, 16), 2048)
+    _spread_kernel[(tokens, triton.cdiv(hidden, block))](
+        x_NH, places_P, out, H=hidden, K=pairs // tokens, BLOCK=block, num_warps=8
+    )
     return out
 
 
@@ -53,7 +145,8 @@ def _sum_kernel(
     for slot in tl.static_range(K):
         place = tl.load(places_ptr + token * K + slot).to(tl.int64)
         weight = tl.load(weights_ptr + token * K + slot)
-        total += weight * tl.load(rows_ptr + place * H + h, mask=h < H, other=0.0).to(tl.float32)
+        row = tl.load(rows_ptr + place * H + h, mask=h < tl.where(place >= 0, H, 0), other=0.0)
+        total += weight * row.to(tl.float32)
     tl.store(out_ptr + token * H + h, total.to(out_ptr.dtype.element_ty), mask=h < H)
 
 
@@ -62,7 +155,7 @@ def sum_of_experts(rows_PH: torch.Tensor, places_P: torch.Tensor, weights_NK: to
 
     Args:
         rows_PH: outputs of the pairs in any order.
-        places_P: where in it each pair stands, token after token.
+        places_P: where in it each pair stands, token after token; below 0: nowhere.
         weights_NK: float32.
     """
     check_rows(rows_PH, weights_NK)
@@ -91,6 +184,13 @@ def takes(experts: Any, hidden_NH: torch.Tensor) -> bool:
     )
 
 
+def run_pairs(experts: Any, hidden_NH: torch.Tensor, ids_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the experts of all tokens; returns the pairs' outputs, [P, H], and the place of each among them, [P]."""
+    places, ends = place_pairs(ids_NK, experts.num_experts)
+    both = F.grouped_mm(spread_rows(hidden_NH, places), experts.gate_up_proj.mT, offs=ends)
+    return F.grouped_mm(silu_of_gate_times_up(both), experts.down_proj.mT, offs=ends), places
+
+
 def experts_of_prompt(
     experts: Any, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
 ) -> torch.Tensor:
@@ -102,12 +202,5 @@ def experts_of_prompt(
         ids_NK: the experts of each.
         weights_NK: their weights, float32.
     """
-    # Ids of one byte are sorted in one pass.
-    sorted_ids, order = ids_NK.flatten().to(torch.uint8).sort()
-    numbers_E = torch.arange(experts.num_experts, dtype=torch.uint8, device=order.device)
-    ends_E = torch.searchsorted(sorted_ids, numbers_E, right=True, out_int32=True)
-    rows = hidden_NH[order // ids_NK.shape[1]]
-    both = F.grouped_mm(rows, experts.gate_up_proj.mT, offs=ends_E)
-    outputs = F.grouped_mm(silu_of_gate_times_up(both), experts.down_proj.mT, offs=ends_E)
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    outputs, places = run_pairs(experts, hidden_NH, ids_NK)
     return sum_of_experts(outputs, places, weights_NK.contiguous())

@@ -1,8 +1,9 @@
-"""What stands before a whole prompt's attention: queries rotated in place, and the keys of all heads put together.
+"""What stands before a whole prompt's attention: queries rotated, latents normed and cached, keys put together.
 
-The plain forms are those of `deepseek_vl2.models.rope.apply_rotary` and of `torch.cat`, with the same bits.
+The plain forms are those of `deepseek_vl2.models.rope.apply_rotary`, `.norm.rms_norm_plain` and `torch.cat`; rotations
+and keys have the same bits.
 
-Shape suffixes: R rows of all prompts together, T positions, N heads, D head size, P rotated part of a head.
+Shape suffixes: R rows of all prompts together, T positions, N heads, D head size, P rotated part of a head, L latent.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _rotate_kernel(
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     dtype = x_ptr.dtype.element_ty
-    n = tl.arange(0, BLOCK_N)[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     f = tl.arange(0, BLOCK_F)[None, :]
     held = (n < N) & (f < HALF)
     start = x_ptr + row * N * D + n * D + D - 2 * HALF
@@ -86,9 +87,10 @@ def rotate_heads_(x_RND: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tenso
     """
     check_rows(x_RND, cos_TP, sin_TP)
     (rows, heads, size), (positions, part) = x_RND.shape, cos_TP.shape
-    _rotate_kernel[(rows,)](
+    block = min(power_of_two(heads), 16)
+    _rotate_kernel[(rows, triton.cdiv(heads, block))](
         x_RND, cos_TP, sin_TP, positions,
-        N=heads, D=size, HALF=part // 2, PAIRS=pairs, BLOCK_N=power_of_two(heads), BLOCK_F=power_of_two(part // 2),
+        N=heads, D=size, HALF=part // 2, PAIRS=pairs, BLOCK_N=block, BLOCK_F=power_of_two(part // 2),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -136,3 +138,81 @@ def keys_of_heads(expanded_RNE: torch.Tensor, rotated_RP: torch.Tensor, nope: in
         N=heads, E=width, NOPE=nope, P=part, BLOCK_N=block, BLOCK_D=power_of_two(nope + part), num_warps=4,
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _latent_kernel(
+    compressed_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    cache_ptr: tl.tensor,
+    latent_ptr: tl.tensor,
+    rope_ptr: tl.tensor,
+    T: tl.tensor,
+    prompt_stride: tl.tensor,
+    eps: tl.tensor,
+    L: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    dtype = latent_ptr.dtype.element_ty
+    source = compressed_ptr + row * (L + 2 * HALF)
+    cached = cache_ptr + row // T * prompt_stride + row % T * (L + 2 * HALF)
+    i = tl.arange(0, BLOCK_L)
+    x = tl.load(source + i, mask=i < L, other=0.0).to(tl.float32)
+    norm = tl.load(norm_ptr + i, mask=i < L, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / L + eps)
+    latent = ((x * inverse).to(dtype).to(tl.float32) * norm).to(dtype)
+    tl.store(cached + i, latent, mask=i < L)
+    tl.store(latent_ptr + row * L + i, latent, mask=i < L)
+    f = tl.arange(0, BLOCK_F)
+    held = f < HALF
+    first = tl.load(source + L + 2 * f, mask=held, other=0.0).to(tl.float32)
+    second = tl.load(source + L + 2 * f + 1, mask=held, other=0.0).to(tl.float32)
+    angles = (row % T) * 2 * HALF + f
+    cos_first = tl.load(cos_ptr + angles, mask=held, other=0.0).to(tl.float32)
+    cos_second = tl.load(cos_ptr + angles + HALF, mask=held, other=0.0).to(tl.float32)
+    sin_first = tl.load(sin_ptr + angles, mask=held, other=0.0).to(tl.float32)
+    sin_second = tl.load(sin_ptr + angles + HALF, mask=held, other=0.0).to(tl.float32)
+    new_first = (_rounded(first * cos_first, dtype) - _rounded(second * sin_first, dtype)).to(dtype)
+    new_second = (_rounded(second * cos_second, dtype) + _rounded(first * sin_second, dtype)).to(dtype)
+    for target in tl.static_range(2):
+        out = cached + L if target == 0 else rope_ptr + row * 2 * HALF
+        tl.store(out + f, new_first, mask=held)
+        tl.store(out + HALF + f, new_second, mask=held)
+
+
+def cache_latents(
+    compressed_RC: torch.Tensor,
+    norm_L: torch.Tensor,
+    eps: float,
+    cos_TP: torch.Tensor,
+    sin_TP: torch.Tensor,
+    cache_BSC: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norm the latents and rotate the keys' shared part, and write both into a cache from position 0 on.
+
+    Args:
+        compressed_RC: latents, and behind each the part that is rotated, C = L + P numbers, contiguous.
+        norm_L: the norm's weight.
+        eps: the norm's epsilon.
+        cos_TP: cosines, in the dtype of the latents.
+        sin_TP: sines.
+        cache_BSC: written for the first T positions of each prompt.
+
+    Returns:
+        What was written: the latents, [R, L], and the rotated parts, [R, P].
+    """
+    check_rows(compressed_RC, cos_TP, sin_TP, cache_BSC)
+    (rows, width), (positions, part) = compressed_RC.shape, cos_TP.shape
+    rank = width - part
+    latent, rope = compressed_RC.new_empty(rows, rank), compressed_RC.new_empty(rows, part)
+    _latent_kernel[(rows,)](
+        compressed_RC, norm_L, cos_TP, sin_TP, cache_BSC, latent, rope, positions, cache_BSC.stride(0), eps,
+        L=rank, HALF=part // 2, BLOCK_L=power_of_two(rank), BLOCK_F=power_of_two(part // 2), num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return latent, rope

@@ -1,10 +1,10 @@
 """A whole prompt through the language model, over static buffers, so that it can be recorded and replayed.
 
-The host launches some 80 operations a layer more slowly than the device runs them; replaying a recording of them costs
-the host next to nothing. Gate and experts are the model's own modules, and so is attention, but for what stands before
-it: kernels rotate queries and put keys together. Prompts are padded on the right to
-the next multiple of `STEP` tokens: causal attention hides padding there from every token, and the decoding steps that
-follow overwrite what it left in the cache.
+The host launches a layer's operations more slowly than the device runs them; replaying a recording of them costs the
+host next to nothing. Dense products and attention itself are the model's own modules; kernels take what lies between:
+norms and sums, rotations, the cache, the choice of experts. Prompts are padded on the right to the next multiple of
+`STEP` tokens: causal attention hides padding there from every token, and the decoding steps that follow overwrite what
+it left in the cache.
 
 Shape suffixes: B rows, T tokens of the prompt with its padding, H hidden size.
 """
@@ -23,10 +23,12 @@ from ..models.cache import CACHE_NAME
 from ..models.generation import SampleCall
 from ..models.modeling_deepseek import DeepseekV2ForCausalLM
 from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
-from ..models.moe import DeepseekV2Experts
-from . import norm, prompt, rotary
+from ..models.moe import DeepseekV2Experts, DeepseekV2MoE
+from . import gate, norm, prompt, rotary
 from .decode import Buffers
+from .gate import CORRECTED
 from .graphs import Pass
+from .weights import read_rule
 
 STEP = 128
 # Beyond this many tokens the device takes longer than the host needs to launch.
@@ -76,9 +78,12 @@ def attend(module: Any, normed: torch.Tensor, rotation: Any, cache: Cache) -> to
     shape, cos, sin = normed.shape[:2], rotation[0][0], rotation[1][0]
     query = module.q_proj(normed).view(-1, module.num_heads, module.qk_head_dim)
     rotary.rotate_heads_(query, cos, sin)
-    key_rope, latent = cache.update(*module.project_latent(normed, rotation), module.layer_idx)
-    expanded = module.kv_b_proj(latent[:, 0]).view(len(query), module.num_heads, -1)
-    key = rotary.keys_of_heads(expanded, key_rope.reshape(len(query), -1), module.qk_nope_head_dim)
+    weights, compressed = module.kv_a_layernorm, module.kv_a_proj_with_mqa(normed).flatten(0, 1)
+    latent, key_rope = rotary.cache_latents(
+        compressed, weights.weight, weights.variance_epsilon, cos, sin, cache.caches[module.layer_idx][0]
+    )
+    expanded = module.kv_b_proj(latent).view(len(query), module.num_heads, -1)
+    key = rotary.keys_of_heads(expanded, key_rope, module.qk_nope_head_dim)
     value = expanded[..., module.qk_nope_head_dim :]
     return module.o_proj(sdpa(module, *(part.unflatten(0, shape).transpose(1, 2) for part in (query, key, value))))
 
@@ -101,21 +106,48 @@ def sdpa(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     return out.flatten(2)
 
 
+def run_mlp(mlp: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Return what a dense MLP, of one layer or shared by all tokens, makes of rows, [N, H]."""
+    if "silu" not in type(mlp.act_fn).__name__.lower():
+        return mlp(rows)
+    return mlp.down_proj(prompt.silu_times(mlp.gate_proj(rows), mlp.up_proj(rows)))
+
+
 def read_layer(
-    layer: Any, hidden: torch.Tensor, normed: torch.Tensor, rotation: Any, cache: Cache, following: Any
+    layer: Any,
+    hidden: torch.Tensor,
+    normed: torch.Tensor,
+    rotation: Any,
+    cache: Cache,
+    following: Any,
+    last: torch.Tensor,
 ) -> None:
     """Run one layer: ``hidden`` and its norm, [B, T, H] each, become its output and that one's norm by ``following``.
 
-    As in the layer's own forward pass, but that each sum and the norm of it are one pass over memory.
+    As in the layer's own forward pass, but that each sum and the norm of it are one pass over memory, and that padding
+    behind token ``last`` has no experts.
     """
     flat, flat_normed = hidden.flatten(0, 1), normed.flatten(0, 1)
 
     def add_and_norm(new: torch.Tensor, weights: Any) -> None:
         scale, eps = weights.weight, weights.variance_epsilon
-        norm.finish_layer(flat, None, None, new.flatten(0, 1), scale, eps, flat, flat_normed)
+        norm.finish_layer(flat, None, None, new.view(flat.shape), scale, eps, flat, flat_normed)
 
     add_and_norm(attend(layer.self_attn, normed, rotation, cache), layer.post_attention_layernorm)
-    add_and_norm(layer.mlp(normed), following)
+    mlp = layer.mlp
+    if not isinstance(mlp, DeepseekV2MoE):
+        add_and_norm(run_mlp(mlp, flat_normed), following)
+        return
+    rule = read_rule(mlp.gate)
+    if rule.limited or mlp.gate.weight.dtype != normed.dtype or not prompt.takes(mlp.experts, flat_normed):
+        add_and_norm(mlp(normed), following)
+        return
+    bias = mlp.gate.e_score_correction_bias if rule.method == CORRECTED else None
+    ids, weights = gate.route_rows(flat_normed, mlp.gate.weight, bias, rule, last, normed.shape[1])
+    outputs, places = prompt.run_pairs(mlp.experts, flat_normed, ids)
+    shared = None if mlp.shared_experts is None else run_mlp(mlp.shared_experts, flat_normed)
+    scale, eps = following.weight, following.variance_epsilon
+    norm.finish_layer(flat, outputs, weights, shared, scale, eps, flat, flat_normed, places_P=places)
 
 
 def read_prompt(language: Any, buffers: Buffers, given: Prompt) -> None:
@@ -130,7 +162,7 @@ def read_prompt(language: Any, buffers: Buffers, given: Prompt) -> None:
     )  # fmt: skip
     norms = [layer.input_layernorm for layer in layers[1:]] + [language.model.norm]
     for layer, following in zip(layers, norms, strict=True):
-        read_layer(layer, hidden, normed, rotation, cache, following)
+        read_layer(layer, hidden, normed, rotation, cache, following, given.last)
     buffers.logits.copy_(language.lm_head(normed.index_select(1, given.last))[:, 0])
 
 

@@ -332,6 +332,99 @@ def test_sum_of_experts(dtype: torch.dtype, width: int) -> None:
     check(prompt.sum_of_experts(rows, places, weights), plain, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_of_rows_apart(dtype: torch.dtype) -> None:
+    gated, up = (draw(5, 100, dtype=dtype)[:, 3:43] for _ in range(2))
+    check(prompt.silu_times(gated, up), torch.nn.functional.silu(gated.float()) * up.float(), dtype)
+    with pytest.raises(ValueError, match="differently"):
+        prompt.silu_times(gated, up.contiguous())
+
+
+@pytest.mark.parametrize(("pairs", "count"), [(1, 8), (50, 7), (2500, 64)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_pairs_are_placed_as_a_stable_sort_places_them(pairs: int, count: int, dtype: torch.dtype) -> None:
+    ids = torch.randint(0, count, (pairs, 1), device=DEVICE, dtype=dtype)
+    ids[::5] = count  # no expert's
+    ids[ids == 3] = 4  # an expert without pairs
+    places, ends = prompt.place_pairs(ids, count)
+    order = ids.flatten().argsort(stable=True)
+    want = torch.empty_like(order).scatter_(0, order, torch.arange(pairs, device=DEVICE))
+    want[ids.flatten() == count] = -1
+    assert torch.equal(places.long(), want)
+    assert ends.tolist() == [int((ids <= expert).sum()) for expert in range(count)]
+
+
+@pytest.mark.parametrize("width", [40, 2100])
+def test_rows_are_spread_to_their_places(width: int) -> None:
+    x = draw(5, width)
+    places = torch.randperm(15, device=DEVICE).int()
+    want = poisoned(15, width)
+    want[places.long()] = x.repeat_interleave(3, 0)
+    places[4] = -1
+    got = prompt.spread_rows(x, places)
+    written = places[places >= 0].long()
+    assert torch.equal(got[written], want[written])
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if not rule.limited], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_experts_of_many_rows(rule: GateRule, dtype: torch.dtype) -> None:
+    rows, width = 35, 144
+    x, weight = draw(rows, width, dtype=dtype), draw(rule.experts, width, dtype=dtype, scale=width**-0.5)
+    bias = 0.1 * draw(rule.experts) if rule.method == CORRECTED else None
+    ids, weights = gate.route_rows(x, weight, bias, rule)
+    logits = torch.nn.functional.linear(x.float(), weight.float())
+    plain_ids, plain_weights = gate.choose_plain(logits, bias, rule)
+    assert torch.equal(ids.long(), plain_ids)
+    check(weights, plain_weights, torch.float32)
+    padded, _ = gate.route_rows(x, weight, bias, rule, torch.tensor([4], device=DEVICE), positions=7)
+    padding = torch.arange(rows, device=DEVICE) % 7 > 4
+    assert torch.equal(padded[~padding], ids[~padding]) and bool((padded[padding] == rule.experts).all())
+
+
+def test_many_rows_without_groups_left_out() -> None:
+    with pytest.raises(ValueError, match="plain form"):
+        gate.route_rows(draw(2, 16), draw(24, 16), None, GateRule(24, 4, method=GROUP_LIMITED, groups=6, kept_groups=2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_layer_ends_with_rows_at_their_places(dtype: torch.dtype, shared: bool) -> None:
+    rows, chosen, width = 5, 3, 72
+    residual, common = draw(rows, width, dtype=dtype), draw(rows, width, dtype=dtype)
+    routed, weights = draw(rows * chosen, width, dtype=dtype), torch.rand(rows, chosen, device=DEVICE)
+    scale, places = 1 + 0.1 * draw(width, dtype=dtype), torch.randperm(rows * chosen, device=DEVICE).int()
+    taken = routed.float()[places.long()].view(rows, chosen, width)
+    taken[2, 1] = 0
+    places[2 * chosen + 1] = -1
+    none = torch.zeros(rows, width, device=DEVICE)
+    want = norm.finish_layer_plain(
+        residual.float(), taken, weights, common.float() if shared else none, scale.float(), 1e-6
+    )
+    out, normed = poisoned(rows, width, dtype=dtype), poisoned(rows, width, dtype=dtype)
+    given = common if shared else None
+    norm.finish_layer(residual, routed, weights, given, scale, 1e-6, out, normed, places)
+    for got, plain in zip((out, normed), want, strict=True):
+        check(got, plain, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "part"), [(32, 8), (48, 6)])
+def test_latents_are_normed_rotated_and_cached(dtype: torch.dtype, rank: int, part: int) -> None:
+    prompts, positions, room = 2, 3, 5
+    compressed = draw(prompts * positions, rank + part, dtype=dtype)
+    scale = 1 + 0.1 * draw(rank, dtype=dtype)
+    angles = draw(positions, part // 2).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cache = poisoned(prompts, room, rank + part, dtype=dtype)
+    latents, rotated = rotary.cache_latents(compressed, scale, 1e-6, cos, sin, cache)
+    plain = rotary.rotate_heads_plain(compressed[:, None, rank:], cos, sin)[:, 0]
+    check(latents, norm.rms_norm_plain(compressed[:, :rank].float(), scale.float(), 1e-6), dtype)
+    check(rotated, plain, dtype)
+    assert torch.equal(cache[:, :positions].flatten(0, 1), torch.cat((latents, rotated), dim=-1))
+    assert bool(cache[:, positions:].isnan().all())
+
+
 @pytest.mark.parametrize("tokens", [1, 37])
 @torch.no_grad()
 def test_experts_of_a_prompt(tokens: int) -> None:

@@ -16,6 +16,7 @@ from deepseek_vl2.kernels import scaling
 from deepseek_vl2.models import DeepseekVLV2Processor, views
 from deepseek_vl2.models.tiling import TileGrid
 from deepseek_vl2.models.views import ByteTiles, DeviceScaler, Picture, Pictures
+from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
 
 Processor = DeepseekVLV2Processor
 ON_GPU = torch.cuda.is_available()
@@ -185,7 +186,8 @@ def test_large_images_and_those_of_loaders_do_not_wait(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-def test_on_a_gpu(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = Processor(byte_tokenizer(), candidate_resolutions())
     torch.zeros(1, device=DEVICE)
     assert isinstance(process(processor, SAMPLES[2:]).held()["images"], Pictures)
     for samples in (SAMPLES, SAMPLES[:1], SAMPLES[2:], [[(1024, 768)]], [[(3000, 2000)]], [[(700, 2900)]]):

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from deepseek_vl2.kernels import decode, graphs, norm, prompt, rotary, runtime, whole_prompt
+from deepseek_vl2.kernels import decode, gate, graphs, norm, prompt, rotary, runtime, whole_prompt
 from deepseek_vl2.kernels.decode import new_buffers
 from deepseek_vl2.kernels.graphs import Pass, Passes
 from deepseek_vl2.kernels.weights import read_weights, rotary_tables
@@ -72,7 +72,7 @@ def finish_plainly(
 @pytest.fixture(autouse=True)
 def quick_norms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU, take the kernel of norms in one test alone."""
-    if not ON_GPU and "one_bucket[base]" not in request.node.name:
+    if not ON_GPU and "one_bucket[base]" not in request.node.name and "experts_and_padding" not in request.node.name:
         monkeypatch.setattr(norm, "finish_layer", finish_plainly)
 
 
@@ -115,6 +115,34 @@ def test_prompts_of_one_bucket(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     recorder = Recorder()
     check_lengths(mini_language(kind).to(DEVICE), recorder, lengths=(9, 16, 1, 2, 15), room=64, error=1e-5)
     assert (recorder.records, recorder.replays) == (2, 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_layer_with_experts_and_padding(kind: str) -> None:
+    """In bfloat16, where experts are run by the kernels and padding has none: each token by itself."""
+    model = mini_language(kind)
+    model, exact = mini_language(kind).to(DEVICE, torch.bfloat16), model.to(DEVICE).to(torch.bfloat16).float()
+    rows, tokens, length = 2, 9, 7
+    buffers = new_buffers(read_weights(model), rows, *rotary_tables(model, tokens))
+    poison(*(part for layer in buffers.caches for part in layer))
+    given = torch.randn(rows, tokens, model.config.hidden_size, device=DEVICE).bfloat16()
+    last = torch.tensor([length - 1], device=DEVICE)
+    for index in (0, 1):  # a dense layer, and one with experts
+        layer, plain = model.model.layers[index], exact.model.layers[index]
+        rotation = (buffers.cos[None, :tokens], buffers.sin[None, :tokens])
+        hidden, normed = given.clone(), layer.input_layernorm(given)
+        whole_prompt.read_layer(layer, hidden, normed, rotation, whole_prompt.Cache(buffers), model.model.norm, last)
+        assert torch.isfinite(hidden).all() and torch.isfinite(normed).all()  # padding's keys stay in the cache
+        wide = (rotation[0].float(), rotation[1].float())
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=DEVICE).tril()[None, None]
+        want = plain(given.float(), wide, mask)[0][:, :length]
+        added = want - given[:, :length].float()
+        assert float((hidden[:, :length].float() - want).norm() / added.norm()) < 0.03  # sums of rounded parts
+        error = hidden[:, :length].float() - want
+        if index == 1 and kind != "tiny":
+            assert float(error.norm()) > 0  # or the same arithmetic was run twice
+    assert not torch.equal(hidden[:, length:], given[:, length:])
 
 
 @pytest.mark.gpu
@@ -367,19 +395,16 @@ class NoHost(TorchDispatchMode):
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
-    """Let the GPU's branches of the model run on tensors without numbers, the kernels by the shapes they return."""
+    """Let the GPU's branches of the model run on tensors without numbers, without launching the kernels."""
 
-    def silu(both: torch.Tensor) -> torch.Tensor:
-        return both.new_empty(both.shape[0], both.shape[1] // 2)
+    class NoLaunch:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **options: None
 
-    def total(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return rows.new_empty(weights.shape[0], rows.shape[1])
-
-    monkeypatch.setattr(norm, "finish_layer", lambda *args: None)
-    monkeypatch.setattr(rotary, "rotate_heads_", lambda *args, **options: None)
-    monkeypatch.setattr(rotary, "keys_of_heads", rotary.keys_of_heads_plain)
-    monkeypatch.setattr(prompt, "silu_of_gate_times_up", silu)
-    monkeypatch.setattr(prompt, "sum_of_experts", total)
+    for module in (gate, norm, prompt, rotary):
+        for name in vars(module):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, NoLaunch())
     monkeypatch.setattr(moe, "FAST_EXPERTS", [prompt.experts_of_prompt])
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     return FakeTensorMode()
