@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, power_of_two
+from .primitives import check_rows, power_of_two, rounded
 
 
 def rms_norm_plain(x_BH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
@@ -61,17 +61,16 @@ def _finish_layer_kernel(
                 place = tl.load(places_ptr + place).to(tl.int64)
             part = tl.load(routed_ptr + place * H + h, mask=h < tl.where(place >= 0, H, 0), other=0.0)
             total += weight * part.to(tl.float32)
-        total = total.to(dtype).to(tl.float32)
+        total = rounded(total, dtype)
         if SHARED:
             total += tl.load(shared_ptr + row * H + h, mask=held, other=0.0).to(tl.float32)
-        out += total.to(dtype).to(tl.float32)
+        out += rounded(total, dtype)
     elif SHARED:
         out += tl.load(shared_ptr + row * H + h, mask=held, other=0.0).to(tl.float32)
-    out = out.to(dtype)
-    tl.store(out_ptr + row * H + h, out, mask=held)
-    wide = out.to(tl.float32)
+    tl.store(out_ptr + row * H + h, out.to(dtype), mask=held)
+    wide = rounded(out, dtype)
     inverse = tl.rsqrt(tl.sum(wide * wide, axis=0) / H + eps)
-    tl.store(normed_ptr + row * H + h, ((wide * inverse).to(dtype).to(tl.float32) * norm).to(dtype), mask=held)
+    tl.store(normed_ptr + row * H + h, (rounded(wide * inverse, dtype) * norm).to(dtype), mask=held)
 
 
 def finish_layer(

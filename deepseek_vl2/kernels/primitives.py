@@ -31,6 +31,17 @@ def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Round float32 to what ``dtype`` holds: by hand, since the compiler drops bfloat16's cast there and back."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
 def let_next_start(EARLY: tl.constexpr) -> None:
     """Let the next kernel start, as far as there is room, once all programs of this one have come here."""
     if EARLY:

@@ -1,4 +1,4 @@
-"""The experts of a whole prompt: two grouped matrix products of PyTorch, with one pass over memory between them.
+"""The experts of a whole prompt: two grouped matrix products, and what puts pairs in order for them.
 
 The plain form is `deepseek_vl2.models.moe.eager_experts_forward`.
 
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .experts import silu_product
-from .primitives import check_rows, power_of_two
+from . import grouped
+from .primitives import check_rows, power_of_two, rounded
 
 
 @triton.jit
@@ -31,7 +31,9 @@ def _silu_product_kernel(
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_ptr + row * stride + i, mask=i < I, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride + i, mask=i < I, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * I + i, silu_product(gate, up).to(out_ptr.dtype.element_ty), mask=i < I)
+    dtype = out_ptr.dtype.element_ty
+    silu = rounded(gate / (1.0 + tl.exp(-gate)), dtype)  # as the model's own activation is rounded
+    tl.store(out_ptr + row * I + i, (silu * up).to(dtype), mask=i < I)
 
 
 def silu_times(gate_PI: torch.Tensor, up_PI: torch.Tensor) -> torch.Tensor:
@@ -187,7 +189,11 @@ def takes(experts: Any, hidden_NH: torch.Tensor) -> bool:
 def run_pairs(experts: Any, hidden_NH: torch.Tensor, ids_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the experts of all tokens; returns the pairs' outputs, [P, H], and the place of each among them, [P]."""
     places, ends = place_pairs(ids_NK, experts.num_experts)
-    both = F.grouped_mm(spread_rows(hidden_NH, places), experts.gate_up_proj.mT, offs=ends)
+    rows = spread_rows(hidden_NH, places)
+    if grouped.takes(experts.down_proj, experts.hidden_size, experts.inner_size):
+        inner = grouped.inner_of_pairs(rows, experts.gate_up_proj, ends)
+        return grouped.down_of_pairs(inner, experts.down_proj, ends), places
+    both = F.grouped_mm(rows, experts.gate_up_proj.mT, offs=ends)
     return F.grouped_mm(silu_of_gate_times_up(both), experts.down_proj.mT, offs=ends), places
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..models.rope import apply_rotary, split_interleaved_pairs
-from .primitives import check_rows, power_of_two
+from .primitives import check_rows, power_of_two, rounded
 
 
 def rotate_heads_plain(
@@ -24,17 +24,6 @@ def rotate_heads_plain(
     rotated = rotated.unflatten(0, (-1, len(cos_TP))).transpose(1, 2)
     out = apply_rotary(split_interleaved_pairs(rotated) if pairs else rotated, cos_TP[None], sin_TP[None])
     return torch.cat((kept, out.transpose(1, 2).flatten(0, 1)), dim=-1)
-
-
-@triton.jit
-def _rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Round float32 to what ``dtype`` holds: by hand, since the compiler drops bfloat16's cast there and back."""
-    if dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        return bits.to(tl.float32, bitcast=True)
-    else:
-        return x.to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -68,8 +57,8 @@ def _rotate_kernel(
     sin_first = tl.load(sin_ptr + angles, mask=f < HALF, other=0.0).to(tl.float32)
     sin_second = tl.load(sin_ptr + angles + HALF, mask=f < HALF, other=0.0).to(tl.float32)
     # Each product is rounded before the sum, as in the plain form.
-    new_first = _rounded(first * cos_first, dtype) - _rounded(second * sin_first, dtype)
-    new_second = _rounded(second * cos_second, dtype) + _rounded(first * sin_second, dtype)
+    new_first = rounded(first * cos_first, dtype) - rounded(second * sin_first, dtype)
+    new_second = rounded(second * cos_second, dtype) + rounded(first * sin_second, dtype)
     tl.debug_barrier()  # what one thread reads another overwrites
     tl.store(start + f, new_first.to(dtype), mask=held)
     tl.store(start + HALF + f, new_second.to(dtype), mask=held)
@@ -165,7 +154,7 @@ def _latent_kernel(
     x = tl.load(source + i, mask=i < L, other=0.0).to(tl.float32)
     norm = tl.load(norm_ptr + i, mask=i < L, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x, axis=0) / L + eps)
-    latent = ((x * inverse).to(dtype).to(tl.float32) * norm).to(dtype)
+    latent = (rounded(x * inverse, dtype) * norm).to(dtype)
     tl.store(cached + i, latent, mask=i < L)
     tl.store(latent_ptr + row * L + i, latent, mask=i < L)
     f = tl.arange(0, BLOCK_F)
@@ -177,8 +166,8 @@ def _latent_kernel(
     cos_second = tl.load(cos_ptr + angles + HALF, mask=held, other=0.0).to(tl.float32)
     sin_first = tl.load(sin_ptr + angles, mask=held, other=0.0).to(tl.float32)
     sin_second = tl.load(sin_ptr + angles + HALF, mask=held, other=0.0).to(tl.float32)
-    new_first = (_rounded(first * cos_first, dtype) - _rounded(second * sin_first, dtype)).to(dtype)
-    new_second = (_rounded(second * cos_second, dtype) + _rounded(first * sin_second, dtype)).to(dtype)
+    new_first = (rounded(first * cos_first, dtype) - rounded(second * sin_first, dtype)).to(dtype)
+    new_second = (rounded(second * cos_second, dtype) + rounded(first * sin_second, dtype)).to(dtype)
     for target in tl.static_range(2):
         out = cached + L if target == 0 else rope_ptr + row * 2 * HALF
         tl.store(out + f, new_first, mask=held)

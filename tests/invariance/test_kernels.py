@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from support import mini_language
 
-from deepseek_vl2.kernels import experts, gate, latent, linear, multihead, norm, prompt, rotary
+from deepseek_vl2.kernels import experts, gate, grouped, latent, linear, multihead, norm, prompt, rotary
 from deepseek_vl2.kernels.gate import CORRECTED, GREEDY, GROUP_LIMITED, GateRule
 from deepseek_vl2.models.moe import eager_experts_forward
 
@@ -423,6 +423,38 @@ def test_latents_are_normed_rotated_and_cached(dtype: torch.dtype, rank: int, pa
     check(rotated, plain, dtype)
     assert torch.equal(cache[:, :positions].flatten(0, 1), torch.cat((latents, rotated), dim=-1))
     assert bool(cache[:, positions:].isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("counts", "hidden", "inner"),
+    [((3, 0, 70), 128, 128), ((200, 1, 0, 129, 128), 256, 128), *([((64,) * 64, 2048, 1408)] if ON_GPU else [])],
+    ids=str,
+)
+def test_products_of_pairs_with_their_experts(counts: tuple[int, ...], hidden: int, inner: int) -> None:
+    dtype, experts_, none = torch.bfloat16, len(counts), 5
+    rows = draw(sum(counts) + none, hidden, dtype=dtype)
+    rows[-none:] = float("nan")  # pairs without an expert are not read
+    gate_up = draw(experts_, 2 * inner, hidden, dtype=dtype, scale=hidden**-0.5)
+    down = draw(experts_, hidden, inner, dtype=dtype, scale=inner**-0.5)
+    if not grouped.takes(down, hidden, inner):
+        pytest.skip("not on this GPU")
+    ends = torch.tensor(counts, device=DEVICE).cumsum(0).int()
+    inner_rows, total = grouped.inner_of_pairs(rows, gate_up, ends), sum(counts)
+    outputs = grouped.down_of_pairs(inner_rows, down, ends)
+    starts = [0, *ends.tolist()]
+    both = [rows[a:b].float() @ gate_up[e].float().T for e, (a, b) in enumerate(zip(starts, starts[1:], strict=False))]
+    plain = torch.cat([torch.nn.functional.silu(x[:, :inner]) * x[:, inner:] for x in both])
+    check(inner_rows[:total], plain, dtype)
+    parts = [
+        inner_rows[a:b].float() @ down[e].float().T for e, (a, b) in enumerate(zip(starts, starts[1:], strict=False))
+    ]
+    check(outputs[:total], torch.cat(parts), dtype)
+
+
+def test_sizes_that_the_grouped_kernels_take() -> None:
+    weights = draw(2, 128, 128, dtype=torch.bfloat16)
+    assert not grouped.takes(weights, 128, 100) and not grouped.takes(weights, 72, 128)
+    assert not grouped.takes(weights.to("meta"), 128, 128) or not ON_GPU
 
 
 @pytest.mark.parametrize("tokens", [1, 37])
