@@ -336,6 +336,13 @@ def _route_rows_kernel(
         choice = tl.where(taken, float("-inf"), choice)
     if NORMALISED:
         weights = weights / (tl.sum(weights, axis=1)[:, None] + 1e-20)
+    # By id, and the last one stays the last.
+    first = slots < CHOSEN - 1
+    lower = (ids[:, None, :] < ids[:, :, None]) & first[:, None, :]
+    place = tl.where(first, tl.sum(lower.to(tl.int32), axis=2), slots)
+    moved = place[:, None, :] == slots[:, :, None]
+    ids = tl.sum(tl.where(moved, ids[:, None, :], 0), axis=2)
+    weights = tl.sum(tl.where(moved, weights[:, None, :], 0.0), axis=2)
     if PADDED:
         ids = tl.where((n % positions > tl.load(last_ptr))[:, None], E, ids)
     places = n[:, None] * CHOSEN + slots
@@ -365,7 +372,8 @@ def route_rows(
         positions: how many rows a prompt takes.
 
     Returns:
-        Ids, int32 [N, K], best first, and weights, float32 [N, K].
+        Ids, int32 [N, K], and weights, float32 [N, K]: by id, but for the least likely one, which is the last. So does
+        a GPU's ``topk`` leave them, and sums of experts are taken in this order.
     """
     check_rows(x_NH, weight_EH)
     if rule.limited:
