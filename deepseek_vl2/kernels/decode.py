@@ -23,6 +23,7 @@ from .primitives import early_start, power_of_two
 # Up to this many rows, each row may read the heads' part of kv_b_proj for itself: it stays in the L2 cache.
 MAX_ROWS_PER_HEAD = 4
 MAX_ROWS = 64
+MAX_EARLY_ROWS = 16
 # Programs that keep an H200 busy with a cache: two on each of its 132 multiprocessors.
 PROGRAMS = 264
 MAX_SPLITS = 32
@@ -146,8 +147,8 @@ def new_cache(attention: Attention, rows: int, cos: torch.Tensor) -> Cache:
 def new_buffers(weights: Weights, rows: int, cos: torch.Tensor, sin: torch.Tensor, early: bool = True) -> Buffers:
     """Return buffers for that many rows; the tables' length is the cache's room.
 
-    With ``early`` the kernels for one row start before the ones in front of them have ended, where the device can do
-    that; for several rows it was slower (benchmarks/gpu_first_run.md).
+    With ``early`` kernels start before the ones in front of them have ended, where the device can do that: all of those
+    for one row, and for up to `MAX_EARLY_ROWS` all but the experts'. For more rows it was slower.
 
     Raises:
         ValueError: more rows than the kernels take.
@@ -165,7 +166,7 @@ def new_buffers(weights: Weights, rows: int, cos: torch.Tensor, sin: torch.Tenso
         hidden=weights.head.new_zeros(rows, hidden),
         normed=weights.head.new_zeros(rows, hidden),
         tickets=torch.zeros(rows, dtype=torch.int32, device=device),
-        early=early_start(device) if early and rows == 1 else {},
+        early=early_start(device) if early and rows <= MAX_EARLY_ROWS else {},
     )
 
 
@@ -186,7 +187,7 @@ def project(weights: Attention, buffers: Buffers, source: torch.Tensor, normed: 
     if buffers.rows == 1:
         linear.one_row_linear(source[0], weights.projections, projected[0], *normed, **buffers.early)
     else:
-        linear.few_rows_linear(source, weights.projections, projected)
+        linear.few_rows_linear(source, weights.projections, projected, **buffers.early)
 
 
 def attend_latent(weights: Attention, buffers: Buffers, cache: torch.Tensor, mixed: torch.Tensor) -> None:
@@ -205,7 +206,7 @@ def attend_latent(weights: Attention, buffers: Buffers, cache: torch.Tensor, mix
     if not alone:
         unrotated = weights.unrotated
         heads_query = projected[:, : heads * (unrotated + rotated)].unflatten(1, (heads, -1))[..., :unrotated]
-        linear.few_rows_of_groups(heads_query, kv_b[:, :unrotated].mT, query[..., :rank])
+        linear.few_rows_of_groups(heads_query, kv_b[:, :unrotated].mT, query[..., :rank], **buffers.early)
     splits = splits_of(rows, triton.cdiv(heads, 16))
     partial = buffers.take("partial", rows, splits, heads, rank, dtype=torch.float32)
     share = buffers.take("share", rows, splits, heads, dtype=torch.float32)
@@ -214,8 +215,8 @@ def attend_latent(weights: Attention, buffers: Buffers, cache: torch.Tensor, mix
         latent.join_splits(partial, share, buffers.positions, mixed, kv_b, **buffers.early)
         return
     latents = buffers.take("latents", rows, heads, rank)
-    latent.join_splits(partial, share, buffers.positions, latents)
-    linear.few_rows_of_groups(latents, kv_b[:, weights.unrotated :], mixed)
+    latent.join_splits(partial, share, buffers.positions, latents, **buffers.early)
+    linear.few_rows_of_groups(latents, kv_b[:, weights.unrotated :], mixed, **buffers.early)
 
 
 def attend_multihead(weights: Attention, buffers: Buffers, cache: Cache, mixed: torch.Tensor) -> None:
@@ -243,7 +244,7 @@ def attend(weights: Attention, buffers: Buffers, cache: Cache) -> None:
     if buffers.rows == 1:
         linear.one_row_linear(mixed[0].flatten(), [weights.out], hidden[0], residual_N=hidden[0], **buffers.early)
     else:
-        linear.few_rows_linear(mixed.flatten(1), [weights.out], hidden, hidden)
+        linear.few_rows_linear(mixed.flatten(1), [weights.out], hidden, hidden, **buffers.early)
 
 
 def feed_one_row(layer: Layer, buffers: Buffers) -> None:
@@ -269,6 +270,7 @@ def feed_one_row(layer: Layer, buffers: Buffers) -> None:
 def feed_few_rows(layer: Layer, buffers: Buffers, next_norm: torch.Tensor, next_eps: float) -> None:
     """Add a layer's experts, or its dense MLP, to the hidden states, and write the next norm of them."""
     hidden, normed, rule, weights = buffers.hidden, buffers.normed, layer.rule, layer.experts
+    early = buffers.early
     rows, width = hidden.shape
     ids = shares = routed = routed_out = shared = shared_out = None
     if rule is not None and layer.gate is not None:
@@ -277,31 +279,31 @@ def feed_few_rows(layer: Layer, buffers: Buffers, next_norm: torch.Tensor, next_
         logits = buffers.take("gate", rows, rule.experts, dtype=torch.float32)
         gate.route(
             hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, buffers.tickets, ids, shares,
-            normed,
+            normed, **early,
         )  # fmt: skip
         routed = buffers.take("routed", rows, rule.chosen, weights.inner)
         routed_out = buffers.take("routed out", rows, rule.chosen, width)
     else:
-        norm.finish_layer(hidden, None, None, None, layer.post_norm, layer.eps, hidden, normed)
+        norm.finish_layer(hidden, None, None, None, layer.post_norm, layer.eps, hidden, normed, **early)
     if weights.shared_gate is not None:
         shared = buffers.take("shared", rows, weights.shared_inner)
         shared_out = buffers.take("shared out", rows, width)
     experts.few_rows_inner(normed, weights, routed, shared, ids)
     experts.few_rows_down(routed, shared, weights, routed_out, shared_out, ids)
-    norm.finish_layer(hidden, routed_out, shares, shared_out, next_norm, next_eps, hidden, normed)
+    norm.finish_layer(hidden, routed_out, shares, shared_out, next_norm, next_eps, hidden, normed, **early)
 
 
 def predict(weights: Weights, buffers: Buffers) -> None:
     """Write the logits, and the likeliest ids in place of those read."""
     if buffers.rows > 1:
-        linear.few_rows_linear(buffers.normed, [weights.head], buffers.logits, rounded=True)
+        linear.few_rows_linear(buffers.normed, [weights.head], buffers.logits, rounded=True, **buffers.early)
         parts = triton.cdiv(weights.head.shape[0], linear.PART)
         best = (
             buffers.take("best", buffers.rows, parts, dtype=torch.float32),
             buffers.take("best id", buffers.rows, parts, dtype=torch.int32),
         )
-        linear.best_of_parts(buffers.logits, best)
-        linear.pick_best(best, buffers.tokens)
+        linear.best_of_parts(buffers.logits, best, **buffers.early)
+        linear.pick_best(best, buffers.tokens, **buffers.early)
         return
     block = linear.one_row_blocks(weights.head.shape[1], weights.head.shape[0])["BLOCK_N"]
     programs = triton.cdiv(weights.head.shape[0], block)

@@ -477,6 +477,11 @@ def row_blocks(rows: int, chosen: int) -> dict[str, int]:
     }
 
 
+def is_narrow(rows: int, hidden: int) -> bool:
+    """Whether products of a few rows are of tiny's width or less, where other blocks were faster (gpu_tune.py)."""
+    return rows <= 16 and hidden <= 1280
+
+
 def few_rows_inner(
     x_BH: torch.Tensor,
     weights: ExpertWeights,
@@ -490,7 +495,8 @@ def few_rows_inner(
     weights.check()
     rows, hidden = x_BH.shape
     some = weights.any
-    sizes = {"BLOCK_N": 64, "BLOCK_H": min(power_of_two(hidden, 16), 64), "STAGES": 4, "num_warps": 4, **blocks}
+    stages = 3 if is_narrow(rows, hidden) else 4
+    sizes = {"BLOCK_N": 64, "BLOCK_H": min(power_of_two(hidden, 16), 64), "STAGES": stages, "num_warps": 4, **blocks}
     sizes["BLOCK_N"] = min(sizes["BLOCK_N"], power_of_two(max(weights.inner, weights.shared_inner), 16))
     cut = row_blocks(rows, 0 if ids_BK is None else ids_BK.shape[1])
     programs = triton.cdiv(weights.shared_inner, sizes["BLOCK_N"])
@@ -528,7 +534,9 @@ def few_rows_down(
         raise ValueError("A layer needs routed or shared experts.")
     some, rows, hidden = weights.any, out.shape[0], out.shape[-1]
     widest = power_of_two(max(weights.inner, weights.shared_inner), 16)
-    sizes = {"BLOCK_N": 64, "BLOCK_I": min(widest, 64), "STAGES": 4, "num_warps": 4, **blocks}
+    cut_by = {"BLOCK_I": 128, "STAGES": 3} if is_narrow(rows, hidden) else {"BLOCK_I": 64, "STAGES": 4}
+    sizes = {"BLOCK_N": 64, "num_warps": 4, **cut_by, **blocks}
+    sizes["BLOCK_I"] = min(sizes["BLOCK_I"], widest)
     sizes["BLOCK_N"] = min(sizes["BLOCK_N"], power_of_two(hidden, 16))
     cut = row_blocks(rows, 0 if ids_BK is None else ids_BK.shape[1])
     programs = (weights.experts + (weights.shared_inner > 0)) * triton.cdiv(hidden, sizes["BLOCK_N"])

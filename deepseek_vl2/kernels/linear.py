@@ -208,8 +208,15 @@ PART = 4096
 
 @triton.jit(do_not_specialize=["V"])
 def _best_of_part_kernel(
-    logits_ptr: tl.tensor, best_ptr: tl.tensor, best_id_ptr: tl.tensor, V: tl.tensor, BLOCK: tl.constexpr
+    logits_ptr: tl.tensor,
+    best_ptr: tl.tensor,
+    best_id_ptr: tl.tensor,
+    V: tl.tensor,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
+    let_next_start(EARLY)
+    wait_for_inputs(EARLY)
     row = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     shown = tl.load(logits_ptr + row * V + index, mask=index < V, other=float("-inf"))
@@ -219,7 +226,7 @@ def _best_of_part_kernel(
     tl.store(best_id_ptr + place, tl.min(tl.where((shown == best) & (index < V), index, 2147483647), axis=0))
 
 
-def best_of_parts(logits_BV: torch.Tensor, best: tuple[torch.Tensor, torch.Tensor]) -> None:
+def best_of_parts(logits_BV: torch.Tensor, best: tuple[torch.Tensor, torch.Tensor], **options: Any) -> None:
     """Note the largest of every `PART` numbers of a row, [B, parts], and its index in the row, for `pick_best`.
 
     PyTorch's own argmax has one program for a row, which takes longer than a layer's attention.
@@ -227,10 +234,11 @@ def best_of_parts(logits_BV: torch.Tensor, best: tuple[torch.Tensor, torch.Tenso
     Args:
         logits_BV: contiguous, float32.
         best: written; float32 and int32.
+        options: of the launch, see `primitives.early_start`.
     """
     check_rows(logits_BV)
     rows, vocabulary = logits_BV.shape
-    _best_of_part_kernel[(rows, best[0].shape[1])](logits_BV, *best, vocabulary, BLOCK=PART, num_warps=4)
+    _best_of_part_kernel[(rows, best[0].shape[1])](logits_BV, *best, vocabulary, BLOCK=PART, num_warps=4, **options)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -259,7 +267,10 @@ def _few_rows_kernel(
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROUNDED: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
+    let_next_start(EARLY)
+    wait_for_inputs(EARLY)
     program = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
     blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
@@ -296,7 +307,7 @@ def _few_rows_kernel(
 
 def few_rows_blocks(rows: int, outputs: int, inputs: int) -> dict[str, int]:
     """Return the block sizes for a product of that shape: enough programs to fill the device, 64 rows at most."""
-    block_n = 64 if outputs >= 64 * 132 else 32
+    block_n = 64 if outputs >= 64 * 132 else 32 if outputs > 1280 or rows > 16 else 16
     return {
         "BLOCK_N": min(block_n, power_of_two(outputs, 16)),
         "BLOCK_K": min(power_of_two(inputs, 16), 128),

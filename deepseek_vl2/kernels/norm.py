@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, power_of_two, rounded
+from .primitives import check_rows, let_next_start, power_of_two, rounded, wait_for_inputs
 
 
 def rms_norm_plain(x_BH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
@@ -45,7 +47,10 @@ def _finish_layer_kernel(
     K: tl.constexpr,
     SHARED: tl.constexpr,
     PLACED: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
+    let_next_start(EARLY)
+    wait_for_inputs(EARLY)
     row = tl.program_id(0)
     dtype = out_ptr.dtype.element_ty
     h = tl.arange(0, BLOCK_H)
@@ -83,11 +88,13 @@ def finish_layer(
     out_BH: torch.Tensor,
     normed_BH: torch.Tensor,
     places_P: torch.Tensor | None = None,
+    **options: Any,
 ) -> None:
     """Write `finish_layer_plain`; without routed and shared experts, the norm alone.
 
     ``out_BH`` may be the residual itself. Rounds where the plain form rounds. All tensors are contiguous. With
     ``places_P`` the routed experts' outputs are rows, [P, H], of which pair p's is row ``places_P[p]``; below 0: none.
+    Options: of the launch, see `primitives.early_start`.
     """
     check_rows(residual_BH, out_BH, normed_BH)
     rows, hidden = residual_BH.shape
@@ -107,4 +114,5 @@ def finish_layer(
         SHARED=shared_BH is not None,
         PLACED=places_P is not None,
         num_warps=8,
+        **options,
     )
