@@ -1,6 +1,8 @@
-"""Compile every decoding kernel for an H200 (sm_90) at the released shapes, without a GPU, and print what each takes.
+"""Compile every kernel for an H200 (sm_90) at the released shapes, without a GPU, and print what each takes.
 
-    python benchmarks/kernel_resources.py [--sizes tiny small base] [--rows 1 8 64]
+    python benchmarks/kernel_resources.py [--sizes tiny small base] [--rows 1 8 64 1536]
+
+Up to 64 rows are those of a decoding step; more are the tokens of a prompt.
 
 Columns: registers a thread, bytes spilled to memory (should be 0), shared memory a program in kB (227 at most), warps.
 """
@@ -26,15 +28,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from deepseek_vl2.kernels.decode import decode_step, new_buffers
-from deepseek_vl2.kernels.weights import read_weights, rotary_tables
+from deepseek_vl2.kernels import gate, grouped, norm, prompt, rotary, scaling
+from deepseek_vl2.kernels.decode import MAX_ROWS, decode_step, new_buffers
+from deepseek_vl2.kernels.weights import read_rule, read_weights, rotary_tables
 from deepseek_vl2.models import DeepseekVLV2Config
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2ForCausalLM
 
 RELEASES = Path(__file__).resolve().parents[1] / "tests" / "golden" / "releases"
 ARCHITECTURE = 90
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+DTYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
@@ -62,6 +73,8 @@ def describe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tup
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + DTYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, int):
             signature[parameter.name] = "i32"
             if value % 16 == 0 and not parameter.do_not_specialize:
@@ -143,17 +156,50 @@ def resources(size: str, rows: int) -> list[Resources]:
     return list(known.values())
 
 
+def prompt_resources(size: str, tokens: int) -> list[Resources]:
+    """Return what the kernels of a prompt take: of a layer's attention, of its experts, and of scaling an image."""
+    language, known = language_model(size), dict[str, Resources]()
+    layer, weights = language.model.layers[1], language.lm_head.weight
+    attention, mlp, config = layer.self_attn, layer.mlp, language.config
+    rule, last = read_rule(mlp.gate), torch.zeros(1, dtype=torch.long, device="meta")
+    x = weights.new_empty(tokens, config.hidden_size)
+    with compiling(known), torch.no_grad():
+        if config.use_mla:
+            size_of_head, rank, part = attention.qk_head_dim, attention.kv_lora_rank, attention.qk_rope_head_dim
+            cos = weights.new_empty(tokens, part)
+            compressed, cache = weights.new_empty(tokens, rank + part), weights.new_empty(1, tokens, rank + part)
+            _, rope = rotary.cache_latents(compressed, attention.kv_a_layernorm.weight, 1e-6, cos, cos, cache)
+            expanded = attention.qk_nope_head_dim + attention.v_head_dim
+            heads = weights.new_empty(tokens, attention.num_heads, expanded)
+            rotary.keys_of_heads(heads, rope, attention.qk_nope_head_dim)
+        else:
+            size_of_head = attention.head_dim
+            cos = weights.new_empty(tokens, size_of_head)
+        heads = weights.new_empty(tokens, config.num_attention_heads, size_of_head)
+        rotary.rotate_heads_(heads, cos, cos, pairs=config.use_mla)
+        bias = mlp.gate.e_score_correction_bias if rule.method == gate.CORRECTED else None
+        ids, shares = gate.route_rows(x, mlp.gate.weight, bias, rule, last, tokens)
+        places, ends = prompt.place_pairs(ids, rule.experts)
+        inner = grouped.inner_of_pairs(prompt.spread_rows(x, places), mlp.experts.gate_up_proj, ends)
+        outputs = grouped.down_of_pairs(inner, mlp.experts.down_proj, ends)
+        prompt.silu_times(inner, inner)
+        prompt.sum_of_experts(outputs, places, shares)
+        scaling.scale_side(*(torch.empty(768, width, 3, dtype=torch.uint8, device="meta") for width in (1024, 384)))
+        norm.finish_layer(x, outputs, shares, x, layer.input_layernorm.weight, 1e-6, x, x, places)
+    return list(known.values())
+
+
 def main() -> None:
     """Compile and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"])
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64, 1536])
     args = parser.parse_args()
     print(f"Triton {triton.__version__}, sm_{ARCHITECTURE}\n")
     print("| size | rows | kernel | warps | registers | spilled | shared, kB |\n" + "| --- " * 7 + "|")
     for size in args.sizes:
         for rows in args.rows:
-            for r in resources(size, rows):
+            for r in resources(size, rows) if rows <= MAX_ROWS else prompt_resources(size, rows):
                 shared = f"{r.shared / 1024:.1f}"
                 print(f"| {size} | {rows} | {r.kernel} | {r.warps} | {r.registers} | {r.spilled} | {shared} |")
 

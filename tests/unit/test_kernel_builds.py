@@ -1,4 +1,4 @@
-"""The decoding kernels compile for an H200 without one, and keep their numbers in registers."""
+"""The kernels compile for an H200 without one, and keep their numbers in registers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_SHARED = 227  # kB a program
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "rows"), [("tiny", 8), ("small", 1), ("base", 64)])
+@pytest.mark.parametrize(("size", "rows"), [("tiny", 8), ("small", 1), ("base", 64), ("tiny", 1536), ("base", 1536)])
 def test_kernels_compile_without_spilling(size: str, rows: int) -> None:
     script = ROOT / "benchmarks" / "kernel_resources.py"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
