@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py --quick                                # small alone, about a minute
     python benchmarks/gpu.py --markdown benchmarks/gpu.md           # all sizes
+    python benchmarks/gpu.py --original CHECKOUT --original-packages FOLDER     # and the original, see gpu_original.py
 
 Released shapes, random weights in bfloat16 made on the GPU; one 1024x768 image (7 tiles) and a short question, about
 1,450 prompt tokens. Kernels are checked against their plain forms first. Decoding is timed as replays of the step's
@@ -17,9 +18,13 @@ import argparse
 import gc
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -31,7 +36,7 @@ from typing import Any
 
 import torch
 import transformers
-from gpu_end_to_end import prompt, random_model
+from gpu_end_to_end import prompt, random_model, released_config
 from gpu_kernels import TOLERANCE, KernelChecks
 from gpu_tokens import compare, record_steps
 
@@ -42,6 +47,7 @@ from deepseek_vl2.models import DeepseekVLV2Processor
 from deepseek_vl2.models.cache import new_cache
 from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
 
+HERE = Path(__file__).resolve().parent
 GB = 1e9
 CONTEXT = 1450
 # What the host calls when it waits for the device, or copies something from there.
@@ -486,12 +492,71 @@ def bytes_read(weights: Weights, rows: int, tokens: int, hit: list[int], session
     return total
 
 
-def others(report: Report, bench: Bench) -> None:
+def times_of(command: list[str], packages: str | None = None) -> tuple[list[dict[str, float]], str | None]:
+    """Run a program that prints a JSON object a line; returns them, and why it failed where it did."""
+    path = {} if packages is None else {"PYTHONPATH": packages}
+    done = subprocess.run([sys.executable, *command], env={**os.environ, **path}, capture_output=True, text=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rows"')]  # others print too
+    return lines, None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no word"])[-1][:200]
+
+
+def beside(report: Report, title: str, head: list[str], sizes: list[str], run: Callable[[str], Any]) -> None:
+    """Report what a program gives for each size."""
+    table = []
+    for size in sizes:
+        lines, error = run(size)
+        table += [[size, line["rows"], f"{line['first']:.1f}", f"{line['later']:.2f}"] for line in lines]
+        if error is not None:
+            table.append([size, "-", f"**failed**: {error}", "-"])
+    report.table(title, ["size", *head], table)
+
+
+def original(report: Report, bench: Bench, sizes: list[str], checkout: str, packages: str) -> None:
+    """Time the original in a process of its own: both packages have one name, and need other packages."""
+    fields = ("input_ids", "attention_mask", "images", "images_seq_mask", "images_spatial_crop")
+    head = ["batch, rows alike", "first token without preprocessing, ms", "tokens after it, ms each"]
+    given = prompt(bench.processor)
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, config = Path(folder) / "inputs.pt", Path(folder) / "config.json"
+        torch.save({name: given[name] for name in fields}, inputs)
+
+        def run(size: str) -> Any:
+            config.write_text(json.dumps(released_config(size).to_dict()), encoding="utf-8")
+            program = [str(HERE / "gpu_original.py"), checkout, str(config), str(inputs)]
+            return times_of([*program, "--device", str(bench.device)], packages)
+
+        beside(report, "The original", head, sizes, run)
+
+
+def vllm(report: Report, bench: Bench, sizes: list[str]) -> None:
+    """Time vLLM in a process of its own, which gives its memory back."""
+    head = ["batch", "first token, ms", "tokens after it, ms each"]
+    with tempfile.TemporaryDirectory() as folder:
+        bench.processor.save_pretrained(folder)
+
+        def run(size: str) -> Any:
+            released_config(size).save_pretrained(folder)
+            return times_of([str(HERE / "gpu_vllm.py"), folder])
+
+        beside(report, f"vLLM {importlib.metadata.version('vllm')}", head, sizes, run)
+
+
+def others(report: Report, bench: Bench, sizes: list[str], args: argparse.Namespace) -> None:
     """Measure what else is on this machine, or say that it is not."""
     with report.section("transformers"):
         bench.stock()
+    if args.original is None:
+        report.add(
+            "\nThe original was not asked for (--original): its figures of another run are in benchmarks/README.md."
+        )
+    else:
+        with report.section("the original"):
+            original(report, bench, sizes, args.original, args.original_packages)
     if importlib.util.find_spec("vllm") is None:
         report.add("\nvLLM is not importable here: its figures of another run are in benchmarks/README.md.")
+    else:
+        with report.section("vLLM"):
+            vllm(report, bench, sizes)
 
 
 def main() -> None:
@@ -501,6 +566,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="one size, no comparison with others")
     parser.add_argument("--markdown", type=Path, help="write the report there too")
+    parser.add_argument("--original", help="a checkout of the original, to be measured too")
+    parser.add_argument("--original-packages", default="", help="a folder with transformers 4.38, see gpu_original.py")
     args = parser.parse_args()
     device, report = torch.device(args.device), Report(args.markdown)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
@@ -514,10 +581,11 @@ def main() -> None:
     bench = Bench(device, report, args.quick)
     with report.section("ceilings"):
         bench.ceilings()
-    for size in args.sizes or (["small"] if args.quick else ["tiny", "small", "base"]):
+    sizes = args.sizes or (["small"] if args.quick else ["tiny", "small", "base"])
+    for size in sizes:
         bench.size(size)
     if not args.quick:
-        others(report, bench)
+        others(report, bench, sizes, args)
     failed = ", ".join(report.failures) or "none"
     report.add(f"\nSections that failed: {failed}. The whole run took {time.perf_counter() - start:.0f} s.")
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
+from random_weights import fill_randomly
 from transformers.generation.streamers import BaseStreamer
 
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
@@ -75,15 +76,7 @@ def random_model(size: str, device: torch.device) -> DeepseekVLV2ForCausalLM:
     with torch.device("meta"):
         model = DeepseekVLV2ForCausalLM(released_config(size)).to(torch.bfloat16)
     model = model.to_empty(device=device).eval()
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.8 * parameter.shape[-1] ** -0.5, generator=generator)
-            else:
-                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        for buffer in model.buffers():
-            buffer.zero_()
+    fill_randomly(model, device)
     return model
 
 

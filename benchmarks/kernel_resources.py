@@ -159,7 +159,8 @@ def resources(size: str, rows: int) -> list[Resources]:
 def prompt_resources(size: str, tokens: int) -> list[Resources]:
     """Return what the kernels of a prompt take: of a layer's attention, of its experts, and of scaling an image."""
     language, known = language_model(size), dict[str, Resources]()
-    layer, weights = language.model.layers[1], language.lm_head.weight
+    layer: Any = language.model.layers[1]
+    weights: Any = language.lm_head.weight
     attention, mlp, config = layer.self_attn, layer.mlp, language.config
     rule, last = read_rule(mlp.gate), torch.zeros(1, dtype=torch.long, device="meta")
     x = weights.new_empty(tokens, config.hidden_size)
