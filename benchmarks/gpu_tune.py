@@ -147,7 +147,8 @@ class Tuner:
 def tune(size: str, rows: int, weights: Weights, best: int) -> None:
     """Print the best candidates of each kernel beside its own block sizes."""
     tuner = Tuner(weights, rows)
-    early = early_start(weights.head.device) if rows == 1 else {}  # kernels of several rows start when theirs is due
+    # Kernels of several rows are timed as they are launched alone.
+    early = early_start(weights.head.device) if rows == 1 else {}
     for name, run, read, candidates in tuner.tasks():
         found: list[tuple[float, Blocks]] = []
         for blocks in candidates:
