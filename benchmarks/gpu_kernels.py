@@ -141,7 +141,7 @@ class KernelChecks:
         share = self.poisoned(rows, splits, a.heads, dtype=torch.float32)
         multihead.attend_splits(query, keys, values, positions, a.scaling, partial, share)
         out = self.poisoned(rows, a.heads, a.size)
-        latent.join_splits(partial, share, positions, out, keys_a_step=multihead.keys_a_step(len(positions)))
+        latent.join_splits(partial, share, positions, out, step=multihead.keys_a_step(len(positions)))
         plain = multihead.attend_plain(query.float(), keys.float(), values.float(), positions, a.scaling)
         return max(worst, error(out, plain))
 

@@ -148,7 +148,7 @@ def new_buffers(weights: Weights, rows: int, cos: torch.Tensor, sin: torch.Tenso
     """Return buffers for that many rows; the tables' length is the cache's room.
 
     With ``early`` kernels start before the ones in front of them have ended, where the device can do that: all of those
-    for one row, and for up to `MAX_EARLY_ROWS` all but the experts'. For more rows it was slower.
+    for one row, and for up to `MAX_EARLY_ROWS` all but the experts' first products. For more rows it was slower.
 
     Raises:
         ValueError: more rows than the kernels take.
@@ -230,7 +230,7 @@ def attend_multihead(weights: Attention, buffers: Buffers, cache: Cache, mixed: 
     partial = buffers.take("partial", rows, splits, heads, size, dtype=torch.float32)
     share = buffers.take("share", rows, splits, heads, dtype=torch.float32)
     multihead.attend_splits(query, keys, values, buffers.positions, weights.scaling, partial, share, **early)
-    latent.join_splits(partial, share, buffers.positions, mixed, keys_a_step=multihead.keys_a_step(rows), **early)
+    latent.join_splits(partial, share, buffers.positions, mixed, step=multihead.keys_a_step(rows), **early)
 
 
 def attend(weights: Attention, buffers: Buffers, cache: Cache) -> None:
@@ -288,8 +288,8 @@ def feed_few_rows(layer: Layer, buffers: Buffers, next_norm: torch.Tensor, next_
     if weights.shared_gate is not None:
         shared = buffers.take("shared", rows, weights.shared_inner)
         shared_out = buffers.take("shared out", rows, width)
-    experts.few_rows_inner(normed, weights, routed, shared, ids)
-    experts.few_rows_down(routed, shared, weights, routed_out, shared_out, ids)
+    experts.few_rows_inner(normed, weights, routed, shared, ids, NEXT_EARLY=bool(early))
+    experts.few_rows_down(routed, shared, weights, routed_out, shared_out, ids, **early)
     norm.finish_layer(hidden, routed_out, shares, shared_out, next_norm, next_eps, hidden, normed, **early)
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, dot, let_next_start, load_rows, power_of_two, wait_for_inputs
+from .primitives import check_rows, dot, let_next_start, load_row, load_rows, power_of_two, wait_for_inputs
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ def _one_row_inner_kernel(
     routed = program >= shared_blocks
     block = program
     shift = CHOSEN * I
+    norms = load_row(norm_ptr, H, BLOCK_H)
     size = tl.where(routed, I, S)
     if CHOSEN > 0:
         if routed:
@@ -154,7 +155,7 @@ def _one_row_inner_kernel(
         held = h < H
         x = tl.load(x_ptr + h, mask=held, other=0.0).to(tl.float32)
         squares += x * x
-        x *= tl.load(norm_ptr + h, mask=held, other=0.0).to(tl.float32)
+        x *= norms[part].to(tl.float32)
         gate += gates[part].to(tl.float32) * x[None, :]
         up += ups[part].to(tl.float32) * x[None, :]
     inverse = tl.rsqrt(tl.sum(squares, axis=0) / H + eps)
@@ -360,6 +361,7 @@ def _few_rows_inner_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     STAGES: tl.constexpr,
+    NEXT_EARLY: tl.constexpr = False,
 ) -> None:
     program = tl.program_id(0) // ROW_BLOCKS
     row_block = tl.program_id(0) % ROW_BLOCKS
@@ -397,6 +399,7 @@ def _few_rows_inner_kernel(
             x = tl.load(x_ptr + row[None, :] * H + h[:, None], mask=present[None, :] & (h < H)[:, None], other=0.0)
             gate = dot(gate_weight, x, gate)
             up = dot(up_weight, x, up)
+        let_next_start(NEXT_EARLY)  # not before: programs of the next kernel would take the room of these
         dtype = x_ptr.dtype.element_ty
         out = silu_product(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32))
         tl.store(
@@ -427,6 +430,7 @@ def _few_rows_down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_I: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ) -> None:
     program = tl.program_id(0) // ROW_BLOCKS
     row_block = tl.program_id(0) % ROW_BLOCKS
@@ -448,6 +452,7 @@ def _few_rows_down_kernel(
             in_ptr = routed_inner_ptr
             matrix = down_ptr + expert.to(tl.int64) * (H * I)
             out_ptr = routed_ptr
+    wait_for_inputs(EARLY)  # the ids are older: the kernel before this one starts when all before it have ended
     if count > 0:
         n = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
         present = tl.arange(0, BLOCK_B) < count

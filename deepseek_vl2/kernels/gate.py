@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, dot, let_next_start, load_rows, power_of_two, wait_for_inputs
+from .primitives import check_rows, dot, let_next_start, load_row, load_rows, power_of_two, wait_for_inputs
 
 GREEDY, GROUP_LIMITED, CORRECTED = 0, 1, 2
 METHODS = {"greedy": GREEDY, "group_limited_greedy": GROUP_LIMITED, "noaux_tc": CORRECTED}
@@ -186,6 +186,7 @@ def _route_kernel(
     own = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     parts = load_rows(weight_ptr, own, E, H, H, BLOCK_H)
+    norms = load_row(norm_ptr, H, BLOCK_H)
     wait_for_inputs(EARLY)
     total = tl.zeros([BLOCK_E, BLOCK_H], tl.float32)
     squares = tl.zeros([BLOCK_H], tl.float32)
@@ -194,7 +195,7 @@ def _route_kernel(
         x = tl.load(x_ptr + row * H + h, mask=h < H, other=0.0).to(tl.float32)
         squares += x * x
         if not NORMED:
-            x *= tl.load(norm_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+            x *= norms[part].to(tl.float32)
             total += parts[part].to(tl.float32) * x[None, :]
     inverse = tl.rsqrt(tl.sum(squares, axis=0) / H + eps)
     if NORMED:  # rounded where the plain form rounds
@@ -202,8 +203,7 @@ def _route_kernel(
         for part in tl.static_range(blocks):
             h = part * BLOCK_H + tl.arange(0, BLOCK_H)
             x = tl.load(x_ptr + row * H + h, mask=h < H, other=0.0).to(tl.float32)
-            norm = tl.load(norm_ptr + h, mask=h < H, other=0.0).to(tl.float32)
-            normed = ((x * inverse).to(dtype).to(tl.float32) * norm).to(dtype)
+            normed = ((x * inverse).to(dtype).to(tl.float32) * norms[part].to(tl.float32)).to(dtype)
             if tl.program_id(0) == 0:
                 tl.store(normed_ptr + row * H + h, normed, mask=h < H)
             total += parts[part].to(tl.float32) * normed.to(tl.float32)[None, :]
@@ -259,7 +259,7 @@ def route(
     """
     check_rows(x_BH, weight_EH, logits_BE, ids_BK, weights_BK)
     rows, hidden = x_BH.shape
-    block_e = 2 if rows == 1 else 8
+    block_e = 1 if rows == 1 else 16 if rows <= 16 else 8
     sizes = {"BLOCK_E": block_e, "BLOCK_H": min(power_of_two(hidden, 16), 512), "num_warps": 8, **blocks}
     programs = triton.cdiv(rule.experts, sizes["BLOCK_E"])
     _route_kernel[(programs, rows)](

@@ -18,6 +18,14 @@ import triton.language as tl
 from .primitives import check_rows, dot, let_next_start, power_of_two, prefetch, wait_for_inputs
 
 
+def keys_a_step(rows: int) -> int:
+    """Return how many keys a program of `attend_splits` reads at a time.
+
+    A single row's 64 are the whole split of some 2,000 tokens, so that nothing is to be overlapped within a program.
+    """
+    return 64 if rows == 1 else 32
+
+
 def rotate_pairs_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate [..., P] of interleaved pairs; even members go to the first half of the result, odd ones to the second."""
     even, odd = x[..., 0::2], x[..., 1::2]
@@ -67,12 +75,22 @@ def attend_plain(
 
 
 @triton.jit
+def load_angles(
+    cos_ptr: tl.tensor, sin_ptr: tl.tensor, position: tl.tensor, SIZE: tl.constexpr, HALF_PAD: tl.constexpr
+) -> tl.tensor:
+    """Return cosines and sines at a position: half a row of each table, whose other half is the same."""
+    pair = tl.arange(0, HALF_PAD)
+    held = pair < SIZE // 2
+    cos = tl.load(cos_ptr + position * SIZE + pair, mask=held, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + position * SIZE + pair, mask=held, other=0.0).to(tl.float32)
+    return cos, sin
+
+
+@triton.jit
 def _rotate_pairs(
     x_ptr: tl.tensor,
     out_ptr: tl.tensor,
-    cos_ptr: tl.tensor,
-    sin_ptr: tl.tensor,
-    position: tl.tensor,
+    angles: tl.tensor,
     P: tl.constexpr,
     HALF_PAD: tl.constexpr,
 ) -> None:
@@ -80,9 +98,7 @@ def _rotate_pairs(
     held = pair < P // 2
     even = tl.load(x_ptr + 2 * pair, mask=held, other=0.0).to(tl.float32)
     odd = tl.load(x_ptr + 2 * pair + 1, mask=held, other=0.0).to(tl.float32)
-    angle = position * P + pair  # both halves of a row of the table are the same
-    cos = tl.load(cos_ptr + angle, mask=held, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + angle, mask=held, other=0.0).to(tl.float32)
+    cos, sin = angles
     tl.store(out_ptr + pair, (even * cos - odd * sin).to(out_ptr.dtype.element_ty), mask=held)
     tl.store(out_ptr + P // 2 + pair, (odd * cos + even * sin).to(out_ptr.dtype.element_ty), mask=held)
 
@@ -122,18 +138,19 @@ def _prepare_kernel(
     if EARLY:
         # Before the weights of the kernels that start early have filled the queue: attention waits for these.
         prefetch(cache_ptr + row * cache_row, position * (R + P), head * PARTS + part, (N + 1) * PARTS)
+    angles = load_angles(cos_ptr, sin_ptr, position, P, HALF_PAD)
     if head == N:  # behind the heads: the latent
+        place = tl.arange(0, R_PAD)
+        norm = tl.load(norm_ptr + place, mask=place < R, other=0.0)
         wait_for_inputs(EARLY)
         if part == 0:
-            r = tl.arange(0, R_PAD)
             compressed = projected_ptr + row * width + N * (D + P)
             out_ptr = cache_ptr + row * cache_row + position.to(tl.int64) * (R + P)
-            x = tl.load(compressed + r, mask=r < R, other=0.0).to(tl.float32)
+            x = tl.load(compressed + place, mask=place < R, other=0.0).to(tl.float32)
             x *= tl.rsqrt(tl.sum(x * x, axis=0) / R + eps)
-            norm = tl.load(norm_ptr + r, mask=r < R, other=0.0).to(tl.float32)
             dtype = cache_ptr.dtype.element_ty
-            tl.store(out_ptr + r, (x.to(dtype).to(tl.float32) * norm).to(dtype), mask=r < R)
-            _rotate_pairs(compressed + R, out_ptr + R, cos_ptr, sin_ptr, position, P, HALF_PAD)
+            tl.store(out_ptr + place, (x.to(dtype).to(tl.float32) * norm.to(tl.float32)).to(dtype), mask=place < R)
+            _rotate_pairs(compressed + R, out_ptr + R, angles, P, HALF_PAD)
     else:
         query = projected_ptr + row * width + head * (D + P)
         if ABSORB:
@@ -149,7 +166,7 @@ def _prepare_kernel(
         else:
             wait_for_inputs(EARLY)
         if part == 0:
-            _rotate_pairs(query + D, query_row + R, cos_ptr, sin_ptr, position, P, HALF_PAD)
+            _rotate_pairs(query + D, query_row + R, angles, P, HALF_PAD)
 
 
 def prepare(
@@ -245,19 +262,19 @@ def _split_kernel(
     row = tl.program_id(0)
     split = tl.program_id(2)
     head = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    wait_for_inputs(EARLY)
-    position = tl.load(positions_ptr + row)
+    position = tl.load(positions_ptr + row)  # which only a step's last kernel changes
     keys_each, live = live_splits(position, BLOCK_C, SPLITS)
+    first = split * keys_each
+    last = tl.minimum(first + keys_each, position + 1)
+    r = tl.arange(0, R_PAD)
+    p = tl.arange(0, P_PAD)
+    base = cache_ptr + row.to(tl.int64) * cache_row
+    wait_for_inputs(EARLY)
     if split < live:
-        first = split * keys_each
-        last = tl.minimum(first + keys_each, position + 1)
-        r = tl.arange(0, R_PAD)
-        p = tl.arange(0, P_PAD)
         query_rows = query_ptr + (row * N + head)[:, None] * (R + P)
         in_heads = (head < N)[:, None]
         query = tl.load(query_rows + r[None, :], mask=in_heads & (r < R)[None, :], other=0.0)
         query_rope = tl.load(query_rows + R + p[None, :], mask=in_heads & (p < P)[None, :], other=0.0)
-        base = cache_ptr + row.to(tl.int64) * cache_row
         total = tl.zeros([BLOCK_N, R_PAD], tl.float32)
         highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
         weight = tl.zeros([BLOCK_N], tl.float32)
@@ -314,15 +331,12 @@ def attend_splits(
         P=rotated,
         P_PAD=power_of_two(rotated, 16),
         SPLITS=splits,
-        BLOCK_C=KEYS_A_STEP,
+        BLOCK_C=keys_a_step(rows),
         BLOCK_N=16,
-        STAGES=3,
-        num_warps=4,
+        STAGES=1 if rows == 1 else 3,
+        num_warps=8 if rows == 1 else 4,
         **options,
     )
-
-
-KEYS_A_STEP = 32
 
 
 @triton.jit
@@ -353,8 +367,8 @@ def _join_kernel(
         matrix = kv_b_ptr + (head * (D + V) + D) * R
         mask = (v < V)[:, None] & (r < R)[None, :]
         weight = tl.load(matrix + v[:, None] * R + r[None, :], mask=mask, other=0.0)
-    wait_for_inputs(EARLY)
     _, live = live_splits(tl.load(positions_ptr + row), BLOCK_C, SPLITS)
+    wait_for_inputs(EARLY)
     mixed = tl.zeros([R_PAD], tl.float32)
     highest = float("-inf")
     total = 0.0
@@ -385,18 +399,20 @@ def join_splits(
     positions_B: torch.Tensor,
     out_BNV: torch.Tensor,
     kv_b_NER: torch.Tensor | None = None,
-    keys_a_step: int = KEYS_A_STEP,
+    step: int | None = None,
     **options: Any,
 ) -> None:
     """Join what `attend_splits` wrote, and take it through the value's rows of kv_b_proj where that is given.
 
-    Without it ``out_BNV`` is the mixture of latents itself, [B, N, R]. All tensors are contiguous. Options: of the
+    Without it ``out_BNV`` is the mixture of latents itself, [B, N, R]. All tensors are contiguous. ``step`` is the
+    number of keys that the splits were read at a time, as `keys_a_step` says unless it is given. Options: of the
     launch, see `primitives.early_start`.
     """
     rows, splits, heads, rank = partial_BWNR.shape
     value = out_BNV.shape[-1]
-    block = min(power_of_two(value, 16), 32)
     projects = kv_b_NER is not None
+    block = min(power_of_two(value, 16), 16)
+    warps = 8 if projects or rank > 128 else 2 if rows == 1 else 4
     _join_kernel[(rows, heads, triton.cdiv(value, block) if projects else 1)](
         partial_BWNR,
         weight_BWN,
@@ -410,9 +426,9 @@ def join_splits(
         V=value,
         SPLITS=splits,
         BLOCK_W=min(power_of_two(splits), 32),
-        BLOCK_C=keys_a_step,
+        BLOCK_C=step or keys_a_step(rows),
         BLOCK_V=block,
         PROJECT=projects,
-        num_warps=8,
+        num_warps=warps,
         **options,
     )

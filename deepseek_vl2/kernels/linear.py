@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, dot, let_next_start, load_rows, power_of_two, wait_for_inputs
+from .primitives import check_rows, dot, let_next_start, load_row, load_rows, power_of_two, wait_for_inputs
 
 MAX_WEIGHTS = 3
 
@@ -74,6 +74,8 @@ def _one_row_kernel(
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     # All loads of the weight are on their way before the row is waited for.
     parts = load_rows(weight_ptr, rows, size, K, K, BLOCK_K)
+    if NORMED:
+        norms = load_row(norm_ptr, K, BLOCK_K)
     wait_for_inputs(EARLY)
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
@@ -83,7 +85,7 @@ def _one_row_kernel(
         x = tl.load(x_ptr + columns, mask=held, other=0.0).to(tl.float32)
         if NORMED:
             squares += x * x
-            x *= tl.load(norm_ptr + columns, mask=held, other=0.0).to(tl.float32)
+            x *= norms[part].to(tl.float32)
         total += parts[part].to(tl.float32) * x[None, :]
     out = tl.sum(total, axis=1)
     if NORMED:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .latent import live_splits
+from .latent import live_splits, load_angles
 from .primitives import check_rows, let_next_start, power_of_two, wait_for_inputs
 
 
@@ -65,6 +65,8 @@ def _rotate_and_write_kernel(
     let_next_start(EARLY)
     row = tl.program_id(0)
     head = tl.program_id(1)
+    position = tl.load(positions_ptr + row)
+    cos, sin = load_angles(cos_ptr, sin_ptr, position, D, HALF_PAD)
     wait_for_inputs(EARLY)
     half: tl.constexpr = D // 2
     i = tl.arange(0, HALF_PAD)
@@ -72,16 +74,12 @@ def _rotate_and_write_kernel(
     source = projected_ptr + (row * (N + 2 * M) + head) * D
     first = tl.load(source + i, mask=held, other=0.0).to(tl.float32)
     second = tl.load(source + half + i, mask=held, other=0.0).to(tl.float32)
-    position = tl.load(positions_ptr + row)
     target = query_ptr + (row * N + head) * D
     if head >= N + M:
         target = values_ptr + ((row * M + head - N - M).to(tl.int64) * C + position) * D
     elif head >= N:
         target = keys_ptr + ((row * M + head - N).to(tl.int64) * C + position) * D
     if head < N + M:
-        angle = position * D + i  # both halves of a row of the table are the same
-        cos = tl.load(cos_ptr + angle, mask=held, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + angle, mask=held, other=0.0).to(tl.float32)
         turned = first * cos - second * sin
         second = second * cos + first * sin
         first = turned
@@ -134,6 +132,39 @@ def rotate_and_write(
 
 
 @triton.jit
+def _load_keys(
+    keys_ptr: tl.tensor, values_ptr: tl.tensor, c: tl.tensor, end: tl.tensor, D: tl.constexpr, D_PAD: tl.constexpr
+) -> tl.tensor:
+    d = tl.arange(0, D_PAD)
+    offsets = c[:, None] * D + d[None, :]
+    mask = (c < end)[:, None] & (d < D)[None, :]
+    key = tl.load(keys_ptr + offsets, mask=mask, other=0.0)
+    value = tl.load(values_ptr + offsets, mask=mask, other=0.0)
+    return key, value
+
+
+@triton.jit
+def _attend_keys(
+    query: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    held: tl.tensor,
+    scaling: tl.tensor,
+    total: tl.tensor,
+    highest: tl.tensor,
+    weight: tl.tensor,
+) -> tl.tensor:
+    """Return a softmax's running sum, highest score and weight, with some more keys."""
+    scores = tl.sum(key.to(tl.float32) * query[None, :], axis=1) * (scaling * 1.4426950408889634)
+    scores = tl.where(held, scores, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(scores, axis=0))
+    shrink = tl.exp2(highest - new_highest)
+    power = tl.exp2(scores - new_highest)
+    weight = weight * shrink + tl.sum(power, axis=0)
+    return total * shrink + tl.sum(value.to(tl.float32) * power[:, None], axis=0), new_highest, weight
+
+
+@triton.jit
 def _split_kernel(
     query_ptr: tl.tensor,
     keys_ptr: tl.tensor,
@@ -149,38 +180,39 @@ def _split_kernel(
     D_PAD: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    AHEAD: tl.constexpr,
     EARLY: tl.constexpr = False,
 ) -> None:
     let_next_start(EARLY)
     row = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
-    wait_for_inputs(EARLY)
-    position = tl.load(positions_ptr + row)
+    position = tl.load(positions_ptr + row)  # which only a step's last kernel changes
     keys_each, live = live_splits(position, BLOCK_C, SPLITS)
+    first = split * keys_each
+    last = tl.minimum(first + keys_each, position + 1)
+    d = tl.arange(0, D_PAD)
+    base = (row * M + head // (N // M)).to(tl.int64) * C * D
+    if AHEAD:  # the first keys but the new one are on their way before the wait: earlier steps wrote them
+        c = first + tl.arange(0, BLOCK_C)
+        key, value = _load_keys(keys_ptr + base, values_ptr + base, c, tl.minimum(last, position), D, D_PAD)
+    wait_for_inputs(EARLY)
     if split < live:
-        first = split * keys_each
-        last = tl.minimum(first + keys_each, position + 1)
-        d = tl.arange(0, D_PAD)
         query = tl.load(query_ptr + (row * N + head) * D + d, mask=d < D, other=0.0).to(tl.float32)
-        base = (row * M + head // (N // M)).to(tl.int64) * C * D
         total = tl.zeros([D_PAD], tl.float32)
         highest = float("-inf")
         weight = 0.0
+        if AHEAD:
+            new = (c == position)[:, None]
+            newest = base + position.to(tl.int64) * D + d
+            key = tl.where(new, tl.load(keys_ptr + newest, mask=d < D, other=0.0)[None, :], key)
+            value = tl.where(new, tl.load(values_ptr + newest, mask=d < D, other=0.0)[None, :], value)
+            total, highest, weight = _attend_keys(query, key, value, c < last, scaling, total, highest, weight)
+            first += BLOCK_C
         for start in range(first, last, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
-            offsets = base + c[:, None] * D + d[None, :]
-            mask = (c < last)[:, None] & (d < D)[None, :]
-            key = tl.load(keys_ptr + offsets, mask=mask, other=0.0)
-            value = tl.load(values_ptr + offsets, mask=mask, other=0.0)
-            scores = tl.sum(key.to(tl.float32) * query[None, :], axis=1) * (scaling * 1.4426950408889634)
-            scores = tl.where(c < last, scores, float("-inf"))
-            new_highest = tl.maximum(highest, tl.max(scores, axis=0))
-            shrink = tl.exp2(highest - new_highest)
-            power = tl.exp2(scores - new_highest)
-            weight = weight * shrink + tl.sum(power, axis=0)
-            total = total * shrink + tl.sum(value.to(tl.float32) * power[:, None], axis=0)
-            highest = new_highest
+            key, value = _load_keys(keys_ptr + base, values_ptr + base, c, last, D, D_PAD)
+            total, highest, weight = _attend_keys(query, key, value, c < last, scaling, total, highest, weight)
         place = (row * SPLITS + split) * N + head
         tl.store(partial_ptr + place * D + d, total / weight, mask=d < D)
         tl.store(weight_ptr + place, highest + tl.log2(weight))
@@ -215,6 +247,7 @@ def attend_splits(
         D_PAD=power_of_two(size, 16),
         SPLITS=splits,
         BLOCK_C=keys_a_step(rows),
+        AHEAD=rows == 1,
         num_warps=4 if rows == 1 else 1,
         **options,
     )

@@ -74,6 +74,16 @@ def load_rows(
 
 
 @triton.jit
+def load_row(row_ptr: tl.tensor, K: tl.constexpr, BLOCK_K: tl.constexpr) -> Any:
+    """Return K numbers as a tuple of blocks."""
+    parts = ()
+    for start in tl.static_range(0, K, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        parts += (tl.load(row_ptr + columns, mask=columns < K, other=0.0),)  # type: ignore[assignment]
+    return parts
+
+
+@triton.jit
 def prefetch(start_ptr: tl.tensor, numbers: tl.tensor, part: tl.tensor, PARTS: tl.constexpr) -> None:
     """Bring this program's share, one of PARTS, of memory with that many numbers of two bytes into the L2 cache."""
     step = tl.arange(0, 128)

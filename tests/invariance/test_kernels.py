@@ -563,7 +563,7 @@ def test_multihead_attention(dtype: torch.dtype, rows: int, splits: int, heads: 
     partial, weight = poisoned(rows, splits, heads, size), poisoned(rows, splits, heads)
     multihead.attend_splits(query, keys, values, positions, 0.3, partial, weight)
     out = poisoned(rows, heads, size, dtype=dtype)
-    latent.join_splits(partial, weight, positions, out, keys_a_step=multihead.keys_a_step(len(positions)))
+    latent.join_splits(partial, weight, positions, out, step=multihead.keys_a_step(len(positions)))
     plain = multihead.attend_plain(
         query.float(), keys.float().nan_to_num(), values.float().nan_to_num(), positions, 0.3
     )
