@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from deepseek_vl2.kernels import experts, gate, latent, linear, multihead, norm
-from deepseek_vl2.kernels.decode import Layer, Weights, multihead_splits, splits_of
+from deepseek_vl2.kernels.decode import MULTIPROCESSORS, Layer, Weights, multihead_splits
 from deepseek_vl2.kernels.experts import ExpertWeights
 
 TOLERANCE = 1.2e-2  # bfloat16: half a step is 2^-9, and a chain of kernels rounds some five times
@@ -99,7 +99,7 @@ class KernelChecks:
         )  # fmt: skip
         token = cache[torch.arange(rows, device=self.device), at]
         worst = max(error(query, plain_query), error(token, plain_token))
-        splits = splits_of(rows, -(-a.heads // 16))
+        splits = latent.splits_of(rows, a.heads, MULTIPROCESSORS)
         partial = self.poisoned(rows, splits, a.heads, rank, dtype=torch.float32)
         share = self.poisoned(rows, splits, a.heads, dtype=torch.float32)
         latent.attend_splits(query, cache, positions, a.scaling, partial, share)

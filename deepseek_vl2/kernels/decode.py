@@ -24,9 +24,8 @@ from .primitives import early_start, power_of_two
 MAX_ROWS_PER_HEAD = 4
 MAX_ROWS = 64
 MAX_EARLY_ROWS = 16
-# Programs that keep an H200 busy with a cache: two on each of its 132 multiprocessors.
-PROGRAMS = 264
-MAX_SPLITS = 32
+# An H100 and an H200 have as many.
+MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -170,14 +169,14 @@ def new_buffers(weights: Weights, rows: int, cos: torch.Tensor, sin: torch.Tenso
     )
 
 
-def splits_of(rows: int, head_programs: int, programs: int | None = None) -> int:
-    """Return into how many parts each row's keys are cut, so that all programs together fill the device."""
-    return min(power_of_two(triton.cdiv(programs or PROGRAMS, rows * head_programs)), MAX_SPLITS)
-
-
 def multihead_splits(rows: int, heads: int) -> int:
-    """Return the same for plain multi-head attention: programs for several rows are of one warp, so more are wanted."""
-    return splits_of(rows, heads, PROGRAMS if rows == 1 else 9 * PROGRAMS)
+    """Return into how many parts each row's keys are cut for plain multi-head attention.
+
+    Two programs on each multiprocessor keep it busy with a single row's cache; those for several rows are of one warp,
+    so more are wanted.
+    """
+    programs = MULTIPROCESSORS * (2 if rows == 1 else 18)
+    return min(power_of_two(triton.cdiv(programs, rows * heads)), latent.MAX_SPLITS)
 
 
 def project(weights: Attention, buffers: Buffers, source: torch.Tensor, normed: tuple[torch.Tensor, float]) -> None:
@@ -207,7 +206,7 @@ def attend_latent(weights: Attention, buffers: Buffers, cache: torch.Tensor, mix
         unrotated = weights.unrotated
         heads_query = projected[:, : heads * (unrotated + rotated)].unflatten(1, (heads, -1))[..., :unrotated]
         linear.few_rows_of_groups(heads_query, kv_b[:, :unrotated].mT, query[..., :rank], **buffers.early)
-    splits = splits_of(rows, triton.cdiv(heads, 16))
+    splits = latent.splits_of(rows, heads, MULTIPROCESSORS)
     partial = buffers.take("partial", rows, splits, heads, rank, dtype=torch.float32)
     share = buffers.take("share", rows, splits, heads, dtype=torch.float32)
     latent.attend_splits(query, cache, buffers.positions, weights.scaling, partial, share, **buffers.early)

@@ -15,15 +15,34 @@ import torch
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, dot, let_next_start, power_of_two, prefetch, wait_for_inputs
+from .primitives import check_rows, dot, let_next_start, power_of_two, prefetch, shared_memory, wait_for_inputs
+
+MAX_SPLITS = 32
 
 
-def keys_a_step(rows: int) -> int:
-    """Return how many keys a program of `attend_splits` reads at a time.
+def split_blocks(rows: int, heads: int, device: torch.device) -> dict[str, int]:
+    """Return the block sizes of `attend_splits`; a split takes a multiple of GRAIN keys.
 
-    A single row's 64 are the whole split of some 2,000 tokens, so that nothing is to be overlapped within a program.
+    Measured on an H100. Two blocks of 64 keys take 164 kB of shared memory, so one program is all that a multiprocessor
+    runs; where there is less of it, blocks are of 32. A single row's split of up to 2,048 keys is one block.
     """
-    return 64 if rows == 1 else 32
+    block = 64 if shared_memory(device) >= 200_000 else 32
+    if rows == 1:
+        return {"GRAIN": block, "BLOCK_C": block, "BLOCK_N": 16, "STAGES": 2, "num_warps": 4, "NEXT_LATE": heads <= 16}
+    heads_each = min(power_of_two(heads, 16), 32)
+    return {"GRAIN": 16, "BLOCK_C": block, "BLOCK_N": heads_each, "STAGES": 2, "num_warps": 4, "NEXT_LATE": False}
+
+
+def splits_of(rows: int, heads: int, programs: int) -> int:
+    """Return into how many parts to cut each row's keys, for a device that runs that many programs at a time.
+
+    A single row's keys are cut further: its programs have one block of them each. Few different numbers are returned:
+    kernels are compiled for each.
+    """
+    if rows == 1:
+        return min(power_of_two(2 * programs // triton.cdiv(heads, 16)), MAX_SPLITS)
+    most = programs // (rows * triton.cdiv(heads, 32))
+    return max(number for number in (1, 2, 3, 4, 6, 8, 12, 16, 24, MAX_SPLITS) if number <= max(most, 1))
 
 
 def rotate_pairs_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -253,17 +272,19 @@ def _split_kernel(
     P: tl.constexpr,
     P_PAD: tl.constexpr,
     SPLITS: tl.constexpr,
+    GRAIN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    NEXT_LATE: tl.constexpr,
     EARLY: tl.constexpr = False,
 ) -> None:
-    let_next_start(EARLY)
+    let_next_start(EARLY and not NEXT_LATE)
     row = tl.program_id(0)
     split = tl.program_id(2)
     head = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     position = tl.load(positions_ptr + row)  # which only a step's last kernel changes
-    keys_each, live = live_splits(position, BLOCK_C, SPLITS)
+    keys_each, live = live_splits(position, GRAIN, SPLITS)
     first = split * keys_each
     last = tl.minimum(first + keys_each, position + 1)
     r = tl.arange(0, R_PAD)
@@ -275,7 +296,7 @@ def _split_kernel(
         in_heads = (head < N)[:, None]
         query = tl.load(query_rows + r[None, :], mask=in_heads & (r < R)[None, :], other=0.0)
         query_rope = tl.load(query_rows + R + p[None, :], mask=in_heads & (p < P)[None, :], other=0.0)
-        total = tl.zeros([BLOCK_N, R_PAD], tl.float32)
+        total = tl.zeros([R_PAD, BLOCK_N], tl.float32)
         highest = tl.full([BLOCK_N], float("-inf"), tl.float32)
         weight = tl.zeros([BLOCK_N], tl.float32)
         for start in tl.range(first, last, BLOCK_C, num_stages=STAGES):
@@ -284,18 +305,20 @@ def _split_kernel(
             keys = base + c[:, None] * (R + P)
             latent = tl.load(keys + r[None, :], mask=held & (r < R)[None, :], other=0.0)
             rope = tl.load(keys + R + p[None, :], mask=held & (p < P)[None, :], other=0.0)
-            scores = dot(query, tl.trans(latent), tl.zeros([BLOCK_N, BLOCK_C], tl.float32))
-            scores = dot(query_rope, tl.trans(rope), scores)
-            scores = tl.where((c < last)[None, :], scores * (scaling * 1.4426950408889634), float("-inf"))
-            new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+            # Keys stand on the left of all products: they are the many rows that a matrix unit wants, heads are few.
+            scores = dot(latent, tl.trans(query), tl.zeros([BLOCK_C, BLOCK_N], tl.float32))
+            scores = dot(rope, tl.trans(query_rope), scores)
+            scores = tl.where(held, scores * (scaling * 1.4426950408889634), float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(scores, axis=0))
             shrink = tl.exp2(highest - new_highest)
-            power = tl.exp2(scores - new_highest[:, None])
-            weight = weight * shrink + tl.sum(power, axis=1)
-            total = dot(power.to(latent.dtype), latent, total * shrink[:, None])
+            power = tl.exp2(scores - new_highest[None, :])
+            weight = weight * shrink + tl.sum(power, axis=0)
+            total = dot(tl.trans(latent), power.to(latent.dtype), total * shrink[None, :])
             highest = new_highest
+        let_next_start(EARLY and NEXT_LATE)  # whose weights would come before the keys
         place = (row * SPLITS + split) * N + head
-        mask = in_heads & (r < R)[None, :]
-        tl.store(partial_ptr + place[:, None] * R + r[None, :], total / weight[:, None], mask=mask)
+        mask = (head < N)[None, :] & (r < R)[:, None]
+        tl.store(partial_ptr + place[None, :] * R + r[:, None], total / weight[None, :], mask=mask)
         tl.store(weight_ptr + place, highest + tl.log2(weight), mask=head < N)
 
 
@@ -317,7 +340,8 @@ def attend_splits(
     rows, heads, width = query_BNL.shape
     splits, rank = partial_BWNR.shape[1], partial_BWNR.shape[3]
     rotated = width - rank
-    _split_kernel[(rows, triton.cdiv(heads, 16), splits)](
+    sizes = {**split_blocks(rows, heads, query_BNL.device), **options}
+    _split_kernel[(rows, triton.cdiv(heads, sizes["BLOCK_N"]), splits)](
         query_BNL,
         cache_BCL,
         positions_B,
@@ -331,11 +355,7 @@ def attend_splits(
         P=rotated,
         P_PAD=power_of_two(rotated, 16),
         SPLITS=splits,
-        BLOCK_C=keys_a_step(rows),
-        BLOCK_N=16,
-        STAGES=1 if rows == 1 else 3,
-        num_warps=8 if rows == 1 else 4,
-        **options,
+        **sizes,
     )
 
 
@@ -405,7 +425,7 @@ def join_splits(
     """Join what `attend_splits` wrote, and take it through the value's rows of kv_b_proj where that is given.
 
     Without it ``out_BNV`` is the mixture of latents itself, [B, N, R]. All tensors are contiguous. ``step`` is the
-    number of keys that the splits were read at a time, as `keys_a_step` says unless it is given. Options: of the
+    number of keys of which splits took multiples, that of `split_blocks` unless it is given. Options: of the
     launch, see `primitives.early_start`.
     """
     rows, splits, heads, rank = partial_BWNR.shape
@@ -426,7 +446,7 @@ def join_splits(
         V=value,
         SPLITS=splits,
         BLOCK_W=min(power_of_two(splits), 32),
-        BLOCK_C=step or keys_a_step(rows),
+        BLOCK_C=step or split_blocks(rows, heads, out_BNV.device)["GRAIN"],
         BLOCK_V=block,
         PROJECT=projects,
         num_warps=warps,

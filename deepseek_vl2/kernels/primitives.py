@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -106,6 +107,14 @@ def early_start(device: torch.device) -> dict[str, Any]:
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
         return {}
     return {"EARLY": True, "launch_pdl": True}
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program may have; without an NVIDIA GPU, those of an H100."""
+    if INTERPRETED.value or device.type != "cuda" or torch.version.hip is not None:
+        return 232_448
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
 
 
 def power_of_two(number: int, least: int = 1) -> int:

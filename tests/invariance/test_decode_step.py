@@ -49,7 +49,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(decode, "PROGRAMS", 6)  # the interpreter runs them one after the other
+        monkeypatch.setattr(decode, "MULTIPROCESSORS", 3)  # the interpreter runs them one after the other
 
 
 def padded_prompt(rows: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -46,7 +46,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> Fast:
     monkeypatch.setattr(runtime, "why_not_device", lambda weight: None)
     monkeypatch.setattr(generation, "FAST_SAMPLERS", [sampler])
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(decode, "PROGRAMS", 6)  # the interpreter runs them one after the other
+        monkeypatch.setattr(decode, "MULTIPROCESSORS", 3)  # the interpreter runs them one after the other
         monkeypatch.setattr(runtime, "LEAST_ROOM", 64)
         monkeypatch.setattr(runtime, "FIRST_ROOM", 4)
     return sampler

@@ -539,6 +539,35 @@ def test_latent_attention(dtype: torch.dtype, rows: int, splits: int, heads: int
     check(out, torch.einsum("bnr,nvr->bnv", plain, kv_b.float()[:, unrotated:]), dtype)
 
 
+@pytest.mark.parametrize("positions", [[399], [299, 130, 6]])
+@pytest.mark.parametrize("memory", [99_000, 232_448])
+def test_latent_attention_over_several_blocks(
+    monkeypatch: pytest.MonkeyPatch, positions: list[int], memory: int
+) -> None:
+    monkeypatch.setattr(latent, "shared_memory", lambda device: memory)
+    rows, heads, rank, rotated, room, splits, dtype = len(positions), 20, 32, 16, 400, 3, DTYPES[0]
+    query, cache = draw(rows, heads, rank + rotated, dtype=dtype), draw(rows, room, rank + rotated, dtype=dtype)
+    for row, position in enumerate(positions):
+        cache[row, position + 1 :] = float("nan")
+    places = torch.tensor(positions, device=DEVICE).int()
+    partial, weight = poisoned(rows, splits, heads, rank), poisoned(rows, splits, heads)
+    latent.attend_splits(query, cache, places, 0.2, partial, weight)
+    mixed = poisoned(rows, heads, rank, dtype=dtype)
+    latent.join_splits(partial, weight, places, mixed)
+    check(mixed, latent.attend_plain(query.float(), cache.float().nan_to_num(), places, rank, 0.2), dtype)
+
+
+@pytest.mark.parametrize("heads", [16, 20, 32, 128])
+def test_a_device_has_room_for_all_splits(heads: int) -> None:
+    for rows in range(1, 65):
+        splits = latent.splits_of(rows, heads, 132)
+        programs = rows * -(-heads // 32) * splits
+        assert 1 <= splits <= latent.MAX_SPLITS
+        assert programs <= 132 or splits == 1 or rows == 1
+        assert programs > 132 / 2 or splits == latent.MAX_SPLITS, "half of the device has nothing to do"
+    assert len({latent.splits_of(rows, heads, 132) for rows in range(1, 65)}) <= 10, "kernels are compiled for each"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", sorted(POSITIONS))
 @pytest.mark.parametrize("splits", [1, 3, slow(16)])

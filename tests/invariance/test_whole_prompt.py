@@ -235,7 +235,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr(graphs, "recorder_for", lambda device: None if ON_GPU else made)
     monkeypatch.setattr(generation, "FAST_SAMPLERS", [runtime.sample])
     if not ON_GPU:
-        monkeypatch.setattr(decode, "PROGRAMS", 6)  # the interpreter runs them one after the other
+        monkeypatch.setattr(decode, "MULTIPROCESSORS", 3)  # the interpreter runs them one after the other
         monkeypatch.setattr(runtime, "LEAST_ROOM", 64)
         monkeypatch.setattr(runtime, "FIRST_ROOM", 4)
     return made
