@@ -121,6 +121,9 @@ def finish_layer(
 
 # ---------------------------------------------------------------- a sum and its layer norm
 
+# A warp to a row: 32 threads of 8 numbers each add up without memory between them.
+BLOCKS: dict[str, Any] = {"BLOCK_B": 1, "BLOCK_H": 256, "num_warps": 1}
+
 
 def add_layer_norm_plain(
     hidden_BH: torch.Tensor, new_BH: torch.Tensor, weight_H: torch.Tensor, bias_H: torch.Tensor, eps: float
@@ -197,8 +200,8 @@ def add_layer_norm(
         raise ValueError(f"Rows to add must be contiguous and alike; got {[list(tensor.shape) for tensor in rows]}.")
     check_rows(weight_H, bias_H)
     count, width = hidden_BH.shape
-    # A warp to a row: 32 threads of 8 numbers each add up without memory between them.
-    options = {"BLOCK_B": 1, "BLOCK_H": min(power_of_two(width, 16), 256), "num_warps": 1, **blocks}
+    options = {**BLOCKS, **blocks}
+    options["BLOCK_H"] = min(options["BLOCK_H"], power_of_two(width, 16))
     _add_layer_norm_kernel[(triton.cdiv(count, options["BLOCK_B"]),)](
         hidden_BH, new_BH, weight_H, bias_H, out_BH, normed_BH, count, eps,
         H=width, **options,

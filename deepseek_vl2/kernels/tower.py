@@ -24,6 +24,7 @@ from .primitives import early_start, let_next_start, wait_for_inputs
 
 SLOPE: tl.constexpr = tl.constexpr(-2 * 0.7978845608028654 * 1.4426950408889634)  # -2 sqrt(2 / pi), to base 2
 CUBIC: tl.constexpr = tl.constexpr(0.044715)
+BLOCKS: dict[str, Any] = {"BLOCK": 2048, "num_warps": 4}
 
 
 def gelu_plain(x: torch.Tensor) -> torch.Tensor:
@@ -46,7 +47,7 @@ def gelu_(x: torch.Tensor, **blocks: Any) -> torch.Tensor:
     """Apply `gelu_plain` to a contiguous tensor in place, in float32, and return it. Options: BLOCK, num_warps."""
     if not x.is_contiguous():
         raise ValueError(f"GELU is for a tensor without gaps; got {list(x.shape)}, {x.stride()}.")
-    options = {"BLOCK": 2048, "num_warps": 4, **blocks}
+    options = {**BLOCKS, **blocks}
     _gelu_kernel[(triton.cdiv(x.numel(), options["BLOCK"]),)](x, x.numel(), **options)
     return x
 
@@ -101,7 +102,7 @@ def why_not_pixels(pixels_V3SS: torch.Tensor) -> str | None:
         return "the tiles are on the host"
     if pixels_V3SS.dtype not in (torch.bfloat16, torch.float16):
         return f"the tiles are in {pixels_V3SS.dtype}"
-    # Only there were they measured to be faster; older GPUs have neither such tensor cores nor launches.
+    # Made for its tensor cores and launches, which older GPUs do not have.
     if torch.version.hip is not None or torch.cuda.get_device_capability(pixels_V3SS.device) < (9, 0):
         return "the GPU is older than compute capability 9.0"
     return None
