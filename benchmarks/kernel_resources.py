@@ -5,7 +5,8 @@
 Up to 64 rows are those of a decoding step; more are the tokens of a prompt. "tower" is the vision tower that all three
 releases have, at any number of tiles.
 
-Columns: registers a thread, bytes spilled to memory (should be 0), shared memory a program in kB (227 at most), warps.
+Columns: registers a thread, bytes spilled to memory (should be 0), shared memory a program in kB (227 at most), warps,
+and by which instructions it multiplies matrices: "wgmma" is what an H200's tensor cores are for.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Resources:
     registers: int
     spilled: int
     shared: int
+    products: str
 
 
 def describe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, str]:
@@ -103,12 +105,14 @@ def build(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], known: di
     if registers is None or spilled is None:
         raise RuntimeError(f"ptxas said nothing of {kernel.fn.__name__}: {report}")
     module = kernel.fn.__module__.rsplit(".", 1)[-1]
+    ptx = compiled.asm["ptx"]
     known[key] = Resources(
         f"{module}.{kernel.fn.__name__}",
         compiled.metadata.num_warps,
         int(registers[1]),
         int(spilled[1]),
         compiled.metadata.shared,
+        "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "",
     )
 
 
@@ -228,11 +232,11 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64, 1536])
     args = parser.parse_args()
     print(f"Triton {triton.__version__}, sm_{ARCHITECTURE}\n")
-    print("| size | rows | kernel | warps | registers | spilled | shared, kB |\n" + "| --- " * 7 + "|")
+    print("| size | rows | kernel | warps | registers | spilled | shared, kB | products |\n" + "| --- " * 8 + "|")
     for size in args.sizes:
         for rows, r in rows_of_table(size, args.rows):
-            shared = f"{r.shared / 1024:.1f}"
-            print(f"| {size} | {rows} | {r.kernel} | {r.warps} | {r.registers} | {r.spilled} | {shared} |")
+            numbers = f"{r.warps} | {r.registers} | {r.spilled} | {r.shared / 1024:.1f}"
+            print(f"| {size} | {rows} | {r.kernel} | {numbers} | {r.products} |", flush=True)
 
 
 if __name__ == "__main__":
