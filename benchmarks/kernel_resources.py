@@ -1,10 +1,12 @@
 """Compile every kernel for an H200 (sm_90) at the released shapes, without a GPU, and print what each takes.
 
-    python benchmarks/kernel_resources.py [--sizes tiny small base] [--rows 1 8 64 1536]
+    python benchmarks/kernel_resources.py [--sizes tiny small base tower] [--rows 1 8 64 1536]
 
-Up to 64 rows are those of a decoding step; more are the tokens of a prompt.
+Up to 64 rows are those of a decoding step; more are the tokens of a prompt. "tower" is the vision tower that all three
+releases have, at any number of tiles.
 
-Columns: registers a thread, bytes spilled to memory (should be 0), shared memory a program in kB (227 at most), warps.
+Columns: registers a thread, bytes spilled to memory (should be 0), shared memory a program in kB (227 at most), warps,
+and by which instructions it multiplies matrices: "wgmma" is what an H200's tensor cores are for.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from deepseek_vl2.kernels import gate, grouped, norm, prompt, rotary, scaling
+from deepseek_vl2.kernels import gate, grouped, norm, prompt, rotary, scaling, tower
 from deepseek_vl2.kernels.decode import MAX_ROWS, decode_step, new_buffers
 from deepseek_vl2.kernels.weights import read_rule, read_weights, rotary_tables
 from deepseek_vl2.models import DeepseekVLV2Config
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2ForCausalLM
+from deepseek_vl2.models.siglip_vit import VisionTransformer
 
 RELEASES = Path(__file__).resolve().parents[1] / "tests" / "golden" / "releases"
 ARCHITECTURE = 90
@@ -47,6 +50,7 @@ DTYPES = {
     torch.uint8: "u8",
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+EARLY = {"EARLY": True, "launch_pdl": True}  # as on the device
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Resources:
     registers: int
     spilled: int
     shared: int
+    products: str
 
 
 def describe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, str]:
@@ -100,12 +105,14 @@ def build(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], known: di
     if registers is None or spilled is None:
         raise RuntimeError(f"ptxas said nothing of {kernel.fn.__name__}: {report}")
     module = kernel.fn.__module__.rsplit(".", 1)[-1]
+    ptx = compiled.asm["ptx"]
     known[key] = Resources(
         f"{module}.{kernel.fn.__name__}",
         compiled.metadata.num_warps,
         int(registers[1]),
         int(spilled[1]),
         compiled.metadata.shared,
+        "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "",
     )
 
 
@@ -150,7 +157,7 @@ def resources(size: str, rows: int) -> list[Resources]:
     language, known = language_model(size), dict[str, Resources]()
     weights = read_weights(language)
     buffers = new_buffers(weights, rows, *rotary_tables(language, 2048))
-    buffers.early = {"EARLY": True, "launch_pdl": True}  # as on the device
+    buffers.early = EARLY
     with compiling(known), torch.no_grad():
         decode_step(weights, buffers)
     return list(known.values())
@@ -190,19 +197,46 @@ def prompt_resources(size: str, tokens: int) -> list[Resources]:
     return list(known.values())
 
 
+def vision_tower() -> VisionTransformer:
+    """Build the releases' vision tower without memory for its weights, two blocks of it."""
+    fields = json.loads((RELEASES / "tiny" / "config.json").read_text(encoding="utf-8"))
+    config = DeepseekVLV2Config(**fields).vision_config
+    config.layers = 2
+    with torch.device("meta"):
+        return VisionTransformer.from_config(config).to(torch.bfloat16).eval()
+
+
+def tower_resources() -> list[Resources]:
+    """Return what the kernels of the vision tower take."""
+    vision, known = vision_tower(), dict[str, Resources]()
+    pixels = torch.empty(2, 3, *vision.patch_embed.img_size, dtype=torch.bfloat16, device="meta")
+    with compiling(known), torch.no_grad():
+        tower.encode(vision, pixels, EARLY)
+    return list(known.values())
+
+
+def rows_of_table(size: str, numbers: list[int]) -> Iterator[tuple[str, Resources]]:
+    """Yield how many rows, and what a kernel takes then."""
+    if size == "tower":
+        yield from (("any", kernel) for kernel in tower_resources())
+        return
+    for rows in numbers:
+        found = resources(size, rows) if rows <= MAX_ROWS else prompt_resources(size, rows)
+        yield from ((str(rows), kernel) for kernel in found)
+
+
 def main() -> None:
     """Compile and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"])
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base", "tower"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64, 1536])
     args = parser.parse_args()
     print(f"Triton {triton.__version__}, sm_{ARCHITECTURE}\n")
-    print("| size | rows | kernel | warps | registers | spilled | shared, kB |\n" + "| --- " * 7 + "|")
+    print("| size | rows | kernel | warps | registers | spilled | shared, kB | products |\n" + "| --- " * 8 + "|")
     for size in args.sizes:
-        for rows in args.rows:
-            for r in resources(size, rows) if rows <= MAX_ROWS else prompt_resources(size, rows):
-                shared = f"{r.shared / 1024:.1f}"
-                print(f"| {size} | {rows} | {r.kernel} | {r.warps} | {r.registers} | {r.spilled} | {shared} |")
+        for rows, r in rows_of_table(size, args.rows):
+            numbers = f"{r.warps} | {r.registers} | {r.spilled} | {r.shared / 1024:.1f}"
+            print(f"| {size} | {rows} | {r.kernel} | {numbers} | {r.products} |", flush=True)
 
 
 if __name__ == "__main__":

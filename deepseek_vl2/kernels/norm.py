@@ -1,10 +1,11 @@
-"""RMS norm of rows, and the sum that ends a layer. Shape suffixes: B rows, H hidden size, K experts of a row."""
+"""Norms of rows, and the sums before them. Shape suffixes: B rows, H hidden size, K experts of a row."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -116,3 +117,92 @@ def finish_layer(
         num_warps=8,
         **options,
     )
+
+
+# ---------------------------------------------------------------- a sum and its layer norm
+
+# A warp to a row: 32 threads of 8 numbers each add up without memory between them.
+BLOCKS: dict[str, Any] = {"BLOCK_B": 1, "BLOCK_H": 256, "num_warps": 1}
+
+
+def add_layer_norm_plain(
+    hidden_BH: torch.Tensor, new_BH: torch.Tensor, weight_H: torch.Tensor, bias_H: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return hidden + new, and its layer norm, [B, H] each."""
+    out = hidden_BH + new_BH
+    return out, F.layer_norm(out, weight_H.shape, weight_H, bias_H, eps)
+
+
+@triton.jit
+def _add_layer_norm_kernel(
+    hidden_ptr: tl.tensor,
+    new_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    normed_ptr: tl.tensor,
+    B: tl.tensor,
+    eps: tl.tensor,
+    H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    EARLY: tl.constexpr = False,
+) -> None:
+    let_next_start(EARLY)
+    wait_for_inputs(EARLY)
+    dtype = out_ptr.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    start = rows.to(tl.int64) * H
+    sums = ()
+    total = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    for first in tl.static_range(0, H, BLOCK_H):
+        h = first + tl.arange(0, BLOCK_H)[None, :]
+        held = (rows < B) & (h < H)
+        hidden = tl.load(hidden_ptr + start + h, mask=held, other=0.0).to(tl.float32)
+        new = tl.load(new_ptr + start + h, mask=held, other=0.0).to(tl.float32)
+        x = rounded(hidden + new, dtype)
+        sums += (x,)  # type: ignore[assignment]
+        total += x
+    mean = tl.sum(total, axis=1)[:, None] / H
+    squares = tl.zeros([BLOCK_B, BLOCK_H], tl.float32)
+    for part in tl.static_range((H + BLOCK_H - 1) // BLOCK_H):
+        h = part * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+        tl.store(out_ptr + start + h, sums[part].to(dtype), mask=(rows < B) & (h < H))
+        centred = tl.where(h < H, sums[part] - mean, 0.0)
+        squares += centred * centred
+    inverse = tl.rsqrt(tl.sum(squares, axis=1)[:, None] / H + eps)
+    for part in tl.static_range((H + BLOCK_H - 1) // BLOCK_H):
+        h = part * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+        weight = tl.load(weight_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+        normed = (sums[part] - mean) * inverse * weight + bias
+        tl.store(normed_ptr + start + h, normed.to(dtype), mask=(rows < B) & (h < H))
+
+
+def add_layer_norm(
+    hidden_BH: torch.Tensor,
+    new_BH: torch.Tensor,
+    weight_H: torch.Tensor,
+    bias_H: torch.Tensor,
+    eps: float,
+    out_BH: torch.Tensor,
+    normed_BH: torch.Tensor,
+    **blocks: Any,
+) -> None:
+    """Write `add_layer_norm_plain`, of contiguous rows; outputs may be inputs.
+
+    The sum has the bits of PyTorch's. The norm is that of the rounded sum, in float32, and rounded once. Options:
+    BLOCK_B and BLOCK_H, rows of a program and how many numbers of each are read at once; num_warps; and those of the
+    launch, see `primitives.early_start`.
+    """
+    rows = (hidden_BH, new_BH, out_BH, normed_BH)
+    if {tensor.shape for tensor in rows} != {hidden_BH.shape} or not all(tensor.is_contiguous() for tensor in rows):
+        raise ValueError(f"Rows to add must be contiguous and alike; got {[list(tensor.shape) for tensor in rows]}.")
+    check_rows(weight_H, bias_H)
+    count, width = hidden_BH.shape
+    options = {**BLOCKS, **blocks}
+    options["BLOCK_H"] = min(options["BLOCK_H"], power_of_two(width, 16))
+    _add_layer_norm_kernel[(triton.cdiv(count, options["BLOCK_B"]),)](
+        hidden_BH, new_BH, weight_H, bias_H, out_BH, normed_BH, count, eps,
+        H=width, **options,
+    )  # fmt: skip

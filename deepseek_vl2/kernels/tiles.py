@@ -1,7 +1,8 @@
 """Tiles through the vision tower and the projector, recorded and replayed for each number of tiles.
 
 A tile costs the device over a millisecond, so their number is not rounded up. Of few tiles the device is done sooner
-than the host has launched the tower's operations. The modules are the model's own.
+than the host has launched the tower's operations. The products are those of the model's own modules; what lies between
+them in the tower is by kernels where `tower.why_not` has nothing against it, and else by the modules too.
 
 Shape suffixes: V tiles, S side of a tile in pixels, L tokens of a tile, H width of the language model.
 """
@@ -19,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM, real_grids, select_tiles
-from . import graphs
+from . import graphs, tower
 from .graphs import Pass, Passes
 from .watch import Watch
 from .whole_prompt import why_not_bypassed
@@ -40,9 +41,28 @@ class Tiles:
     embeddings: torch.Tensor | None = None
 
 
+FAILED: list[str] = []
+
+
+def features_of(vision: Any, pixels_V3SS: torch.Tensor) -> torch.Tensor:
+    """Return the tower's features of tiles, by kernels where they are for them."""
+    reason = FAILED[0] if FAILED else tower.why_not(vision, pixels_V3SS)
+    if reason is None:
+        try:
+            return tower.encode(vision, pixels_V3SS)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler or its tools may raise: the modules still work
+            FAILED.append(f"{type(error).__name__}: {error}")
+            logger.warning("Tiles go through the modules of the vision tower from now on: %s", FAILED[0])
+    else:
+        logger.debug("Tiles go through the modules of the vision tower: %s.", reason)
+    return vision(pixels_V3SS)
+
+
 def encode_into(model: Any, given: Tiles) -> None:
     """Write the embeddings of tiles."""
-    embeddings = model.projector(model.vision(given.pixels))
+    embeddings = model.projector(features_of(model.vision, given.pixels))
     if given.embeddings is None:
         with torch.inference_mode(False):  # later calls outside of inference mode write it too
             given.embeddings = torch.empty_like(embeddings, memory_format=torch.contiguous_format)

@@ -13,7 +13,7 @@ from support import GREEDY, mini_inputs, mini_model
 from test_whole_prompt import DEVICE, ON_GPU, NoHost, Recorder, poison, pretend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deepseek_vl2.kernels import graphs, tiles
+from deepseek_vl2.kernels import attention, graphs, norm, tiles, tower
 from deepseek_vl2.models import modeling_deepseek_vl_v2
 
 SIDE = 70
@@ -49,6 +49,22 @@ def test_embeddings_agree(recorder: Recorder) -> None:
     assert (recorder.records, recorder.replays) == (2, 3)
     tiles.release(model)
     assert model not in tiles.ENCODERS
+
+
+@pytest.mark.skipif(ON_GPU, reason="see test_on_a_gpu")
+@torch.no_grad()
+def test_the_towers_kernels_in_a_pass(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, which is slow: elsewhere in these tests tiles on the host go through the modules."""
+    monkeypatch.setattr(tower, "why_not_pixels", lambda pixels: None)
+    monkeypatch.setattr(tiles, "FAILED", [])
+    ways, encode = [], tower.encode
+    monkeypatch.setattr(tower, "encode", lambda *given: ways.append("kernels") or encode(*given))
+    model = mini_model("small")
+    for _ in range(2):
+        given = pixels(1)
+        embeddings = tiles.encode_tiles(model, given)
+        assert embeddings is not None and torch.allclose(embeddings, plain(model, given), atol=1e-5)
+    assert ways == ["kernels"] * 2 and recorder.records == 1 and not tiles.FAILED
 
 
 @pytest.mark.gpu
@@ -146,15 +162,28 @@ def test_a_broken_recorder_leaves_later_calls_alone(monkeypatch: pytest.MonkeyPa
     assert answers[2] is None
 
 
+class NoLaunch:
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **options: None
+
+
 @pytest.mark.skipif(ON_GPU, reason="with a GPU it is recorded")
-def test_nothing_waits_for_the_device() -> None:
+@pytest.mark.parametrize("reason", [None, "the modules are wanted"])
+def test_nothing_waits_for_the_device(reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tower, "why_not_pixels", lambda pixels: reason)
+    monkeypatch.setattr(tower, "early_start", lambda device: {})
+    monkeypatch.setattr(attention, "may_fetch", lambda qkv: False)
+    for module in (attention, norm, tower):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, NoLaunch())
+    monkeypatch.setattr(tiles, "FAILED", [])
     model = mini_model("small")
     with FakeTensorMode(), torch.no_grad():
         pretend(model)
         given = tiles.Tiles(torch.empty(2, 3, SIDE, SIDE, dtype=torch.bfloat16, device="cuda"))
         with NoHost():
             tiles.encode_into(model, given)
-        assert given.embeddings is not None and given.embeddings.device.type == "cuda"
+        assert given.embeddings is not None and given.embeddings.device.type == "cuda" and not tiles.FAILED
 
 
 # ---------------------------------------------------------------- begun before generate prepares its call

@@ -1,0 +1,275 @@
+"""What the vision tower's kernels give on an NVIDIA GPU, part by part and in all, and how far off they are.
+
+    python benchmarks/gpu_tower.py                  # 1, 7 and 10 tiles, under a minute
+    python benchmarks/gpu_tower.py --tiles 7
+
+The released tower with random bfloat16 weights. Every time is the median over replays of a CUDA graph, between events:
+of a part in microseconds a call, of the tower in milliseconds. Errors are against the same weights in float32.
+
+`--device cpu` tries the program without a GPU, on a small tower (set TRITON_INTERPRET=1); its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gpu_prompt import kernel_table
+
+from deepseek_vl2.kernels import attention, norm, tower
+from deepseek_vl2.kernels.primitives import early_start
+from deepseek_vl2.models.siglip_vit import VisionTransformer
+
+Blocks = dict[str, Any]
+Run = Callable[[], Any]
+
+# Queries and keys of a block, warps, stages; with plain loads first, then with tensor descriptors.
+ATTENTION = ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3))
+FETCHED = (*ATTENTION, (256, 64, 8, 3), (128, 128, 8, 3), (64, 128, 4, 2), (128, 32, 8, 4))
+# Rows of a program, numbers at once, warps.
+NORMS = ((1, 256, 1), (2, 128, 1), (2, 256, 2), (4, 256, 4), (1, 2048, 4), (1, 2048, 8), (8, 128, 8))
+GELUS = ((1024, 4), (2048, 4), (2048, 8), (4096, 8))
+
+
+def named(names: str, values: tuple[Any, ...]) -> Blocks:
+    """Return options by name."""
+    return dict(zip(names.split(), values, strict=True))
+
+
+class Table:
+    """Lines of numbers, a column for each number of tiles, printed as they come and all together at the end."""
+
+    def __init__(self, columns: list[int]) -> None:
+        self.columns = columns
+        self.lines: dict[str, dict[int, str]] = {}
+
+    def add(self, name: str, column: int, value: str) -> None:
+        """Note a value."""
+        print(f"{column:3} tiles: {name}: {value}", flush=True)
+        self.lines.setdefault(name, {})[column] = value
+
+    def show(self) -> None:
+        """Print all."""
+        print("\n| | " + " | ".join(f"{n} tile{'s' * (n > 1)}" for n in self.columns) + " |")
+        print("| --- " * (1 + len(self.columns)) + "|")
+        for name, line in self.lines.items():
+            print(f"| {name} | " + " | ".join(line.get(n, "") for n in self.columns) + " |")
+
+
+def recorded(run: Run, device: torch.device) -> Run:
+    """Return a function's replay; on a CPU the function."""
+    if device.type != "cuda":
+        return run
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def milliseconds(run: Run, device: torch.device, repeats: int = 15) -> float:
+    """Return the median time of a recorded function."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+    replay, times = recorded(run, device), []
+    for _ in range(repeats):
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event.record()
+        replay()
+        end_event.record()
+        end_event.synchronize()
+        times.append(start_event.elapsed_time(end_event))
+    return statistics.median(times[2:])
+
+
+def microseconds(run: Callable[[int], Any], device: torch.device, calls: int = 12) -> float:
+    """Return the time of one call among several that are recorded together; each is given its number."""
+    calls = calls if device.type == "cuda" else 1
+    return 1e3 * milliseconds(lambda: [run(call) for call in range(calls)], device) / calls
+
+
+def relative(out: torch.Tensor, want: torch.Tensor) -> float:
+    """Return the relative error of a tensor."""
+    return float((out.double() - want.double()).norm() / want.double().norm())
+
+
+def sweep(
+    table: Table,
+    part: str,
+    tiles: int,
+    candidates: list[Blocks],
+    run: Callable[[int, Blocks], Any],
+    error: Callable[[Blocks], float],
+    device: torch.device,
+) -> Blocks:
+    """Time candidates; returns the best one that is right. One that cannot run is left out."""
+    best, least = dict[str, Any](), float("inf")
+    for blocks in candidates:
+        name = f"{part}: " + ", ".join(str(value) for value in blocks.values())
+        try:
+            off = error(blocks)
+            spent = microseconds(lambda call, blocks=blocks: run(call, blocks), device)  # type: ignore[misc]
+        except Exception as problem:  # too large a block, or a release of Triton that cannot compile it
+            table.add(name, tiles, f"{type(problem).__name__}")
+            continue
+        wrong = not off < 2e-2
+        table.add(name, tiles, f"{spent:.1f} us" + (f" **WRONG: {off:.1e}**" if wrong else ""))
+        if spent < least and not wrong:
+            best, least = blocks, spent
+    return best
+
+
+def new_tower(device: torch.device, small: bool) -> VisionTransformer:
+    """Build a tower with random weights that keep signals at their size."""
+    fields: dict[str, Any] = {"img_size": 42, "embed_dim": 144, "depth": 1, "num_heads": 2} if small else {}
+    with torch.device(device):
+        vision = VisionTransformer(**fields).eval().requires_grad_(False)
+        for name, weight in vision.named_parameters():
+            scale = weight[0].numel() ** -0.5 if weight.dim() > 1 else 0.1
+            weight.copy_(torch.randn_like(weight) * scale + ("norm" in name and name.endswith("weight")))
+    return vision.bfloat16()
+
+
+def draw(device: torch.device, *shape: int) -> list[torch.Tensor]:
+    """Return a few tensors that calls take in turn."""
+    return [torch.randn(*shape, device=device).bfloat16() for _ in range(3)]
+
+
+def measure_attention(table: Table, vision: Any, tiles: int, device: torch.device) -> None:
+    """Time attention; the best blocks become the kernel's."""
+    module = vision.blocks[0].attn
+    qkv = draw(device, tiles, vision.patch_embed.num_patches, 3, module.num_heads, module.head_dim)
+    spent = microseconds(lambda call: attention.attend_plain(qkv[call % 3]), device)
+    table.add("attention: SDPA and its copy", tiles, f"{spent:.1f} us")
+    want = attention.attend_plain(qkv[0].float())
+    names = "BLOCK_M BLOCK_N num_warps num_stages FETCHED"
+    plain, fetched = (ATTENTION, FETCHED) if device.type == "cuda" else (ATTENTION[4:5], FETCHED[4:5])
+    attention.BLOCKS |= sweep(
+        table,
+        "attention: M, N, warps, stages, FETCHED",
+        tiles,
+        [named(names, (*one, False)) for one in plain] + [named(names, (*one, True)) for one in fetched],
+        lambda call, blocks: attention.attend(qkv[call % 3], **blocks),
+        lambda blocks: relative(attention.attend(qkv[0], **blocks), want),
+        device,
+    )
+
+
+def measure_norms(table: Table, vision: Any, tiles: int, device: torch.device) -> None:
+    """Time a sum and its norm; the best blocks become the kernel's."""
+    layer, rows = vision.blocks[0].norm2, tiles * vision.patch_embed.num_patches
+    hidden, new = draw(device, rows, vision.embed_dim), draw(device, rows, vision.embed_dim)
+    out, normed = torch.empty_like(new[0]), torch.empty_like(new[0])
+    weights = (layer.weight, layer.bias, layer.eps)
+    spent = microseconds(lambda call: layer(hidden[call % 3] + new[call % 3]), device)
+    table.add("sum and norm: PyTorch", tiles, f"{spent:.1f} us")
+
+    def run(call: int, blocks: Blocks) -> None:
+        norm.add_layer_norm(hidden[call % 3], new[call % 3], *weights, out, normed, **blocks)
+
+    def error(blocks: Blocks) -> float:
+        run(0, blocks)
+        return relative(normed, norm.add_layer_norm_plain(hidden[0], new[0], *weights)[1])
+
+    candidates = [named("BLOCK_B BLOCK_H num_warps", one) for one in NORMS[: None if device.type == "cuda" else 1]]
+    norm.BLOCKS |= sweep(table, "sum and norm: rows, numbers, warps", tiles, candidates, run, error, device)
+
+
+def measure_gelu(table: Table, vision: Any, tiles: int, device: torch.device) -> None:
+    """Time GELU, and the product before it with it; the best blocks become the kernel's."""
+    product, count = vision.blocks[0].mlp.fc1, tiles * vision.patch_embed.num_patches
+    x, rows = draw(device, count, vision.embed_dim), draw(device, count, product.out_features)
+    candidates = [named("BLOCK num_warps", one) for one in GELUS[: None if device.type == "cuda" else 1]]
+    tower.BLOCKS |= sweep(
+        table,
+        "GELU: numbers, warps",
+        tiles,
+        candidates,
+        lambda call, blocks: tower.gelu_(rows[call % 3], **blocks),
+        lambda blocks: relative(tower.gelu_(rows[0].clone(), **blocks), tower.gelu_plain(rows[0])),
+        device,
+    )
+    ways: dict[str, Callable[[int], Any]] = {
+        "GELU: PyTorch": lambda call: tower.gelu_plain(rows[call % 3]),
+        "GELU: PyTorch, in place": lambda call: torch.ops.aten.gelu_(rows[call % 3], approximate="tanh"),
+        "product and GELU: PyTorch": lambda call: tower.gelu_plain(product(x[call % 3])),
+        "product and GELU: the kernel": lambda call: tower.gelu_(product(x[call % 3])),
+        "product and GELU: torch._addmm_activation, not public": lambda call: torch._addmm_activation(
+            product.bias, x[call % 3], product.weight.mT, use_gelu=True
+        ),
+    }
+    for name, run in ways.items():
+        table.add(name, tiles, f"{microseconds(run, device):.1f} us")
+
+
+def measure_tower(table: Table, vision: Any, tiles: int, device: torch.device) -> None:
+    """Time the whole tower both ways, and compare both with float32."""
+    side = vision.patch_embed.img_size[0]
+    pixels = torch.randn(tiles, 3, side, side, device=device).bfloat16()
+    reason = tower.why_not_tower(vision) if device.type != "cuda" else tower.why_not(vision, pixels)
+    if reason is not None:
+        table.add("why not by kernels", tiles, reason)
+    early = early_start(device)
+    ways: dict[str, Run] = {
+        "tower, modules recorded": lambda: vision(pixels),
+        "tower, kernels recorded, none starts early": lambda: tower.encode(vision, pixels, {}),
+        "tower, kernels recorded": lambda: tower.encode(vision, pixels, early),
+    }
+    for name, run in ways.items():
+        table.add(name, tiles, f"{milliseconds(run, device):.3f} ms")
+    wide = new_tower(device, small=vision.embed_dim < 1000).float()
+    wide.load_state_dict({name: weight.float() for name, weight in vision.state_dict().items()})
+    want = torch.cat([wide(tile.float()) for tile in pixels.split(1)])
+    for name, run in (("modules", ways["tower, modules recorded"]), ("kernels", ways["tower, kernels recorded"])):
+        table.add(f"relative error of {name}", tiles, f"{relative(run(), want):.3e}")
+    again = torch.empty_like(want, dtype=pixels.dtype)
+    replay = recorded(lambda: again.copy_(tower.encode(vision, pixels, early)), device)
+    replay()
+    same = torch.equal(again, tower.encode(vision, pixels, early))
+    table.add("a replay has the bits of a run", tiles, "yes" if same else "**NO**")
+
+
+def show_kernels(vision: Any, tiles: int, device: torch.device) -> None:
+    """Print what the tower runs on the device, both ways."""
+    side = vision.patch_embed.img_size[0]
+    pixels = torch.randn(tiles, 3, side, side, device=device).bfloat16()
+    for name, run in (("modules", lambda: vision(pixels)), ("kernels", lambda: tower.encode(vision, pixels))):
+        print(f"\n{tiles} tiles by {name}\n\n| kernel | calls | us |\n| --- | --- | --- |")
+        for kernel, calls, spent in kernel_table(recorded(run, device))[:12]:
+            print(f"| {kernel} | {calls} | {spent:.0f} |")
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiles", nargs="+", type=int, default=[7, 1, 10])
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    device, start = torch.device(args.device), time.perf_counter()
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # of the float32 tower
+    tiles = args.tiles if device.type == "cuda" else [1, 2]
+    table = Table(sorted(tiles))
+    vision = new_tower(device, small=device.type != "cuda")
+    for number in tiles:
+        for measure in (measure_attention, measure_norms, measure_gelu, measure_tower):
+            measure(table, vision, number, device)
+        # The tower's line for each number of tiles is by the blocks that were best for it.
+        print(f"    the tower by {attention.BLOCKS}, {norm.BLOCKS}, {tower.BLOCKS}", flush=True)
+    if device.type == "cuda":
+        show_kernels(vision, tiles[0], device)
+        print(f"\n{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
+    print(f"{time.perf_counter() - start:.0f} s")
+    table.show()
+
+
+if __name__ == "__main__":
+    main()

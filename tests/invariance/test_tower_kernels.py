@@ -1,0 +1,279 @@
+"""The vision tower's kernels against the plain functions beside them, and the whole tower against its modules.
+
+On a GPU, or on a CPU through Triton's interpreter. Outputs are poisoned before. float32 agrees but for the order of
+sums. Half precision differs by roundings, 2^-8 of bfloat16 and 2^-11 of float16: the interpreter cuts bfloat16 off
+where a GPU rounds it, which is twice the error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton")
+
+from deepseek_vl2.kernels import attention, norm, primitives, tiles, tower
+from deepseek_vl2.models.siglip_vit import VisionTransformer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+NEW_GPU = ON_GPU and torch.cuda.get_device_capability() >= (9, 0)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HALVES = [torch.bfloat16, torch.float16] if ON_GPU else DTYPES
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3 if ON_GPU else 1.6e-2}
+SMALL = {} if ON_GPU else {"BLOCK_M": 32, "BLOCK_N": 16}
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype)
+
+
+def relative(out: torch.Tensor, plain: torch.Tensor) -> float:
+    assert out.shape == plain.shape
+    assert torch.isfinite(out).all(), "a result was not written, or not finite"
+    return float((out.double() - plain.double()).norm() / plain.double().norm())
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what kernels are to write."""
+    new_empty = torch.Tensor.new_empty
+
+    def filled(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        return new_empty(self, *args, **options).fill_(float("nan"))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attention_error(qkv: torch.Tensor, **blocks: Any) -> float:
+    return relative(attention.attend(qkv, **{**SMALL, **blocks}), attention.attend_plain(qkv.float()))
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+@pytest.mark.parametrize("size", [16, 24, 64, 72, 80, 88, 100, 128])
+def test_attention_of_heads(size: int, fetched: bool) -> None:
+    for dtype in HALVES if ON_GPU or size == 72 else HALVES[:1]:
+        error = attention_error(draw(2, 37, 3, 2, size, dtype=dtype), FETCHED=fetched)
+        assert error < TOLERANCE[dtype], (dtype, error)
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 65])
+def test_attention_of_tokens(tokens: int, fetched: bool) -> None:
+    dtype = HALVES[0]
+    for scale in (0.1, 3.0):  # as good as even shares, and one token that takes all
+        error = attention_error(draw(1, tokens, 3, 1, 72, dtype=dtype, scale=scale), FETCHED=fetched)
+        assert error < TOLERANCE[dtype], (scale, error)
+
+
+def test_attention_of_scores_far_below_zero() -> None:
+    """Keys behind the last token would have a score of 0: far above all others.
+
+    A score of -300 is rounded by 2^-16 in float32, and so is its share: a score of 0 would change all.
+    """
+    qkv = draw(1, 21, 3, 1, 72, dtype=HALVES[0], scale=0.1)
+    qkv[:, :, 0] += 6
+    qkv[:, :, 1] -= 6
+    for fetched in (False, True):
+        assert attention_error(qkv, FETCHED=fetched) < max(TOLERANCE[qkv.dtype], 3e-4)
+
+
+def test_attention_reads_by_strides() -> None:
+    """Of a larger tensor with NaN all around; where parts lie elsewhere than usual, without descriptors."""
+    dtype = HALVES[0]
+    held = torch.full((3, 24, 3, 2, 80), float("nan"), device=DEVICE, dtype=dtype)
+    qkv = held[1:, 2:23, ..., :72]
+    qkv.copy_(draw(2, 21, 3, 2, 72, dtype=dtype))
+    assert attention.may_fetch(qkv)
+    assert attention_error(qkv) < TOLERANCE[dtype]
+    swapped = qkv.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not attention.may_fetch(swapped)
+    assert attention_error(swapped) < TOLERANCE[dtype]
+    with pytest.raises(ValueError, match="without gaps"):
+        attention.attend(draw(1, 8, 3, 2, 32, dtype=dtype)[..., ::2])
+
+
+def test_large_heads_are_left_to_pytorch() -> None:
+    qkv = draw(1, 9, 3, 2, 144, dtype=HALVES[0])
+    assert torch.equal(attention.attend(qkv), attention.attend_plain(qkv))
+
+
+def test_two_parts() -> None:
+    sizes = {8: (16, 0), 16: (16, 0), 24: (16, 16), 64: (64, 0), 72: (64, 16), 100: (64, 64), 128: (128, 0)}
+    assert {size: primitives.two_parts(size, 16) for size in sizes} == sizes
+
+
+# ---------------------------------------------------------------- sum and norm, GELU
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (3, 40), (7, 144), (5, 1152), (2, 2100)])
+def test_add_layer_norm(dtype: torch.dtype, rows: int, width: int) -> None:
+    hidden, new = draw(rows, width, dtype=dtype), draw(rows, width, dtype=dtype) + 3
+    weight, bias = 1 + draw(width, dtype=dtype, scale=0.2), draw(width, dtype=dtype)
+    for blocks in ({}, {"BLOCK_B": 2, "BLOCK_H": 128, "num_warps": 2}, {"BLOCK_B": 1, "BLOCK_H": 4096, "num_warps": 8}):
+        out, normed = (torch.full_like(hidden, float("nan")) for _ in range(2))
+        norm.add_layer_norm(hidden, new, weight, bias, 1e-6, out, normed, **blocks)
+        assert torch.equal(out, hidden + new)
+        wide = (weight.float(), bias.float())
+        assert relative(normed, norm.add_layer_norm_plain(out.float(), 0 * out, *wide, 1e-6)[1]) < TOLERANCE[dtype]
+    in_place = hidden.clone()
+    norm.add_layer_norm(in_place, new, weight, bias, 1e-6, in_place, normed, **blocks)
+    assert torch.equal(in_place, out)
+    with pytest.raises(ValueError, match="contiguous"):
+        norm.add_layer_norm(hidden, new[:, : width // 2], weight, bias, 1e-6, out, normed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu(dtype: torch.dtype) -> None:
+    x = draw(5, 431, dtype=dtype, scale=4.0)
+    out = tower.gelu_(x.clone())
+    assert relative(out, tower.gelu_plain(x.float())) < TOLERANCE[dtype]
+    held = draw(6, 40, dtype=dtype)
+    kept = held.clone()
+    tower.gelu_(held[1:3], BLOCK=64)
+    assert torch.equal(held[3:], kept[3:]) and torch.equal(held[0], kept[0])  # nothing behind the last number
+    edges = torch.tensor([0.0, -0.0, 30.0, -30.0, 1e4, -1e4], device=DEVICE, dtype=dtype)
+    assert torch.allclose(tower.gelu_(edges.clone()), tower.gelu_plain(edges), atol=1e-6)
+    with pytest.raises(ValueError, match="without gaps"):
+        tower.gelu_(draw(4, 4).T)
+
+
+# ---------------------------------------------------------------- the whole tower
+
+
+def small_tower(dtype: torch.dtype = torch.float32, **changes: Any) -> VisionTransformer:
+    fields = {"img_size": 42, "patch_size": 14, "embed_dim": 144, "depth": 2, "num_heads": 2, "mlp_ratio": 2.1}
+    vision = VisionTransformer(**{**fields, **changes}).eval()
+    for name, weight in vision.named_parameters():
+        noise = torch.randn_like(weight) * (weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.2)
+        weight.data.copy_(noise + ("norm" in name and name.endswith("weight")))
+    return vision.to(DEVICE, dtype)
+
+
+TOWERS: dict[str, dict[str, Any]] = {
+    "heads of 72": {},
+    "heads of 32": {"embed_dim": 64, "depth": 1},
+    "heads of 88": {"embed_dim": 176, "depth": 1},
+    "a class token": {"class_token": True, "depth": 1},
+}
+
+
+@pytest.mark.skipif(ON_GPU and not NEW_GPU, reason="for compute capability 9.0 and later")
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_tower_agrees_with_its_modules(name: str) -> None:
+    """In half precision the kernels round where the modules do: they are as far from what numbers of 64 bits give.
+
+    But for chance, 1.15 times; and in the interpreter, which cuts bfloat16 off, 1.3 times and some chance.
+    """
+    exact = small_tower(**TOWERS[name]).double()
+    for dtype in HALVES:
+        vision = small_tower(**TOWERS[name])
+        vision.load_state_dict(exact.to(dtype).state_dict())
+        vision, wide = vision.to(dtype), exact.to(dtype).double()
+        given = draw(2, 3, 42, 42, dtype=dtype)
+        assert tower.why_not_tower(vision) is None
+        ours, theirs, want = tower.encode(vision, given), vision(given), wide(given.double())
+        assert ours.dtype == dtype
+        if dtype == torch.float32:
+            assert relative(ours, want) < 1e-5
+        else:
+            room = 1.6 if dtype == torch.bfloat16 and not ON_GPU else 1.15
+            assert relative(ours, want) < room * relative(theirs, want)
+
+
+def foreign_parts() -> dict[str, Any]:
+    """Return changes of a tower that its modules alone know."""
+
+    class Norm(nn.LayerNorm):
+        pass
+
+    class Heads(VisionTransformer):
+        pass
+
+    def scaled(vision: Any) -> None:
+        from timm.layers import LayerScale
+
+        vision.blocks[1].ls2 = LayerScale(144).to(DEVICE)
+
+    def assign(path: str, value: Any) -> Any:
+        *parents, name = path.split(".")
+
+        def change(vision: Any) -> None:
+            setattr(vision.get_submodule(".".join(parents)), name, value)
+
+        return change
+
+    return {
+        "another tower": lambda vision: setattr(vision, "__class__", Heads),
+        "a head": assign("ignore_head", False),
+        "no blocks": assign("blocks", nn.Sequential()),
+        "a list of blocks": lambda vision: setattr(vision, "blocks", nn.ModuleList(vision.blocks)),
+        "another block": assign("blocks.1", nn.Identity()),
+        "a layer scale": scaled,
+        "an activation": assign("blocks.0.mlp.act", nn.GELU()),
+        "another norm": assign("blocks.0.norm2", Norm(144, eps=1e-6)),
+        "no bias": assign("blocks.1.norm1", nn.LayerNorm(144, bias=False)),
+        "no last norm": assign("norm", nn.Identity()),
+        "a norm within": assign("blocks.0.mlp.norm", nn.LayerNorm(302)),
+        "eager": lambda vision: vision.set_attention_backend("eager"),
+        "another product": assign("blocks.1.attn.qkv", nn.Bilinear(2, 2, 2)),
+        "large heads": assign("blocks.1.attn.head_dim", 144),
+    }
+
+
+@pytest.mark.parametrize("name", foreign_parts())
+def test_foreign_towers_run_as_modules(name: str) -> None:
+    vision = small_tower()
+    assert tower.why_not_tower(vision) is None
+    foreign_parts()[name](vision)
+    assert tower.why_not_tower(vision)
+
+
+def test_what_the_kernels_are_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "host" in str(tower.why_not_pixels(torch.zeros(1, 3, 42, 42)))
+
+    class Pixels:
+        device, dtype = torch.device("cuda"), torch.bfloat16
+
+    pixels: Any = Pixels()
+    for capability, reason in (((8, 9), "older"), ((9, 0), "None"), ((10, 0), "None")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert reason in str(tower.why_not_pixels(pixels))
+    pixels.dtype = torch.float32
+    assert "float32" in str(tower.why_not_pixels(pixels))
+
+
+@torch.no_grad()
+def test_a_kernel_that_fails_leaves_tiles_to_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "FAILED", [])
+    monkeypatch.setattr(tower, "why_not", lambda vision, pixels: None)
+
+    def broken(*args: Any) -> torch.Tensor:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(tower, "encode", broken)
+    vision, given = small_tower(), draw(1, 3, 42, 42)
+    for _ in range(2):
+        assert torch.equal(tiles.features_of(vision, given), vision(given))
+    assert tiles.FAILED == ["RuntimeError: no such instruction"]
+
+
+@torch.no_grad()
+def test_tiles_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways: list[str] = []
+    monkeypatch.setattr(tiles, "FAILED", [])
+    monkeypatch.setattr(tower, "why_not", lambda vision, pixels: tower.why_not_tower(vision))
+    monkeypatch.setattr(tower, "encode", lambda vision, pixels: ways.append("kernels") or vision(pixels))
+    vision, given = small_tower(depth=1), draw(1, 3, 42, 42)
+    tiles.features_of(vision, given)
+    vision.blocks[0].mlp.act = nn.GELU()
+    tiles.features_of(vision, given)
+    assert ways == ["kernels"]
