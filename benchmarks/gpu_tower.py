@@ -1,6 +1,6 @@
-"""What the vision tower's kernels give on an NVIDIA GPU, part by part and in all, and how far off they are.
+"""What the vision tower's kernel gives on an NVIDIA GPU, alone and in all, and how far off it is.
 
-    python benchmarks/gpu_tower.py                  # 1, 7 and 10 tiles, under a minute
+    python benchmarks/gpu_tower.py                  # 1, 7 and 10 tiles, about 20 seconds
     python benchmarks/gpu_tower.py --tiles 7
 
 The released tower with random bfloat16 weights. Every time is the median over replays of a CUDA graph, between events:
@@ -20,19 +20,15 @@ from typing import Any
 import torch
 from gpu_prompt import kernel_table
 
-from deepseek_vl2.kernels import attention, norm, tower
+from deepseek_vl2.kernels import norm, tower
 from deepseek_vl2.kernels.primitives import early_start
 from deepseek_vl2.models.siglip_vit import VisionTransformer
 
 Blocks = dict[str, Any]
 Run = Callable[[], Any]
 
-# Queries and keys of a block, warps, stages; with plain loads first, then with tensor descriptors.
-ATTENTION = ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3))
-FETCHED = (*ATTENTION, (256, 64, 8, 3), (128, 128, 8, 3), (64, 128, 4, 2), (128, 32, 8, 4))
 # Rows of a program, numbers at once, warps.
 NORMS = ((1, 256, 1), (2, 128, 1), (2, 256, 2), (4, 256, 4), (1, 2048, 4), (1, 2048, 8), (8, 128, 8))
-GELUS = ((1024, 4), (2048, 4), (2048, 8), (4096, 8))
 
 
 def named(names: str, values: tuple[Any, ...]) -> Blocks:
@@ -143,26 +139,6 @@ def draw(device: torch.device, *shape: int) -> list[torch.Tensor]:
     return [torch.randn(*shape, device=device).bfloat16() for _ in range(3)]
 
 
-def measure_attention(table: Table, vision: Any, tiles: int, device: torch.device) -> None:
-    """Time attention; the best blocks become the kernel's."""
-    module = vision.blocks[0].attn
-    qkv = draw(device, tiles, vision.patch_embed.num_patches, 3, module.num_heads, module.head_dim)
-    spent = microseconds(lambda call: attention.attend_plain(qkv[call % 3]), device)
-    table.add("attention: SDPA and its copy", tiles, f"{spent:.1f} us")
-    want = attention.attend_plain(qkv[0].float())
-    names = "BLOCK_M BLOCK_N num_warps num_stages FETCHED"
-    plain, fetched = (ATTENTION, FETCHED) if device.type == "cuda" else (ATTENTION[4:5], FETCHED[4:5])
-    attention.BLOCKS |= sweep(
-        table,
-        "attention: M, N, warps, stages, FETCHED",
-        tiles,
-        [named(names, (*one, False)) for one in plain] + [named(names, (*one, True)) for one in fetched],
-        lambda call, blocks: attention.attend(qkv[call % 3], **blocks),
-        lambda blocks: relative(attention.attend(qkv[0], **blocks), want),
-        device,
-    )
-
-
 def measure_norms(table: Table, vision: Any, tiles: int, device: torch.device) -> None:
     """Time a sum and its norm; the best blocks become the kernel's."""
     layer, rows = vision.blocks[0].norm2, tiles * vision.patch_embed.num_patches
@@ -183,52 +159,25 @@ def measure_norms(table: Table, vision: Any, tiles: int, device: torch.device) -
     norm.BLOCKS |= sweep(table, "sum and norm: rows, numbers, warps", tiles, candidates, run, error, device)
 
 
-def measure_gelu(table: Table, vision: Any, tiles: int, device: torch.device) -> None:
-    """Time GELU, and the product before it with it; the best blocks become the kernel's."""
-    product, count = vision.blocks[0].mlp.fc1, tiles * vision.patch_embed.num_patches
-    x, rows = draw(device, count, vision.embed_dim), draw(device, count, product.out_features)
-    candidates = [named("BLOCK num_warps", one) for one in GELUS[: None if device.type == "cuda" else 1]]
-    tower.BLOCKS |= sweep(
-        table,
-        "GELU: numbers, warps",
-        tiles,
-        candidates,
-        lambda call, blocks: tower.gelu_(rows[call % 3], **blocks),
-        lambda blocks: relative(tower.gelu_(rows[0].clone(), **blocks), tower.gelu_plain(rows[0])),
-        device,
-    )
-    ways: dict[str, Callable[[int], Any]] = {
-        "GELU: PyTorch": lambda call: tower.gelu_plain(rows[call % 3]),
-        "GELU: PyTorch, in place": lambda call: torch.ops.aten.gelu_(rows[call % 3], approximate="tanh"),
-        "product and GELU: PyTorch": lambda call: tower.gelu_plain(product(x[call % 3])),
-        "product and GELU: the kernel": lambda call: tower.gelu_(product(x[call % 3])),
-        "product and GELU: torch._addmm_activation, not public": lambda call: torch._addmm_activation(
-            product.bias, x[call % 3], product.weight.mT, use_gelu=True
-        ),
-    }
-    for name, run in ways.items():
-        table.add(name, tiles, f"{microseconds(run, device):.1f} us")
-
-
 def measure_tower(table: Table, vision: Any, tiles: int, device: torch.device) -> None:
     """Time the whole tower both ways, and compare both with float32."""
     side = vision.patch_embed.img_size[0]
     pixels = torch.randn(tiles, 3, side, side, device=device).bfloat16()
     reason = tower.why_not_tower(vision) if device.type != "cuda" else tower.why_not(vision, pixels)
     if reason is not None:
-        table.add("why not by kernels", tiles, reason)
+        table.add("why not by the kernel", tiles, reason)
     early = early_start(device)
     ways: dict[str, Run] = {
         "tower, modules recorded": lambda: vision(pixels),
-        "tower, kernels recorded, none starts early": lambda: tower.encode(vision, pixels, {}),
-        "tower, kernels recorded": lambda: tower.encode(vision, pixels, early),
+        "tower, kernel recorded, without early start": lambda: tower.encode(vision, pixels, {}),
+        "tower, kernel recorded": lambda: tower.encode(vision, pixels, early),
     }
     for name, run in ways.items():
         table.add(name, tiles, f"{milliseconds(run, device):.3f} ms")
     wide = new_tower(device, small=vision.embed_dim < 1000).float()
     wide.load_state_dict({name: weight.float() for name, weight in vision.state_dict().items()})
     want = torch.cat([wide(tile.float()) for tile in pixels.split(1)])
-    for name, run in (("modules", ways["tower, modules recorded"]), ("kernels", ways["tower, kernels recorded"])):
+    for name, run in (("modules", ways["tower, modules recorded"]), ("the kernel", ways["tower, kernel recorded"])):
         table.add(f"relative error of {name}", tiles, f"{relative(run(), want):.3e}")
     again = torch.empty_like(want, dtype=pixels.dtype)
     replay = recorded(lambda: again.copy_(tower.encode(vision, pixels, early)), device)
@@ -241,7 +190,7 @@ def show_kernels(vision: Any, tiles: int, device: torch.device) -> None:
     """Print what the tower runs on the device, both ways."""
     side = vision.patch_embed.img_size[0]
     pixels = torch.randn(tiles, 3, side, side, device=device).bfloat16()
-    for name, run in (("modules", lambda: vision(pixels)), ("kernels", lambda: tower.encode(vision, pixels))):
+    for name, run in (("modules", lambda: vision(pixels)), ("the kernel", lambda: tower.encode(vision, pixels))):
         print(f"\n{tiles} tiles by {name}\n\n| kernel | calls | us |\n| --- | --- | --- |")
         for kernel, calls, spent in kernel_table(recorded(run, device))[:12]:
             print(f"| {kernel} | {calls} | {spent:.0f} |")
@@ -260,10 +209,10 @@ def main() -> None:
     table = Table(sorted(tiles))
     vision = new_tower(device, small=device.type != "cuda")
     for number in tiles:
-        for measure in (measure_attention, measure_norms, measure_gelu, measure_tower):
+        for measure in (measure_norms, measure_tower):
             measure(table, vision, number, device)
         # The tower's line for each number of tiles is by the blocks that were best for it.
-        print(f"    the tower by {attention.BLOCKS}, {norm.BLOCKS}, {tower.BLOCKS}", flush=True)
+        print(f"    the tower by {norm.BLOCKS}", flush=True)
     if device.type == "cuda":
         show_kernels(vision, tiles[0], device)
         print(f"\n{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")

@@ -122,15 +122,6 @@ def power_of_two(number: int, least: int = 1) -> int:
     return max(triton.next_power_of_2(number), least)
 
 
-def two_parts(size: int, least: int) -> tuple[int, int]:
-    """Return a power of two and, for what of ``size`` is left, another one or 0; each is at least ``least``.
-
-    Blocks have sides of powers of two: 72 is 64 and 16, of which the kernel uses 8, where one block would be 128.
-    """
-    main = max(power_of_two(size + 1) // 2, least)
-    return main, power_of_two(size - main, least) if size > main else 0
-
-
 def check_rows(*tensors: torch.Tensor) -> None:
     """Raise ``ValueError`` for a tensor whose last dimension is not laid out without gaps."""
     for tensor in tensors:

@@ -1,8 +1,8 @@
 """Tiles through the vision tower and the projector, recorded and replayed for each number of tiles.
 
 A tile costs the device over a millisecond, so their number is not rounded up. Of few tiles the device is done sooner
-than the host has launched the tower's operations. The products are those of the model's own modules; what lies between
-them in the tower is by kernels where `tower.why_not` has nothing against it, and else by the modules too.
+than the host has launched the tower's operations. The modules are the model's own, but for sums and norms in the tower,
+which are by a kernel where `tower.why_not` has nothing against it.
 
 Shape suffixes: V tiles, S side of a tile in pixels, L tokens of a tile, H width of the language model.
 """

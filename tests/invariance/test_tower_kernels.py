@@ -1,4 +1,4 @@
-"""The vision tower's kernels against the plain functions beside them, and the whole tower against its modules.
+"""The vision tower's kernel against the plain function beside it, and the whole tower against its modules.
 
 On a GPU, or on a CPU through Triton's interpreter. Outputs are poisoned before. float32 agrees but for the order of
 sums. Half precision differs by roundings, 2^-8 of bfloat16 and 2^-11 of float16: the interpreter cuts bfloat16 off
@@ -15,16 +15,14 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from deepseek_vl2.kernels import attention, norm, primitives, tiles, tower
+from deepseek_vl2.kernels import norm, tiles, tower
 from deepseek_vl2.models.siglip_vit import VisionTransformer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-NEW_GPU = ON_GPU and torch.cuda.get_device_capability() >= (9, 0)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16] if ON_GPU else DTYPES
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3 if ON_GPU else 1.6e-2}
-SMALL = {} if ON_GPU else {"BLOCK_M": 32, "BLOCK_N": 16}
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
@@ -37,79 +35,7 @@ def relative(out: torch.Tensor, plain: torch.Tensor) -> float:
     return float((out.double() - plain.double()).norm() / plain.double().norm())
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what kernels are to write."""
-    new_empty = torch.Tensor.new_empty
-
-    def filled(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        return new_empty(self, *args, **options).fill_(float("nan"))
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
-
-
-# ---------------------------------------------------------------- attention
-
-
-def attention_error(qkv: torch.Tensor, **blocks: Any) -> float:
-    return relative(attention.attend(qkv, **{**SMALL, **blocks}), attention.attend_plain(qkv.float()))
-
-
-@pytest.mark.parametrize("fetched", [False, True])
-@pytest.mark.parametrize("size", [16, 24, 64, 72, 80, 88, 100, 128])
-def test_attention_of_heads(size: int, fetched: bool) -> None:
-    for dtype in HALVES if ON_GPU or size == 72 else HALVES[:1]:
-        error = attention_error(draw(2, 37, 3, 2, size, dtype=dtype), FETCHED=fetched)
-        assert error < TOLERANCE[dtype], (dtype, error)
-
-
-@pytest.mark.parametrize("fetched", [False, True])
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 65])
-def test_attention_of_tokens(tokens: int, fetched: bool) -> None:
-    dtype = HALVES[0]
-    for scale in (0.1, 3.0):  # as good as even shares, and one token that takes all
-        error = attention_error(draw(1, tokens, 3, 1, 72, dtype=dtype, scale=scale), FETCHED=fetched)
-        assert error < TOLERANCE[dtype], (scale, error)
-
-
-def test_attention_of_scores_far_below_zero() -> None:
-    """Keys behind the last token would have a score of 0: far above all others.
-
-    A score of -300 is rounded by 2^-16 in float32, and so is its share: a score of 0 would change all.
-    """
-    qkv = draw(1, 21, 3, 1, 72, dtype=HALVES[0], scale=0.1)
-    qkv[:, :, 0] += 6
-    qkv[:, :, 1] -= 6
-    for fetched in (False, True):
-        assert attention_error(qkv, FETCHED=fetched) < max(TOLERANCE[qkv.dtype], 3e-4)
-
-
-def test_attention_reads_by_strides() -> None:
-    """Of a larger tensor with NaN all around; where parts lie elsewhere than usual, without descriptors."""
-    dtype = HALVES[0]
-    held = torch.full((3, 24, 3, 2, 80), float("nan"), device=DEVICE, dtype=dtype)
-    qkv = held[1:, 2:23, ..., :72]
-    qkv.copy_(draw(2, 21, 3, 2, 72, dtype=dtype))
-    assert attention.may_fetch(qkv)
-    assert attention_error(qkv) < TOLERANCE[dtype]
-    swapped = qkv.transpose(2, 3).contiguous().transpose(2, 3)
-    assert not attention.may_fetch(swapped)
-    assert attention_error(swapped) < TOLERANCE[dtype]
-    with pytest.raises(ValueError, match="without gaps"):
-        attention.attend(draw(1, 8, 3, 2, 32, dtype=dtype)[..., ::2])
-
-
-def test_large_heads_are_left_to_pytorch() -> None:
-    qkv = draw(1, 9, 3, 2, 144, dtype=HALVES[0])
-    assert torch.equal(attention.attend(qkv), attention.attend_plain(qkv))
-
-
-def test_two_parts() -> None:
-    sizes = {8: (16, 0), 16: (16, 0), 24: (16, 16), 64: (64, 0), 72: (64, 16), 100: (64, 64), 128: (128, 0)}
-    assert {size: primitives.two_parts(size, 16) for size in sizes} == sizes
-
-
-# ---------------------------------------------------------------- sum and norm, GELU
+# ---------------------------------------------------------------- sum and norm
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,21 +54,6 @@ def test_add_layer_norm(dtype: torch.dtype, rows: int, width: int) -> None:
     assert torch.equal(in_place, out)
     with pytest.raises(ValueError, match="contiguous"):
         norm.add_layer_norm(hidden, new[:, : width // 2], weight, bias, 1e-6, out, normed)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gelu(dtype: torch.dtype) -> None:
-    x = draw(5, 431, dtype=dtype, scale=4.0)
-    out = tower.gelu_(x.clone())
-    assert relative(out, tower.gelu_plain(x.float())) < TOLERANCE[dtype]
-    held = draw(6, 40, dtype=dtype)
-    kept = held.clone()
-    tower.gelu_(held[1:3], BLOCK=64)
-    assert torch.equal(held[3:], kept[3:]) and torch.equal(held[0], kept[0])  # nothing behind the last number
-    edges = torch.tensor([0.0, -0.0, 30.0, -30.0, 1e4, -1e4], device=DEVICE, dtype=dtype)
-    assert torch.allclose(tower.gelu_(edges.clone()), tower.gelu_plain(edges), atol=1e-6)
-    with pytest.raises(ValueError, match="without gaps"):
-        tower.gelu_(draw(4, 4).T)
 
 
 # ---------------------------------------------------------------- the whole tower
@@ -165,7 +76,6 @@ TOWERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.skipif(ON_GPU and not NEW_GPU, reason="for compute capability 9.0 and later")
 @pytest.mark.parametrize("name", TOWERS)
 @torch.no_grad()
 def test_tower_agrees_with_its_modules(name: str) -> None:
@@ -218,14 +128,9 @@ def foreign_parts() -> dict[str, Any]:
         "a list of blocks": lambda vision: setattr(vision, "blocks", nn.ModuleList(vision.blocks)),
         "another block": assign("blocks.1", nn.Identity()),
         "a layer scale": scaled,
-        "an activation": assign("blocks.0.mlp.act", nn.GELU()),
         "another norm": assign("blocks.0.norm2", Norm(144, eps=1e-6)),
         "no bias": assign("blocks.1.norm1", nn.LayerNorm(144, bias=False)),
         "no last norm": assign("norm", nn.Identity()),
-        "a norm within": assign("blocks.0.mlp.norm", nn.LayerNorm(302)),
-        "eager": lambda vision: vision.set_attention_backend("eager"),
-        "another product": assign("blocks.1.attn.qkv", nn.Bilinear(2, 2, 2)),
-        "large heads": assign("blocks.1.attn.head_dim", 144),
     }
 
 
@@ -237,18 +142,16 @@ def test_foreign_towers_run_as_modules(name: str) -> None:
     assert tower.why_not_tower(vision)
 
 
-def test_what_the_kernels_are_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "host" in str(tower.why_not_pixels(torch.zeros(1, 3, 42, 42)))
+def test_what_the_kernel_is_not_for() -> None:
+    assert "not on" in str(tower.why_not_pixels(torch.zeros(1, 3, 42, 42)))
 
     class Pixels:
-        device, dtype = torch.device("cuda"), torch.bfloat16
+        device, dtype = torch.device("cuda"), torch.float32
 
     pixels: Any = Pixels()
-    for capability, reason in (((8, 9), "older"), ((9, 0), "None"), ((10, 0), "None")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert reason in str(tower.why_not_pixels(pixels))
-    pixels.dtype = torch.float32
     assert "float32" in str(tower.why_not_pixels(pixels))
+    pixels.dtype = torch.bfloat16
+    assert tower.why_not_pixels(pixels) is None
 
 
 @torch.no_grad()
@@ -274,6 +177,6 @@ def test_tiles_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tower, "encode", lambda vision, pixels: ways.append("kernels") or vision(pixels))
     vision, given = small_tower(depth=1), draw(1, 3, 42, 42)
     tiles.features_of(vision, given)
-    vision.blocks[0].mlp.act = nn.GELU()
+    vision.blocks[0].ls1 = nn.Dropout()
     tiles.features_of(vision, given)
     assert ways == ["kernels"]
