@@ -57,11 +57,17 @@ WAITS = frozenset(
 )  # fmt: skip
 
 
+SIZES = ("tiny", "small", "base", "demo")
+SIDES = ("floor", "this package", "without its kernels", "the original", "transformers", "vLLM")
+FIRST, LATER = "first token, ms", "decoding, batch {}, ms a step"
+
+
 class Report:
     """Markdown that is written to a file after every section, so that a run cut short leaves what it has."""
 
     def __init__(self, path: Path | None) -> None:
         self.path, self.lines, self.failures = path, list[str](), list[str]()
+        self.notes: dict[tuple[str, str], dict[str, str]] = {}
 
     def add(self, *lines: str) -> None:
         """Append lines and show them."""
@@ -74,6 +80,22 @@ class Report:
         """Append a table."""
         self.add(f"\n### {title}\n", "| " + " | ".join(head) + " |", "| " + "--- | " * len(head))
         self.add(*("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows))
+
+    def note(self, size: str, measure: str, who: str, value: str) -> None:
+        """Keep a figure for the table at the end."""
+        self.notes.setdefault((size, measure), {})[who] = value
+
+    def summary(self) -> None:
+        """Append all figures that were noted, side by side."""
+        rows = [
+            [size, measure, *(figures.get(who, "-") for who in SIDES)]
+            for (size, measure), figures in sorted(self.notes.items(), key=lambda item: SIZES.index(item[0][0]))
+        ]
+        self.table("Side by side", ["size", "", *SIDES], rows)
+        self.add(
+            "\nThe original's first token is without preprocessing, transformers' is of the language model alone. The"
+            " original's batch of 8 is of one prompt, so fewer experts are read; here prompts differ."
+        )
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
@@ -222,6 +244,12 @@ class Bench:
         floor = 1e3 * read / self.bandwidth
         plain = self._plain_step(model, rows)
         late, same = self._without_early_start(model, rows)
+        for who, value in (
+            ("this package", f"{min(times):.3f}"),
+            ("floor", f"{floor:.3f}"),
+            ("without its kernels", plain),
+        ):
+            self.report.note(size, LATER.format(rows), who, value)
         hits = f"{statistics.mean(hit):.1f}" if hit else "-"
         shown = [f"{times[0]:.3f}", f"{times[1]:.3f}", late, same, plain, hits, f"{read / GB:.2f}", f"{floor:.3f}"]
         return [size, rows, *shown, f"{min(times) / floor:.2f}"]
@@ -302,9 +330,12 @@ class Bench:
         for name, switch in (("kernels", nullcontext()), ("plain", plain_path())):
             with switch:
                 table.append([size, name, *self._request(model)])
+            who = "this package" if name == "kernels" else "without its kernels"
+            self.report.note(size, FIRST, who, table[-1][3])
             if self.on_gpu and name == "kernels":
                 peak = (torch.cuda.max_memory_allocated() - weights) / GB
                 table[-1].append(f"{peak:.2f}")
+                self.report.note(size, "peak memory over the weights, GB", who, table[-1][-1])
         table[-1].append("-")
         head = ["size", "path", "host, ms", "first token, ms", "tokens after it, ms each", "peak over weights, GB"]
         self.report.table("Whole requests, batch 1", head, table)
@@ -351,10 +382,10 @@ class Bench:
             model.generate(**inputs, max_new_tokens=new, do_sample=False, eos_token_id=None)
 
         ask(2)
-        repeats, new = (3, 65) if not self.quick else (3, 33)
+        repeats, new = (7, 65) if not self.quick else (5, 33)
         host = statistics.median(self.wall(lambda: prompt(self.processor)) for _ in range(repeats))
         first = statistics.median(self.wall(lambda: ask(1)) for _ in range(repeats))
-        whole = statistics.median(self.wall(lambda: ask(new)) for _ in range(repeats - 1))
+        whole = statistics.median(self.wall(lambda: ask(new)) for _ in range(2))
         return [f"{host:.1f}", f"{first:.1f}", f"{(whole - first) / (new - 1):.3f}"]
 
     def profile(self, size: str, model: Any, batches: tuple[int, ...]) -> None:
@@ -439,6 +470,8 @@ class Bench:
         cache = model(ids, logits_to_keep=1, use_cache=True).past_key_values
         times = self.milliseconds(lambda: model(ids[:, :1], past_key_values=cache, use_cache=True), 10)
         row = [transformers.__version__, f"{first:.1f}", f"{statistics.median(times):.2f}"]
+        self.report.note("small", FIRST, "transformers", row[1])
+        self.report.note("small", LATER.format(1), "transformers", row[2])
         head = [
             "transformers' DeepSeek-V2, small's language part",
             "prompt of 1,450 tokens, ms",
@@ -500,12 +533,16 @@ def times_of(command: list[str], packages: str | None = None) -> tuple[list[dict
     return lines, None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no word"])[-1][:200]
 
 
-def beside(report: Report, title: str, head: list[str], sizes: list[str], run: Callable[[str], Any]) -> None:
+def beside(report: Report, who: str, title: str, head: list[str], sizes: list[str], run: Callable[[str], Any]) -> None:
     """Report what a program gives for each size."""
     table = []
     for size in sizes:
         lines, error = run(size)
         table += [[size, line["rows"], f"{line['first']:.1f}", f"{line['later']:.2f}"] for line in lines]
+        for line in lines:
+            report.note(size, LATER.format(line["rows"]), who, f"{line['later']:.2f}")
+            if line["rows"] == 1:
+                report.note(size, FIRST, who, f"{line['first']:.1f}")
         if error is not None:
             table.append([size, "-", f"**failed**: {error}", "-"])
     report.table(title, ["size", *head], table)
@@ -525,7 +562,7 @@ def original(report: Report, bench: Bench, sizes: list[str], checkout: str, pack
             program = [str(HERE / "gpu_original.py"), checkout, str(config), str(inputs)]
             return times_of([*program, "--device", str(bench.device)], packages)
 
-        beside(report, "The original", head, sizes, run)
+        beside(report, "the original", "The original", head, sizes, run)
 
 
 def vllm(report: Report, bench: Bench, sizes: list[str]) -> None:
@@ -538,7 +575,7 @@ def vllm(report: Report, bench: Bench, sizes: list[str]) -> None:
             released_config(size).save_pretrained(folder)
             return times_of([str(HERE / "gpu_vllm.py"), folder])
 
-        beside(report, f"vLLM {importlib.metadata.version('vllm')}", head, sizes, run)
+        beside(report, "vLLM", f"vLLM {importlib.metadata.version('vllm')}", head, sizes, run)
 
 
 def others(report: Report, bench: Bench, sizes: list[str], args: argparse.Namespace) -> None:
@@ -586,6 +623,7 @@ def main() -> None:
         bench.size(size)
     if not args.quick:
         others(report, bench, sizes, args)
+    report.summary()
     failed = ", ".join(report.failures) or "none"
     report.add(f"\nSections that failed: {failed}. The whole run took {time.perf_counter() - start:.0f} s.")
 
