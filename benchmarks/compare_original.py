@@ -51,6 +51,7 @@ PAD_TOKEN = "<｜▁pad▁｜>"
 SHARD_BYTES = 1 << 30
 
 Shape = tuple[int, ...]
+Reports = dict[str, list[dict[str, Any]]]
 
 
 # ---- the checkpoint ----
@@ -393,6 +394,67 @@ def work(side: str, workdir: Path, checkout: str, threads: int, new_tokens: int)
     }
 
 
+# ---- what the machine allows ----
+
+TILES, CHOSEN = 7, 6
+
+
+def bytes_a_token(cached: int) -> int:
+    """Bytes of bf16 that tiny reads for a new token: activated weights, and keys and values of the tokens before."""
+    experts = (LAYERS - 1) * ((CHOSEN + SHARED) * 3 * HIDDEN * EXPERT_INNER + EXPERTS * HIDDEN)
+    weights = LAYERS * 4 * HIDDEN * HIDDEN + 3 * HIDDEN * DENSE_INNER + experts + VOCAB * HIDDEN
+    return 2 * (weights + 2 * LAYERS * HIDDEN * cached)
+
+
+def operations_to_first_token(tokens: int) -> tuple[float, float]:
+    """Operations in products of matrices: of the vision tower, and of the language model over a prompt."""
+    inner = int(VISION_WIDTH * VISION_MLP_RATIO)
+    block = 4 * VISION_WIDTH**2 + 2 * VISION_WIDTH * inner + 2 * PATCHES * VISION_WIDTH
+    vision = 2.0 * VISION_LAYERS * TILES * PATCHES * block
+    layers = (bytes_a_token(0) // 2 - VOCAB * HIDDEN) * tokens + LAYERS * HIDDEN * tokens**2  # causal: half of 2 T^2
+    return vision, 2.0 * (layers + VOCAB * HIDDEN)
+
+
+def ceilings(threads: int) -> dict[str, float]:
+    """What memory and products of matrices reach on this machine, in bytes and operations a second."""
+    torch.set_num_threads(threads)
+    numbers, out = torch.ones(1 << 28), torch.empty(1 << 28)
+    a, b = (torch.randn(2048, 2048).bfloat16() for _ in range(2))
+
+    def least(run: Callable[[], Any], repeats: int = 5) -> float:
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    read, copied = numbers.nbytes / least(numbers.sum), 2 * numbers.nbytes / least(lambda: out.copy_(numbers))
+    return {"memory": max(read, copied), "products": 2 * 2048**3 / least(lambda: a @ b)}
+
+
+def shares(reports: Reports, found: list[dict[str, float]]) -> str:
+    """How near each side comes to what the machine allows, in medians."""
+    memory, products = (statistics.median(one[name] for one in found) for name in ("memory", "products"))
+    lines = [
+        f"\n- This machine, in front of each round: memory {memory / 1e9:.1f} GB/s, "
+        f"bf16 products {products / 1e9:.0f} GFLOP/s."
+    ]
+    for side, runs in reports.items():
+        tokens = runs[0]["warm"]["prompt_tokens"]
+        floor = 1e3 * bytes_a_token(tokens) / memory
+        decoding, vision, first = (
+            statistics.median(run["warm"][name] for run in runs) for name in ("decode_ms", "vision_s", "first_token_s")
+        )
+        seeing, reading = operations_to_first_token(tokens)
+        lines.append(
+            f"\n- {side}: decoding takes {decoding / floor:.2f} times as long as reading "
+            f"{bytes_a_token(tokens) / 1e9:.2f} GB; of the rate of products vision reaches "
+            f"{seeing / vision / products:.0%} and the prompt after it {reading / (first - vision) / products:.0%}."
+        )
+    return "".join(lines)
+
+
 # ---- the comparison ----
 
 
@@ -413,8 +475,6 @@ ROWS: tuple[tuple[str, int, Callable[[dict[str, Any]], float]], ...] = (
     ("peak memory at the end, GiB", 2, lambda report: report["end_peak_gib"]),
 )
 
-Reports = dict[str, list[dict[str, Any]]]
-
 
 def run_worker(side: str, workdir: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One process of one side; its report."""
@@ -432,10 +492,12 @@ def run_worker(side: str, workdir: Path, args: argparse.Namespace) -> dict[str, 
     return report
 
 
-def run_rounds(workdir: Path, args: argparse.Namespace) -> Reports:
-    """The sides in turn, `repeats` times."""
+def run_rounds(workdir: Path, args: argparse.Namespace) -> tuple[Reports, list[dict[str, float]]]:
+    """The sides in turn, `repeats` times, and what the machine allows in front of each round."""
     reports: Reports = {side: [] for side in args.sides}
+    found = []
     for number in range(1, args.repeats + 1):
+        found.append(run_worker("machine", workdir, args))
         for side in args.sides:
             report = run_worker(side, workdir, args)
             reports[side].append(report)
@@ -445,7 +507,7 @@ def run_rounds(workdir: Path, args: argparse.Namespace) -> Reports:
                 f"decoding {warm['decode_ms']:.1f} ms a token, peak {report['end_peak_gib']:.2f} GiB",
                 flush=True,
             )
-    return reports
+    return reports, found
 
 
 def cell(values: list[float], digits: int) -> str:
@@ -486,7 +548,7 @@ def agreement(reports: Reports) -> str:
     return f"\n- The first {same} of {len(pairs)} greedy tokens are the same on both sides."
 
 
-def render(reports: Reports, args: argparse.Namespace) -> str:
+def render(reports: Reports, found: list[dict[str, float]], args: argparse.Namespace) -> str:
     """The table with what is needed to read it."""
     prompt_tokens = next(iter(reports.values()))[0]["warm"]["prompt_tokens"]
     versions = "\n".join(f"- {side}: {runs[0]['versions']}" for side, runs in reports.items())
@@ -498,7 +560,7 @@ def render(reports: Reports, args: argparse.Namespace) -> str:
 unless it says first.
 - Memory is the largest resident size of the process, mapped weight files included.
 - {cpu_model()}, {platform.system()} {platform.release()}
-{versions}{agreement(reports)}
+{versions}{agreement(reports)}{shares(reports, found)}
 """
 
 
@@ -512,7 +574,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--workdir", type=Path, help="keep the checkpoint (6.8 GB) here, and use it again")
     parser.add_argument("--markdown", type=Path, help="write the table to this file too")
-    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=(*SIDES, "machine"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.new_tokens < 2 or args.repeats < 1 or args.threads < 1:
         parser.error("--new-tokens must be at least 2, --repeats and --threads at least 1")
@@ -526,7 +588,7 @@ def compare(workdir: Path, args: argparse.Namespace) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     write_checkpoint(workdir / "checkpoint")
     draw_picture().save(workdir / "picture.png")
-    text = render(run_rounds(workdir, args), args)
+    text = render(*run_rounds(workdir, args), args)
     print(f"\n{text}")
     if args.markdown:
         args.markdown.write_text(f"# Against the original on a CPU\n\n{text}", encoding="utf-8")
@@ -534,7 +596,9 @@ def compare(workdir: Path, args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    if args.worker:
+    if args.worker == "machine":
+        write_json(args.workdir / "machine.json", ceilings(args.threads))
+    elif args.worker:
         report = work(args.worker, args.workdir, args.original, args.threads, args.new_tokens)
         write_json(args.workdir / f"{args.worker}.json", report)
     elif args.workdir:
