@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from .attention import DeepseekV2Attention, DeepseekV2MultiHeadAttention, Rotati
 from .cache import CACHE_NAME, new_cache, one_cache
 from .checkpoint import conversion_rules
 from .configuration_deepseek import DeepseekV2Config
-from .cpu import is_single_cpu_row, onednn
+from .cpu import is_single_cpu_row, onednn, wants_wide_products, wide_products
 from .generation import ChunkedGenerationMixin, as_cache, set_generation_ids
 from .loading import CheckpointLoadingMixin
 from .loss import OutputHead, Targets, compute_dtype, drop_unseen_labels, find_targets, linear_cross_entropy
@@ -218,9 +218,13 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             return positions_from_mask(attention_mask, length)
         return (torch.arange(length, device=embeds.device) + past).expand(embeds.shape[0], -1)
 
-    def decodes_one_row(self, hidden_states: torch.Tensor) -> bool:
-        """Whether products are of a single row on a CPU; never under "eager", which keeps the original's arithmetic."""
-        return self.config._attn_implementation != "eager" and is_single_cpu_row(hidden_states)
+    def quick_products(self, hidden_states: torch.Tensor) -> AbstractContextManager[None]:
+        """Return what makes products on a CPU quicker; nothing under "eager", which keeps the original's arithmetic."""
+        if self.config._attn_implementation == "eager":
+            return nullcontext()
+        if is_single_cpu_row(hidden_states):
+            return onednn(False)
+        return wide_products(wants_wide_products(hidden_states))
 
     @can_return_tuple
     def forward(
@@ -283,7 +287,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
 
         all_hidden = [hidden_states] if output_hidden_states else None
         all_weights: list[torch.Tensor | None] | None = [] if output_attentions else None
-        with onednn(False) if self.decodes_one_row(hidden_states) else nullcontext():
+        with self.quick_products(hidden_states):
             for layer in self.layers:
                 hidden_states, weights = layer(
                     hidden_states,
@@ -356,7 +360,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
     def _logits(self, hidden_BTH: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         kept_states = hidden_BTH[:, kept, :]
-        with onednn(False) if self.model.decodes_one_row(kept_states) else nullcontext():
+        with self.model.quick_products(kept_states):
             return self.lm_head(kept_states).float()
 
     @can_return_tuple

@@ -401,7 +401,9 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             for fast in FAST_ENCODERS:
                 if (embeddings := fast(self, tiles)) is not None:
                     return embeddings
-        return self.projector(self.vision(tiles))
+        features = self.vision(tiles)
+        with self.language.model.quick_products(features):
+            return self.projector(features)
 
     def arrange_views(self, views_VLH: torch.Tensor, grids: Sequence[TileGrid]) -> torch.Tensor:
         """Return the embeddings of all image tokens, in order, [tokens, H].

@@ -18,6 +18,7 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .configuration_deepseek import DeepseekV2Config
+from .cpu import grouped_products
 from .loss import compute_dtype
 
 
@@ -329,8 +330,8 @@ def cpu_experts_forward(
     sorted_ids, order = ids_NK.reshape(-1).sort()
     ends_E = torch.searchsorted(sorted_ids, torch.arange(experts.num_experts, device=ids_NK.device), right=True).int()
     rows = hidden_NH[order // top_k].to(experts.gate_up_proj.dtype)
-    gate, up = F.grouped_mm(rows, experts.gate_up_proj.mT, offs=ends_E).chunk(2, dim=-1)
-    outputs = F.grouped_mm(experts.act_fn(gate) * up, experts.down_proj.mT, offs=ends_E)
+    gate, up = grouped_products(rows, experts.gate_up_proj, ends_E).chunk(2, dim=-1)
+    outputs = grouped_products(experts.act_fn(gate) * up, experts.down_proj, ends_E)
     restored = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return sum_weighted(outputs[restored].view(tokens, top_k, -1), weights_NK).to(hidden_NH.dtype)
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .configuration_deepseek import check_choice
 from .configuration_deepseek_vl_v2 import VISION_ATTENTION_BACKENDS, VisionEncoderConfig
+from .cpu import multiplies_bfloat16, wants_wide_products, wide_products
 
 SigLIP_MODEL_CONFIG: dict[str, dict[str, Any]] = {
     "siglip_so400m_patch14_384": {
@@ -85,7 +86,7 @@ class Attention(timm_vit.Attention):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if self.backend == "eager":
             out = ((q * self.scale) @ k.mT).softmax(dim=-1) @ v
-        elif self.quick_on_cpu and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        elif self.quick_on_cpu and x.device.type == "cpu" and x.dtype == torch.bfloat16 and multiplies_bfloat16():
             out = quick_cpu_attention(q, k, v, self.scale)
         else:
             out = F.scaled_dot_product_attention(q, k, v)
@@ -208,9 +209,14 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
     def forward_features(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the normed patch features, [B, patches, C], of tiles [B, 3, S, S]."""
+        quick = all(getattr(getattr(block, "attn", None), "quick_on_cpu", False) for block in self.blocks)
+        with wide_products(quick and wants_wide_products(x)):
+            return self._features(x)
+
+    def _features(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type == "cpu" and len(x) > 1 and not torch.is_grad_enabled():
             # One tile's activations stay in the cache; those of several do not.
-            return torch.cat([self.forward_features(tile) for tile in x.split(1)])
+            return torch.cat([self._features(tile) for tile in x.split(1)])
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         # The convolution puts channels first, every sum would keep that, and every norm would copy.
         x = x.contiguous()
