@@ -29,6 +29,19 @@ WAITING = (
 )
 
 
+def compiles_float32() -> bool:
+    """Whether this PyTorch can tell the shapes of grouped products of float32: 2.15 can, 2.14 of half precision alone."""
+    rows, weights = torch.empty(4, 16, device="meta"), torch.empty(2, 16, 16, device="meta")
+    try:
+        torch.nn.functional.grouped_mm(rows, weights.mT, offs=torch.empty(2, device="meta", dtype=torch.int32))
+    except RuntimeError:
+        return False
+    return True
+
+
+compiled = pytest.mark.skipif(not compiles_float32(), reason="this PyTorch compiles no grouped products of float32")
+
+
 def labelled(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a batch with labels on its text."""
     ignored = inputs["images_seq_mask"] | ~inputs["attention_mask"]
@@ -233,6 +246,7 @@ def test_the_number_of_operations_does_not_grow_with_the_images(monkeypatch: pyt
     assert many == few
 
 
+@compiled
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_compile_without_a_break(kind: str) -> None:
     torch._dynamo.reset()
@@ -244,6 +258,7 @@ def test_layers_compile_without_a_break(kind: str) -> None:
     assert_same(loss_and_gradients(model, inputs), want)
 
 
+@compiled
 def test_layers_share_a_graph_and_still_say_what_their_gates_did() -> None:
     """One graph for the dense layer, one for all layers with experts; loads, bias and figures as without compiling."""
     torch._dynamo.reset()
@@ -265,6 +280,7 @@ def test_layers_share_a_graph_and_still_say_what_their_gates_did() -> None:
         torch.testing.assert_close(biases[1][name], bias, rtol=0, atol=0)
 
 
+@compiled
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_as_nano_is_the_gradients_stay_the_same(kind: str) -> None:
     torch._dynamo.reset()
