@@ -30,7 +30,7 @@ WAITING = (
 
 
 def compiles_float32() -> bool:
-    """Whether this PyTorch can tell the shapes of grouped products of float32: 2.15 can, 2.14 of half precision alone."""
+    """Whether this PyTorch knows the shapes of grouped products of float32; 2.14 knows half precision alone."""
     rows, weights = torch.empty(4, 16, device="meta"), torch.empty(2, 16, 16, device="meta")
     try:
         torch.nn.functional.grouped_mm(rows, weights.mT, offs=torch.empty(2, device="meta", dtype=torch.int32))
