@@ -4,9 +4,10 @@
 
 Both sides load one checkpoint: the released shapes of the tiny model, random bf16 weights, the released layout. Both
 answer the same prompt about one 1024x768 image (about 1,450 tokens), in bf16, greedily, on the same number of threads.
-Every round starts a fresh process of each side in turn, so that what else the machine does hits both alike; a process
-answers once cold and once warm. The original needs a Python with transformers 4.38, and gets the stand-ins of
-`original_shims.py` for the packages that do not run on a CPU. Linux only (peak memory is read from /proc).
+Every round starts a fresh process of each side in turn, so that what else the machine does hits both alike, behind one
+that measures the rates of memory and of products; a process answers once cold and once warm. Linux only (peak memory is
+read from /proc). The original needs a Python with transformers 4.38, and gets the stand-ins of
+`original_shims.py` for the packages that do not run on a CPU.
 """
 
 from __future__ import annotations

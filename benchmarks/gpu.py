@@ -109,10 +109,15 @@ class Report:
             self.add(
                 f"\n**{name} failed**: `{type(error).__name__}: {str(error)[:500]}`\n", f"```\n{text[-1800:]}\n```"
             )
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            give_memory_back()
         print(f"[{name}: {time.perf_counter() - start:.1f} s]", flush=True)
+
+
+def give_memory_back() -> None:
+    """Let the device have what nothing holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -497,9 +502,7 @@ class Bench:
         with self.report.section(f"{size}: model"):
             self._sections(size, random_model(size, self.device))
         runtime.ENGINES.clear()
-        gc.collect()
-        if self.on_gpu:
-            torch.cuda.empty_cache()
+        give_memory_back()
 
     def _sections(self, size: str, model: Any) -> None:
         report, language = self.report, model.language
@@ -592,9 +595,7 @@ def others(report: Report, bench: Bench, sizes: list[str], args: argparse.Namesp
     """Measure what else is on this machine, or say that it is not."""
     with report.section("transformers"):
         bench.stock()
-    gc.collect()  # and give its memory back, which the processes below need
-    if bench.on_gpu:
-        torch.cuda.empty_cache()
+    give_memory_back()  # which the processes below need
     if args.original is None:
         report.add(
             "\nThe original was not asked for (--original): its figures of another run are in benchmarks/README.md."

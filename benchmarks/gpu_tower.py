@@ -12,28 +12,21 @@ of a part in microseconds a call, of the tower in milliseconds. Errors are again
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_prompt import kernel_table
+from gpu_prompt import kernel_table, on_device
 
 from deepseek_vl2.kernels import norm, tower
 from deepseek_vl2.kernels.primitives import early_start
 from deepseek_vl2.models.siglip_vit import VisionTransformer
 
-Blocks = dict[str, Any]
 Run = Callable[[], Any]
 
 # Rows of a program, numbers at once, warps.
 NORMS = ((1, 256, 1), (2, 128, 1), (2, 256, 2), (4, 256, 4), (1, 2048, 4), (1, 2048, 8), (8, 128, 8))
-
-
-def named(names: str, values: tuple[Any, ...]) -> Blocks:
-    """Return options by name."""
-    return dict(zip(names.split(), values, strict=True))
 
 
 class Table:
@@ -69,58 +62,15 @@ def recorded(run: Run, device: torch.device) -> Run:
     return graph.replay
 
 
-def milliseconds(run: Run, device: torch.device, repeats: int = 15) -> float:
-    """Return the median time of a recorded function."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - start)
-    replay, times = recorded(run, device), []
-    for _ in range(repeats):
-        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start_event.record()
-        replay()
-        end_event.record()
-        end_event.synchronize()
-        times.append(start_event.elapsed_time(end_event))
-    return statistics.median(times[2:])
-
-
 def microseconds(run: Callable[[int], Any], device: torch.device, calls: int = 12) -> float:
     """Return the time of one call among several that are recorded together; each is given its number."""
     calls = calls if device.type == "cuda" else 1
-    return 1e3 * milliseconds(lambda: [run(call) for call in range(calls)], device) / calls
+    return 1e3 * on_device(device, recorded(lambda: [run(call) for call in range(calls)], device)) / calls
 
 
 def relative(out: torch.Tensor, want: torch.Tensor) -> float:
     """Return the relative error of a tensor."""
     return float((out.double() - want.double()).norm() / want.double().norm())
-
-
-def sweep(
-    table: Table,
-    part: str,
-    tiles: int,
-    candidates: list[Blocks],
-    run: Callable[[int, Blocks], Any],
-    error: Callable[[Blocks], float],
-    device: torch.device,
-) -> Blocks:
-    """Time candidates; returns the best one that is right. One that cannot run is left out."""
-    best, least = dict[str, Any](), float("inf")
-    for blocks in candidates:
-        name = f"{part}: " + ", ".join(str(value) for value in blocks.values())
-        try:
-            off = error(blocks)
-            spent = microseconds(lambda call, blocks=blocks: run(call, blocks), device)  # type: ignore[misc]
-        except Exception as problem:  # too large a block, or a release of Triton that cannot compile it
-            table.add(name, tiles, f"{type(problem).__name__}")
-            continue
-        wrong = not off < 2e-2
-        table.add(name, tiles, f"{spent:.1f} us" + (f" **WRONG: {off:.1e}**" if wrong else ""))
-        if spent < least and not wrong:
-            best, least = blocks, spent
-    return best
 
 
 def new_tower(device: torch.device, small: bool) -> VisionTransformer:
@@ -148,15 +98,25 @@ def measure_norms(table: Table, vision: Any, tiles: int, device: torch.device) -
     spent = microseconds(lambda call: layer(hidden[call % 3] + new[call % 3]), device)
     table.add("sum and norm: PyTorch", tiles, f"{spent:.1f} us")
 
-    def run(call: int, blocks: Blocks) -> None:
-        norm.add_layer_norm(hidden[call % 3], new[call % 3], *weights, out, normed, **blocks)
+    want = norm.add_layer_norm_plain(hidden[0], new[0], *weights)[1]
+    best, least = norm.BLOCKS, float("inf")
+    for sizes in NORMS[: None if device.type == "cuda" else 1]:
+        blocks: dict[str, Any] = dict(zip(("BLOCK_B", "BLOCK_H", "num_warps"), sizes, strict=True))
 
-    def error(blocks: Blocks) -> float:
-        run(0, blocks)
-        return relative(normed, norm.add_layer_norm_plain(hidden[0], new[0], *weights)[1])
+        def run(call: int, blocks: dict[str, Any] = blocks) -> None:
+            norm.add_layer_norm(hidden[call % 3], new[call % 3], *weights, out, normed, **blocks)
 
-    candidates = [named("BLOCK_B BLOCK_H num_warps", one) for one in NORMS[: None if device.type == "cuda" else 1]]
-    norm.BLOCKS |= sweep(table, "sum and norm: rows, numbers, warps", tiles, candidates, run, error, device)
+        run(0)
+        off, spent = relative(normed, want), microseconds(run, device)
+        wrong = not off < 2e-2
+        table.add(
+            f"sum and norm: rows, numbers, warps: {sizes}",
+            tiles,
+            f"{spent:.1f} us" + (f" **WRONG: {off:.1e}**" if wrong else ""),
+        )
+        if spent < least and not wrong:
+            best, least = blocks, spent
+    norm.BLOCKS |= best
 
 
 def measure_tower(table: Table, vision: Any, tiles: int, device: torch.device) -> None:
@@ -173,7 +133,7 @@ def measure_tower(table: Table, vision: Any, tiles: int, device: torch.device) -
         "tower, kernel recorded": lambda: tower.encode(vision, pixels, early),
     }
     for name, run in ways.items():
-        table.add(name, tiles, f"{milliseconds(run, device):.3f} ms")
+        table.add(name, tiles, f"{on_device(device, recorded(run, device)):.3f} ms")
     wide = new_tower(device, small=vision.embed_dim < 1000).float()
     wide.load_state_dict({name: weight.float() for name, weight in vision.state_dict().items()})
     want = torch.cat([wide(tile.float()) for tile in pixels.split(1)])

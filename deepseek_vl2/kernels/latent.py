@@ -250,11 +250,11 @@ def prepare(
 
 
 @triton.jit
-def live_splits(position: tl.tensor, BLOCK_C: tl.constexpr, SPLITS: tl.constexpr) -> tl.tensor:
-    """Return how many keys each split takes, a multiple of BLOCK_C, and how many splits have any."""
-    tiles = (position + BLOCK_C) // BLOCK_C  # of position + 1 keys, rounded up
+def live_splits(position: tl.tensor, GRAIN: tl.constexpr, SPLITS: tl.constexpr) -> tl.tensor:
+    """Return how many keys each split takes, a multiple of GRAIN, and how many splits have any."""
+    tiles = (position + GRAIN) // GRAIN  # of position + 1 keys, rounded up
     tiles_each = (tiles + SPLITS - 1) // SPLITS
-    return tiles_each * BLOCK_C, (tiles + tiles_each - 1) // tiles_each
+    return tiles_each * GRAIN, (tiles + tiles_each - 1) // tiles_each
 
 
 @triton.jit
@@ -373,7 +373,7 @@ def _join_kernel(
     V: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    GRAIN: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PROJECT: tl.constexpr,
     EARLY: tl.constexpr = False,
@@ -387,7 +387,7 @@ def _join_kernel(
         matrix = kv_b_ptr + (head * (D + V) + D) * R
         mask = (v < V)[:, None] & (r < R)[None, :]
         weight = tl.load(matrix + v[:, None] * R + r[None, :], mask=mask, other=0.0)
-    _, live = live_splits(tl.load(positions_ptr + row), BLOCK_C, SPLITS)
+    _, live = live_splits(tl.load(positions_ptr + row), GRAIN, SPLITS)
     wait_for_inputs(EARLY)
     mixed = tl.zeros([R_PAD], tl.float32)
     highest = float("-inf")
@@ -446,7 +446,7 @@ def join_splits(
         V=value,
         SPLITS=splits,
         BLOCK_W=min(power_of_two(splits), 32),
-        BLOCK_C=step or split_blocks(rows, heads, out_BNV.device)["GRAIN"],
+        GRAIN=step or split_blocks(rows, heads, out_BNV.device)["GRAIN"],
         BLOCK_V=block,
         PROJECT=projects,
         num_warps=warps,

@@ -121,7 +121,7 @@ def finish_layer(
 
 # ---------------------------------------------------------------- a sum and its layer norm
 
-# Measured on an H100 (benchmarks/gpu_tower.py); others were up to a fifth slower.
+# Measured on an H100 (benchmarks/gpu_tower.py).
 BLOCKS: dict[str, Any] = {"BLOCK_B": 1, "BLOCK_H": 2048, "num_warps": 4}
 
 

@@ -209,8 +209,10 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
     def forward_features(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the normed patch features, [B, patches, C], of tiles [B, 3, S, S]."""
-        quick = all(getattr(getattr(block, "attn", None), "quick_on_cpu", False) for block in self.blocks)
-        with wide_products(quick and wants_wide_products(x)):
+        wide = wants_wide_products(x)
+        # Not where the original's arithmetic is kept.
+        wide = wide and all(module.quick_on_cpu for module in self.modules() if isinstance(module, Attention))
+        with wide_products(wide):
             return self._features(x)
 
     def _features(self, x: torch.Tensor) -> torch.Tensor:
