@@ -18,14 +18,30 @@ if TYPE_CHECKING:
 
     from ..models.generation import SampleCall
     from ..models.views import Pictures
+    from .rows import RowKernels
 
-__all__ = ["SWITCH", "begin_tiles", "encode_tiles", "may_scale", "release", "run_experts", "sample", "scale", "why_not"]
+__all__ = [
+    "SWITCH",
+    "begin_tiles",
+    "encode_tiles",
+    "find_row_kernels",
+    "may_scale",
+    "release",
+    "run_experts",
+    "sample",
+    "scale",
+    "why_not",
+]
 
 SWITCH = "DEEPSEEK_VL2_KERNELS"
 
 
+def _turned_off() -> bool:
+    return os.environ.get(SWITCH, "1").lower() in ("0", "false", "off", "no")
+
+
 def _why_not_here() -> str | None:
-    if os.environ.get(SWITCH, "1").lower() in ("0", "false", "off", "no"):
+    if _turned_off():
         return f"{SWITCH} turns it off"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -112,6 +128,15 @@ def scale(pictures: Pictures, device: torch.device) -> torch.Tensor | None:
         _failed_to_scale.append(f"{type(error).__name__}: {error}")
         runtime.logger.warning("Images are scaled on the host from now on: %s", _failed_to_scale[0])
         return None
+
+
+def find_row_kernels() -> RowKernels | None:
+    """Return what multiplies one row on a CPU; ``None`` where there is none. Registered with `models.cpu`."""
+    if _turned_off():
+        return None
+    from . import rows
+
+    return rows.row_kernels()
 
 
 _failed: list[str] = []

@@ -2,8 +2,9 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from ..kernels import begin_tiles, encode_tiles, may_scale, run_experts, sample, scale
+from ..kernels import begin_tiles, encode_tiles, find_row_kernels, may_scale, run_experts, sample, scale
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
+from .cpu import ROW_KERNELS
 from .generation import FAST_SAMPLERS
 from .modeling_deepseek_vl_v2 import EARLY_ENCODERS, FAST_ENCODERS, DeepseekVLV2ForCausalLM
 from .moe import FAST_EXPERTS
@@ -27,3 +28,5 @@ if begin_tiles not in EARLY_ENCODERS:
     EARLY_ENCODERS.append(begin_tiles)
 if DeviceScaler(may_scale, scale) not in DEVICE_SCALERS:
     DEVICE_SCALERS.append(DeviceScaler(may_scale, scale))
+if find_row_kernels not in ROW_KERNELS:
+    ROW_KERNELS.append(find_row_kernels)

@@ -6,6 +6,7 @@ D head size, R rank of the latent, P rotated part of a head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_deepseek import DeepseekV2Config
-from .cpu import is_single_cpu_row, onednn
+from .cpu import is_bare, is_single_cpu_row, onednn, project, row_kernels
 from .norm import DeepseekV2RMSNorm
 from .rope import apply_rotary, split_interleaved_pairs, yarn_softmax_scale
 
@@ -122,6 +123,18 @@ class DeepseekV2MultiHeadAttention(nn.Module):
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def queries_keys_values(self, hidden_BTH: torch.Tensor, rotation: Rotation) -> Sequence[torch.Tensor]:
+        """Return rotated queries, [B, N, T, D], rotated keys and values, [B, M, T, D]."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        if (kernels := row_kernels()) is not None and all(is_bare(layer) and layer.bias is None for layer in layers):
+            out: Sequence[torch.Tensor] | None = kernels.queries_keys_values(
+                hidden_BTH, *(layer.weight for layer in layers), *rotation
+            )
+            if out is not None:
+                return out
+        query, key, value = (self._heads(project(layer, hidden_BTH)) for layer in layers)
+        return apply_rotary(query, *rotation), apply_rotary(key, *rotation), value
+
     def forward(
         self,
         hidden_BTH: torch.Tensor,
@@ -131,16 +144,17 @@ class DeepseekV2MultiHeadAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the attention's output [B, T, H] and, from the eager implementation, its weights."""
-        query = apply_rotary(self._heads(self.q_proj(hidden_BTH)), *rotation)
-        key = apply_rotary(self._heads(self.k_proj(hidden_BTH)), *rotation)
-        value = self._heads(self.v_proj(hidden_BTH))
+        query, key, value = self.queries_keys_values(hidden_BTH, rotation)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         name = self.config._attn_implementation
         if name == "sdpa" and is_single_cpu_query(query):
-            with onednn(True):
-                out = one_query_attention_forward(query, key, value, attention_mask, self.scaling)
-            return self.o_proj(out.flatten(2)), None
+            kernels = row_kernels() if attention_mask is None else None
+            out = None if kernels is None else kernels.attend(query, key, value, self.scaling)
+            if out is None:
+                with onednn(True):
+                    out = one_query_attention_forward(query, key, value, attention_mask, self.scaling)
+            return project(self.o_proj, out.flatten(2)), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         out, weights = attend(
             self,
@@ -152,7 +166,7 @@ class DeepseekV2MultiHeadAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             **kwargs,
         )
-        return self.o_proj(out.flatten(2)), weights
+        return project(self.o_proj, out.flatten(2)), weights
 
 
 class DeepseekV2Attention(nn.Module):
@@ -201,16 +215,16 @@ class DeepseekV2Attention(nn.Module):
     def project_query(self, hidden_BTH: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the unrotated part, [B, N, T, nope], and the rotated part, [B, N, T, P], of the queries."""
         if self.q_lora_rank is None:
-            query = self.q_proj(hidden_BTH)
+            query = project(self.q_proj, hidden_BTH)
         else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_BTH)))
+            query = project(self.q_b_proj, self.q_a_layernorm(project(self.q_a_proj, hidden_BTH)))
         query = query.unflatten(-1, (self.num_heads, self.qk_head_dim)).transpose(1, 2)
         nope, rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         return nope, apply_rotary(split_interleaved_pairs(rope), *rotation)
 
     def project_latent(self, hidden_BTH: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what is cached: the rotated key, [B, 1, T, P], and the latent, [B, 1, T, R]."""
-        compressed = self.kv_a_proj_with_mqa(hidden_BTH).unsqueeze(1)
+        compressed = project(self.kv_a_proj_with_mqa, hidden_BTH).unsqueeze(1)
         latent, rope = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         return apply_rotary(split_interleaved_pairs(rope), *rotation), self.kv_a_layernorm(latent)
 
@@ -332,7 +346,7 @@ class DeepseekV2Attention(nn.Module):
                 out, weights = self.attend_absorbed(*parts, attention_mask)
         else:
             out, weights = self.attend_expanded(*parts, attention_mask, **kwargs)
-        return self.o_proj(out.flatten(2)), weights
+        return project(self.o_proj, out.flatten(2)), weights
 
 
 def build_attention(config: DeepseekV2Config, layer_idx: int) -> nn.Module:

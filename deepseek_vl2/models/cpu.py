@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 # From this many rows on, widening a weight costs less than imitated products of bfloat16 (measured: 10 to 16 rows).
@@ -106,6 +107,46 @@ def wide_products(wanted: bool) -> Iterator[None]:
             yield
     finally:
         _WIDE.reset(token)
+
+
+# Give what multiplies one row faster than PyTorch, or None. A package around these files fills it: as remote code they
+# know of none.
+ROW_KERNELS: list[Callable[[], Any]] = []
+# Layers that multiply by their weight, add their bias and do nothing else.
+BARE_LAYERS: set[type[nn.Module]] = {nn.Linear}
+_ROWS: ContextVar[Any] = ContextVar("kernels of one row", default=None)
+
+
+def row_kernels() -> Any:
+    """Return the kernels of one row that are in use, `deepseek_vl2.kernels.rows.RowKernels`; ``None``: none are."""
+    return None if torch.compiler.is_compiling() else _ROWS.get()
+
+
+def is_bare(layer: nn.Module) -> bool:
+    """Whether a layer is no more than `F.linear`: no adapter, quantization, offloading or hook stands in its place."""
+    replaced = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) in BARE_LAYERS and not replaced
+
+
+def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return ``layer(x)``, by the kernels of one row where they are in use and the layer is bare."""
+    if (kernels := row_kernels()) is not None and is_bare(layer):
+        out: torch.Tensor | None = kernels.linear(x, layer.weight, layer.bias)
+        if out is not None:
+            return out
+    return layer(x)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def row_products() -> Iterator[None]:
+    """Multiply one row of bfloat16 as fast as the memory gives weights: by compiled kernels, else by PyTorch's own."""
+    kernels = next((found for find in ROW_KERNELS if (found := find()) is not None), None)
+    with onednn(False):
+        token = _ROWS.set(kernels)
+        try:
+            yield
+        finally:
+            _ROWS.reset(token)
 
 
 def grouped_products(rows: torch.Tensor, weights_EOI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from .cpu import BARE_LAYERS
+
 IGNORED = -100
 
 # Logits are computed for at most this many (position, vocabulary) pairs at a time: 256 MiB in float32.
@@ -143,6 +145,9 @@ class OutputHead(nn.Linear):
         if ids_L is None:
             return super().forward(input)
         return SummedCrossEntropy.apply(input, self.weight, ids_L, weights_L, rows)
+
+
+BARE_LAYERS.add(OutputHead)
 
 
 def _chunk_through_module(

@@ -22,7 +22,7 @@ from .attention import DeepseekV2Attention, DeepseekV2MultiHeadAttention, Rotati
 from .cache import CACHE_NAME, new_cache, one_cache
 from .checkpoint import conversion_rules
 from .configuration_deepseek import DeepseekV2Config
-from .cpu import is_single_cpu_row, onednn, wants_wide_products, wide_products
+from .cpu import is_single_cpu_row, project, row_products, wants_wide_products, wide_products
 from .generation import ChunkedGenerationMixin, as_cache, set_generation_ids
 from .loading import CheckpointLoadingMixin
 from .loss import OutputHead, Targets, compute_dtype, drop_unseen_labels, find_targets, linear_cross_entropy
@@ -223,7 +223,7 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         if self.config._attn_implementation == "eager":
             return nullcontext()
         if is_single_cpu_row(hidden_states):
-            return onednn(False)
+            return row_products()
         return wide_products(wants_wide_products(hidden_states))
 
     @can_return_tuple
@@ -361,7 +361,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         kept_states = hidden_BTH[:, kept, :]
         with self.model.quick_products(kept_states):
-            return self.lm_head(kept_states).float()
+            return project(self.lm_head, kept_states).float()
 
     @can_return_tuple
     def forward(

@@ -18,8 +18,10 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .configuration_deepseek import DeepseekV2Config
-from .cpu import grouped_products
+from .cpu import grouped_products, is_bare, project, row_kernels
 from .loss import compute_dtype
+
+SILU = type(ACT2FN["silu"])
 
 
 class DeepseekV2MLP(nn.Module):
@@ -33,9 +35,18 @@ class DeepseekV2MLP(nn.Module):
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def is_plain(self) -> bool:
+        """Whether nothing stands between the three weights but SiLU: no bias, no hook, no module of another kind."""
+        parts = (self.gate_proj, self.up_proj, self.down_proj)
+        return type(self.act_fn) is SILU and all(is_bare(part) and part.bias is None for part in parts)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the MLP's output."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        if (kernels := row_kernels()) is not None and self.is_plain():
+            out: torch.Tensor | None = kernels.mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+            if out is not None:
+                return out
+        return project(self.down_proj, self.act_fn(project(self.gate_proj, x)) * project(self.up_proj, x))
 
 
 def keep_best_groups(choice_NE: torch.Tensor, group_scores_NG: torch.Tensor, kept: int) -> torch.Tensor:
@@ -95,6 +106,10 @@ class MoEGate(nn.Module):
 
     def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
         """Return each expert's logit for each token, [N, E], in float32."""
+        if (kernels := row_kernels()) is not None:
+            out: torch.Tensor | None = kernels.logits(hidden_NH, self.weight)
+            if out is not None:
+                return out
         with torch.autocast(hidden_NH.device.type, enabled=False):
             return F.linear(hidden_NH.float(), self.weight.float())
 
@@ -312,6 +327,12 @@ def one_token_experts_forward(
 
     A grouped product would visit the experts that were not chosen too, which costs as much as half of the work.
     """
+    if (kernels := row_kernels()) is not None and type(experts.act_fn) is SILU:
+        out: torch.Tensor | None = kernels.experts(
+            hidden_1H, experts.gate_up_proj, experts.down_proj, ids_1K, weights_1K
+        )
+        if out is not None:
+            return out
     chosen = ids_1K[0].tolist()
     rows = hidden_1H.to(experts.gate_up_proj.dtype)
     gate, up = torch.cat([F.linear(rows, experts.gate_up_proj[expert]) for expert in chosen]).chunk(2, dim=-1)

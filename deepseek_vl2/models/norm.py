@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .cpu import row_kernels
 from .loss import compute_dtype
 
 
@@ -25,6 +26,10 @@ class DeepseekV2RMSNorm(nn.Module):
             # for itself.
             normed = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.variance_epsilon)
             return normed.to(compute_dtype(x))
+        if (kernels := row_kernels()) is not None:
+            out: torch.Tensor | None = kernels.rms_norm(x, self.weight, self.variance_epsilon)
+            if out is not None:
+                return out
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * wide.to(x.dtype)
