@@ -2,7 +2,7 @@
 
 PyTorch and oneDNN multiply by such weights at half to two thirds of the speed at which memory gives them; `rows.c` at
 that speed, with few calls a layer. It is compiled at the first use by the C compiler of the system, as Triton does with
-its launchers, which takes a third of a second, and stays in the user's cache folder. Without a compiler all runs as
+its launchers, which takes less than a second, and stays in the user's cache folder. Without a compiler all runs as
 before.
 
 Each function stands beside the plain form that defines it, in `deepseek_vl2.models`: `F.linear`, `DeepseekV2RMSNorm`,
@@ -82,6 +82,24 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "deepseek_vl2"
 
 
+def _own_folder() -> Path:
+    """Return the cache folder; where others may write to it, or we may not, one for this process alone.
+
+    What lies in it is loaded into the process.
+    """
+    try:
+        folder = cache_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if os.access(folder, os.W_OK) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+            return folder
+    except (OSError, RuntimeError):  # the latter where the user has no home
+        pass
+    folder = Path(tempfile.mkdtemp(prefix="deepseek_vl2-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _run(command: list[str]) -> None:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILING_TAKES_AT_MOST_S)
@@ -112,15 +130,7 @@ def build() -> Path:
     compiler = _compiler()
     known = "\n".join((SOURCE.read_text(), compiler, *FLAGS, _cpu_flags()))
     name = f"rows-{hashlib.sha256(known.encode()).hexdigest()[:24]}.so"
-    folder = cache_folder()
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK) or folder.stat().st_uid != os.getuid():
-            raise PermissionError
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="deepseek_vl2-"))  # for this process alone
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = folder / name
+    path = _own_folder() / name
     if not path.exists():
         _build(path, compiler)
     return path

@@ -335,6 +335,21 @@ def test_a_folder_of_another_user(row: rows.RowKernels, monkeypatch: pytest.Monk
     assert tmp_path not in rows.build().parents
 
 
+def test_a_folder_that_others_may_write(row: rows.RowKernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rows.cache_folder().mkdir()
+    rows.cache_folder().chmod(0o777)
+    assert tmp_path not in rows.build().parents
+
+
+def test_no_home(row: rows.RowKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(rows, "cache_folder", homeless)
+    assert rows.build().exists()
+
+
 @pytest.mark.parametrize(("switch", "taken"), [("0", False), ("1", True)])
 def test_the_switch(row: rows.RowKernels, switch: str, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernels.SWITCH, switch)
