@@ -36,12 +36,13 @@ __all__ = [
 SWITCH = "DEEPSEEK_VL2_KERNELS"
 
 
-def _turned_off() -> bool:
+def turned_off() -> bool:
+    """Whether the environment turns the kernels off."""
     return os.environ.get(SWITCH, "1").lower() in ("0", "false", "off", "no")
 
 
 def _why_not_here() -> str | None:
-    if _turned_off():
+    if turned_off():
         return f"{SWITCH} turns it off"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -132,7 +133,7 @@ def scale(pictures: Pictures, device: torch.device) -> torch.Tensor | None:
 
 def find_row_kernels() -> RowKernels | None:
     """Return what multiplies one row on a CPU; ``None`` where there is none. Registered with `models.cpu`."""
-    if _turned_off():
+    if turned_off():
         return None
     from . import rows
 

@@ -1,6 +1,6 @@
 /* Products of one row in bfloat16 on a CPU, at the speed at which weights come from memory. See rows.py.
 
-   A vector of 32 weights is read as 16 words of 32 bits: a word's lower half is a weight at an even place, its upper
+   A vector of weights is read as words of 32 bits, two weights in each: a word's lower half is a weight at an even place, its upper
    half one at an odd place, and either becomes a float by one shift or one mask. The row they are multiplied by is
    split likewise. One row of weights is read after the other: several at a time are slower from memory. */
 
@@ -9,8 +9,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* As the registers are: a compiler keeps wider vectors in memory, which takes three times as long. */
+#ifdef __AVX512F__
 #define LANES 16
-#define PAIRS 32 /* weights of a vector */
+#else
+#define LANES 8
+#endif
+#define PAIRS (2 * LANES) /* weights of a vector */
 #define ROWS_AT_A_TIME 32
 #define COLUMNS 64 /* of values, summed at a time */
 #define BYTES_AHEAD 4096 /* a page: the CPU itself fetches ahead within one, and not into the next */

@@ -27,6 +27,8 @@ from pathlib import Path
 
 import torch
 
+from . import SWITCH, turned_off
+
 logger = logging.getLogger("deepseek_vl2.kernels")
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -50,24 +52,27 @@ class Unavailable(RuntimeError):
     """Says why the library cannot be had here."""
 
 
+def _lines_of(path: str) -> list[str]:
+    return Path(path).read_text(errors="surrogateescape").splitlines()
+
+
 def _cpu_flags() -> str:
     """Return what names the instructions of this CPU: a library compiled for another one must not be taken."""
-    for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+    for line in _lines_of("/proc/cpuinfo"):
         if line.startswith("flags"):
             return line
     return ""
 
 
-def _compiler() -> str:
-    for name in (os.environ.get("CC"), "gcc", "cc"):
-        if name and (found := shutil.which(name)):
-            return found
-    raise Unavailable("there is no C compiler")
+def _compilers() -> list[str]:
+    """Return the C compilers there are, best first. clang needs an OpenMP library of its own, which PyTorch has not."""
+    names = [name for name in (os.environ.get("CC"), "gcc", "cc") if name]
+    return list(dict.fromkeys(found for name in names if (found := shutil.which(name))))
 
 
 def _thread_library() -> str:
     """Return the path of the OpenMP library that PyTorch has loaded."""
-    loaded = {line.split(None, 5)[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    loaded = {line.split(None, 5)[-1] for line in _lines_of("/proc/self/maps") if "/" in line}
     paths = [path for path in sorted(loaded) if Path(path).name.startswith(THREAD_LIBRARIES)]
     # PyTorch's own before one that another package brought.
     paths.sort(key=lambda path: Path(torch.__file__).parent not in Path(path).parents)
@@ -119,33 +124,40 @@ def _build(path: Path, compiler: str) -> None:
         parts[1].replace(path)
 
 
-def build() -> Path:
+def build(compiler: str) -> Path:
     """Return the library's path, compiled if it was not yet.
 
     Raises:
-        Unavailable: the system or the CPU is another one, or compiling failed.
+        Unavailable: compiling failed.
     """
-    if sys.platform != "linux" or platform.machine() != "x86_64" or sys.byteorder != "little":
-        raise Unavailable("it is for x86 CPUs under Linux")
-    compiler = _compiler()
     known = "\n".join((SOURCE.read_text(), compiler, *FLAGS, _cpu_flags()))
-    name = f"rows-{hashlib.sha256(known.encode()).hexdigest()[:24]}.so"
-    path = _own_folder() / name
+    path = _own_folder() / f"rows-{hashlib.sha256(known.encode()).hexdigest()[:24]}.so"
     if not path.exists():
         _build(path, compiler)
     return path
 
 
-def _load() -> ctypes.CDLL:
-    try:
-        ctypes.CDLL(_thread_library(), mode=ctypes.RTLD_GLOBAL)
-        library = ctypes.CDLL(str(build()), mode=os.RTLD_NOW)
-    except OSError as error:
-        raise Unavailable(str(error)) from error
-    for name, arguments in ARGUMENTS.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, ctypes.c_int
-    return library
+def load() -> ctypes.CDLL:
+    """Return the library, of the first compiler that gives one which can be loaded.
+
+    Raises:
+        Unavailable: the system or the CPU is another one, or no compiler gives one.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64" or not {"avx2", "fma"} <= set(_cpu_flags().split()):
+        raise Unavailable("it is for x86 CPUs with AVX2 under Linux")
+    failures = []
+    for compiler in _compilers():
+        try:
+            ctypes.CDLL(_thread_library(), mode=ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(str(build(compiler)), mode=os.RTLD_NOW)
+        except (OSError, Unavailable) as error:
+            failures.append(str(error))
+            continue
+        for name, arguments in ARGUMENTS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, ctypes.c_int
+        return library
+    raise Unavailable("; ".join(failures) or "there is no C compiler")
 
 
 def is_plain(*tensors: torch.Tensor) -> bool:
@@ -154,7 +166,9 @@ def is_plain(*tensors: torch.Tensor) -> bool:
         kind = type(tensor)
         if kind is not torch.Tensor and kind is not torch.nn.Parameter:
             return False
-        if tensor.dtype is not torch.bfloat16 or not tensor.is_cpu or not tensor.is_contiguous():
+        if tensor.dtype is not torch.bfloat16 or not tensor.is_cpu or tensor.layout is not torch.strided:
+            return False
+        if not tensor.is_contiguous():
             return False
     return True
 
@@ -163,7 +177,7 @@ class RowKernels:
     """The compiled functions. Each returns ``None`` where tensors are not plain ones (see `is_plain`)."""
 
     def __init__(self) -> None:
-        self._library = _load()
+        self._library = load()
 
     def _call(self, name: str, *arguments: object) -> None:
         if getattr(self._library, name)(*arguments):
@@ -174,7 +188,9 @@ class RowKernels:
     ) -> torch.Tensor | None:
         """Return ``F.linear`` of a single row, [..., I] to [..., O]."""
         rows, width = weight_OI.shape
-        if not is_plain(x, weight_OI) or x.numel() != width or not (bias_O is None or is_plain(bias_O)):
+        if not is_plain(x, weight_OI) or x.numel() != width or x.shape[-1] != width:
+            return None
+        if bias_O is not None and not (is_plain(bias_O) and bias_O.shape == (rows,)):
             return None
         out = x.new_empty(*x.shape[:-1], rows)
         bias = None if bias_O is None else bias_O.data_ptr()
@@ -204,7 +220,15 @@ class RowKernels:
         """Return rotated queries, [1, N, 1, D], rotated keys and values, [1, M, 1, D], of a single row."""
         size, (queries, width), keys = cos_11D.shape[-1], query_OH.shape, len(key_OH)
         tensors = (x_11H, query_OH, key_OH, value_OH, cos_11D, sin_11D)
-        if not is_plain(*tensors) or x_11H.numel() != width or not cos_11D.numel() == sin_11D.numel() == size:
+        if not is_plain(*tensors) or x_11H.shape != (1, 1, width) or not cos_11D.numel() == sin_11D.numel() == size:
+            return None
+        if (
+            key_OH.shape != (keys, width)
+            or value_OH.shape != (keys, width)
+            or size % 2
+            or queries % size
+            or keys % size
+        ):
             return None
         out = x_11H.new_empty(1, (queries + 2 * keys) // size, 1, size)
         pointers = [tensor.data_ptr() for tensor in (*tensors, out)]
@@ -213,7 +237,7 @@ class RowKernels:
 
     def rms_norm(self, x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor | None:
         """Return the RMS norm of a single row, [..., H] in and out."""
-        if not is_plain(x, weight_H) or x.numel() != weight_H.numel():
+        if not is_plain(x, weight_H) or x.numel() != weight_H.numel() or x.shape[-1] != len(weight_H):
             return None
         out = torch.empty_like(x)
         self._call("rms_norm", x.data_ptr(), weight_H.data_ptr(), out.data_ptr(), x.numel(), eps)
@@ -234,7 +258,9 @@ class RowKernels:
     ) -> torch.Tensor | None:
         """Return a SwiGLU MLP of a single row, [..., H] in and out."""
         inner, hidden = gate_IH.shape
-        if not is_plain(x, gate_IH, up_IH, down_HI) or x.numel() != hidden:
+        if not is_plain(x, gate_IH, up_IH, down_HI) or x.numel() != hidden or x.shape[-1] != hidden:
+            return None
+        if up_IH.shape != (inner, hidden) or down_HI.shape != (hidden, inner):
             return None
         return self._swiglu(x, [[gate_IH.data_ptr()], [up_IH.data_ptr()], [down_HI.data_ptr()]], None, inner)
 
@@ -247,10 +273,14 @@ class RowKernels:
         weights_1K: torch.Tensor,
     ) -> torch.Tensor | None:
         """Return the weighted sum of the chosen experts of a single row, [1, H] in and out; weights are float32."""
-        hidden, inner = down_EHI.shape[1:]
-        if not is_plain(x, gate_up_E2IH, down_EHI) or x.numel() != hidden or weights_1K.dtype != torch.float32:
+        count, hidden, inner = down_EHI.shape
+        if not is_plain(x, gate_up_E2IH, down_EHI) or x.shape != (1, hidden) or weights_1K.dtype != torch.float32:
+            return None
+        if gate_up_E2IH.shape != (count, 2 * inner, hidden) or len(ids_1K) != 1 or weights_1K.shape != ids_1K.shape:
             return None
         size, chosen = x.element_size() * hidden * inner, ids_1K[0].tolist()
+        if not all(0 <= expert < count for expert in chosen):
+            return None
         gates = [gate_up_E2IH.data_ptr() + 2 * size * expert for expert in chosen]
         downs = [down_EHI.data_ptr() + size * expert for expert in chosen]
         return self._swiglu(x, [gates, [gate + size for gate in gates], downs], weights_1K.contiguous(), inner)
@@ -260,11 +290,9 @@ class RowKernels:
     ) -> torch.Tensor | None:
         """Return what one query attends to, [1, 1, N, D]; keys and values may lie in larger rooms, as in a cache."""
         heads, (kv_heads, length, size) = query_1N1D.shape[1], key_1MSD.shape[1:]
-        known = query_1N1D.shape == (1, heads, 1, size) and value_1MSD.shape == key_1MSD.shape == (
-            1,
-            *key_1MSD.shape[1:],
-        )
-        if not known or not is_plain(query_1N1D, key_1MSD[0, 0], value_1MSD[0, 0]):
+        if query_1N1D.shape != (1, heads, 1, size) or len(key_1MSD) != 1 or value_1MSD.shape != key_1MSD.shape:
+            return None
+        if heads % kv_heads or not is_plain(query_1N1D, key_1MSD[0, 0], value_1MSD[0, 0]):
             return None
         out = query_1N1D.new_empty(1, 1, heads, size)
         pointers = [tensor.data_ptr() for tensor in (query_1N1D, key_1MSD, value_1MSD, out)]
@@ -290,4 +318,6 @@ def row_kernels() -> RowKernels | None:
 
 def why_not() -> str | None:
     """Return why there are no compiled functions here, in a few words; ``None`` where there are."""
+    if turned_off():
+        return f"{SWITCH} turns it off"
     return None if row_kernels() is not None else _reason[0]

@@ -114,6 +114,8 @@ def wide_products(wanted: bool) -> Iterator[None]:
 ROW_KERNELS: list[Callable[[], Any]] = []
 # Layers that multiply by their weight, add their bias and do nothing else.
 BARE_LAYERS: set[type[nn.Module]] = {nn.Linear}
+# Hooks that are called for every module: PyTorch's own dictionaries.
+_GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
 _ROWS: ContextVar[Any] = ContextVar("kernels of one row", default=None)
 
 
@@ -122,10 +124,24 @@ def row_kernels() -> Any:
     return None if torch.compiler.is_compiling() else _ROWS.get()
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward and nothing else: no hook, nothing in its place."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or _GLOBAL_HOOKS[0] or _GLOBAL_HOOKS[1]
+    return not hooks and "forward" not in vars(module)
+
+
 def is_bare(layer: nn.Module) -> bool:
     """Whether a layer is no more than `F.linear`: no adapter, quantization, offloading or hook stands in its place."""
-    replaced = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) in BARE_LAYERS and not replaced
+    return type(layer) in BARE_LAYERS and is_untouched(layer)
+
+
+def _computes_as_written() -> bool:
+    """Whether PyTorch itself would run what is called, in its dtype: neither traced nor transformed nor cast."""
+    return (
+        not torch.jit.is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16)
+    )
 
 
 def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -140,7 +156,9 @@ def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def row_products() -> Iterator[None]:
     """Multiply one row of bfloat16 as fast as the memory gives weights: by compiled kernels, else by PyTorch's own."""
-    kernels = next((found for find in ROW_KERNELS if (found := find()) is not None), None)
+    kernels = None
+    if _computes_as_written():
+        kernels = next((found for find in ROW_KERNELS if (found := find()) is not None), None)
     with onednn(False):
         token = _ROWS.set(kernels)
         try:

@@ -18,10 +18,15 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .configuration_deepseek import DeepseekV2Config
-from .cpu import grouped_products, is_bare, project, row_kernels
+from .cpu import grouped_products, is_bare, is_untouched, project, row_kernels
 from .loss import compute_dtype
 
 SILU = type(ACT2FN["silu"])
+
+
+def is_silu(activation: nn.Module) -> bool:
+    """Whether an activation is SiLU, and no hook waits for it."""
+    return type(activation) is SILU and is_untouched(activation)
 
 
 class DeepseekV2MLP(nn.Module):
@@ -38,7 +43,7 @@ class DeepseekV2MLP(nn.Module):
     def is_plain(self) -> bool:
         """Whether nothing stands between the three weights but SiLU: no bias, no hook, no module of another kind."""
         parts = (self.gate_proj, self.up_proj, self.down_proj)
-        return type(self.act_fn) is SILU and all(is_bare(part) and part.bias is None for part in parts)
+        return is_silu(self.act_fn) and all(is_bare(part) and part.bias is None for part in parts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the MLP's output."""
@@ -327,7 +332,7 @@ def one_token_experts_forward(
 
     A grouped product would visit the experts that were not chosen too, which costs as much as half of the work.
     """
-    if (kernels := row_kernels()) is not None and type(experts.act_fn) is SILU:
+    if (kernels := row_kernels()) is not None and is_silu(experts.act_fn):
         out: torch.Tensor | None = kernels.experts(
             hidden_1H, experts.gate_up_proj, experts.down_proj, ids_1K, weights_1K
         )

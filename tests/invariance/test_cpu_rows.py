@@ -33,12 +33,26 @@ CHAIN = {"rtol": ROUNDING, "atol": 3 * ROUNDING}
 PROMPT = (20, (2, 1), 9)  # text, an image of two tiles beside its global view, text
 
 
-@pytest.fixture(scope="module")
-def row() -> rows.RowKernels:
-    found = rows.row_kernels()
-    if found is None:
-        pytest.skip(f"no kernels for one row here: {rows.why_not()}")
-    return found
+@pytest.fixture(scope="module", params=["native", "haswell"])
+def row(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[rows.RowKernels]:
+    """Give the kernels, as compiled for this CPU and for those with AVX2 alone, whose vectors are half as wide."""
+    flags = [f"-march={request.param}" if flag == "-march=native" else flag for flag in rows.FLAGS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp(request.param)))
+        patch.setattr(rows, "FLAGS", flags)
+        try:
+            found = rows.RowKernels()
+        except rows.Unavailable as error:
+            pytest.skip(f"no kernels for one row here: {error}")
+    yield found
+
+
+@pytest.fixture
+def compiler() -> str:
+    """Give a compiler that makes the library here."""
+    if (reason := rows.why_not()) is not None:
+        pytest.skip(f"no kernels for one row here: {reason}")
+    return rows._compilers()[0]
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +209,35 @@ def test_what_is_not_taken(row: rows.RowKernels) -> None:
     assert row.attend(some(1, 2, 1, 8), some(1, 2, 8, 3).mT, some(1, 2, 3, 8), 1.0) is None
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_sparse_weights_are_not_taken(row: rows.RowKernels) -> None:
+    assert row.linear(some(1, 8), some(6, 8).to_sparse_csr()) is None
+
+
+def test_shapes_that_do_not_fit_are_not_taken(row: rows.RowKernels) -> None:
+    x, matrix = some(1, 8), some(6, 8)
+    assert row.linear(some(2, 4), matrix) is None
+    assert row.linear(x, matrix, some(5)) is None
+    assert row.rms_norm(some(2, 4), some(8), 1e-6) is None
+    assert row.mlp(x, matrix, some(5, 8), some(8, 6)) is None
+    assert row.mlp(x, matrix, matrix, some(6, 8)) is None
+    gate_up, down, weights = some(3, 12, 8), some(3, 8, 6), torch.rand(1, 2)
+    assert row.experts(x, gate_up, down, torch.tensor([[0, 2]]), weights) is not None
+    for ids in ([[0, 3]], [[-1, 0]], [[0, 1, 2]], [[0, 1], [1, 2]]):
+        assert row.experts(x, gate_up, down, torch.tensor(ids), weights) is None
+    assert row.experts(x, some(3, 10, 8), down, torch.tensor([[0, 2]]), weights) is None
+    cos = some(1, 1, 4)
+    given = some(1, 1, 8), some(8, 8), some(4, 8), some(4, 8)
+    assert row.queries_keys_values(*given, cos, cos) is not None
+    assert row.queries_keys_values(*given[:3], some(8, 8), cos, cos) is None
+    assert row.queries_keys_values(given[0], some(6, 8), *given[2:], cos, cos) is None
+    assert row.queries_keys_values(*given, some(1, 1, 5), some(1, 1, 5)) is None
+    assert row.queries_keys_values(*given, cos, some(1, 1, 2)) is None
+    assert row.attend(some(1, 3, 1, 8), some(1, 2, 3, 8), some(1, 2, 3, 8), 1.0) is None
+    assert row.attend(some(1, 1, 1, 8), some(1, 2, 3, 8), some(1, 2, 3, 8), 1.0) is None
+    assert row.attend(some(1, 2, 1, 8), some(1, 2, 3, 8), some(1, 2, 4, 8), 1.0) is None
+
+
 class Counted:
     """Kernels that count their calls."""
 
@@ -275,8 +318,39 @@ def test_layers_with_something_in_their_place_are_called(counted: list[str]) -> 
         return forward(x)
 
     head.forward = replaced
+    layer.mlp.experts.act_fn.register_forward_hook(lambda *_: called.append("activation"))
     model(input_ids=torch.tensor([[5]]))
-    assert sorted(called) == ["adapted", "hook", "pre-hook", "replaced"]
+    assert sorted(called) == ["activation", "adapted", "hook", "pre-hook", "replaced"]
+
+
+def test_hooks_of_all_modules_are_called(counted: list[str]) -> None:
+    layer, called = nn.Linear(8, 8).bfloat16(), []
+    with cpu.row_products():
+        cpu.project(layer, some(1, 8))
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: called.append("hook"))
+        try:
+            cpu.project(layer, some(1, 8))
+        finally:
+            handle.remove()
+    assert called == ["hook"] and counted == ["linear"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_what_is_traced_transformed_or_cast_is_pytorchs(counted: list[str]) -> None:
+    layer, x = nn.Linear(8, 8).bfloat16().requires_grad_(False), some(1, 8)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        with cpu.row_products():
+            return cpu.project(layer, x)
+
+    want = product(x)
+    assert counted == ["linear"]
+    torch.testing.assert_close(torch.jit.trace(product, x, check_trace=False)(x), want, rtol=ROUNDING, atol=ROUNDING)
+    torch.testing.assert_close(torch.vmap(product)(x[None])[0], want, rtol=ROUNDING, atol=ROUNDING)
+    torch.testing.assert_close(torch.compile(product, backend="eager")(x), want, rtol=ROUNDING, atol=ROUNDING)
+    with torch.autocast("cpu", torch.float16):
+        assert product(x).dtype == torch.float16
+    assert counted == ["linear"]
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,71 +366,80 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         rows.row_kernels.cache_clear()
 
 
-def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    compiler = tmp_path / "broken"
-    compiler.write_text("#!/bin/sh\necho cannot >&2\nexit 3\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
+def test_a_compiler_that_fails(compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho cannot >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(rows.Unavailable, match="broken failed: cannot"):
-        rows.build()
+        rows.build(str(broken))
     assert list(rows.cache_folder().iterdir()) == []
+    rows.load()  # by the next one
+    monkeypatch.setattr(rows, "_compilers", lambda: [str(broken)])
+    with pytest.raises(rows.Unavailable, match="broken failed: cannot"):
+        rows.load()
 
 
 def test_another_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows.platform, "machine", lambda: "aarch64")
-    with pytest.raises(rows.Unavailable, match="x86"):
-        rows.build()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows.platform, "machine", lambda: "aarch64")
+        with pytest.raises(rows.Unavailable, match="x86"):
+            rows.load()
+    monkeypatch.setattr(rows, "_cpu_flags", lambda: "flags : fpu sse2 avx")
+    with pytest.raises(rows.Unavailable, match="AVX2"):
+        rows.load()
 
 
-def test_the_library_is_kept(row: rows.RowKernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_library_is_kept(compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiled = []
     run = rows._run
     monkeypatch.setattr(rows, "_run", lambda command: (compiled.append(command), run(command))[1])
-    path = rows.build()
+    path = rows.build(compiler)
     assert path.parent == tmp_path / "deepseek_vl2" and list(path.parent.iterdir()) == [path]
     assert path.parent.stat().st_mode & 0o777 == 0o700
-    assert rows.build() == path and len(compiled) == 2  # once: to compile and to link
+    assert rows.build(compiler) == path and len(compiled) == 2  # once: to compile and to link
     monkeypatch.setattr(rows, "_cpu_flags", lambda: "flags: others")
-    assert rows.build() != path and len(compiled) == 4
+    assert rows.build(compiler) != path and len(compiled) == 4
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written(compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tmp_path not in rows.build().parents
+    assert tmp_path not in rows.build(compiler).parents
 
 
-def test_a_folder_of_another_user(row: rows.RowKernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_of_another_user(compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(rows.os, "getuid", lambda: -1)
-    assert tmp_path not in rows.build().parents
+    assert tmp_path not in rows.build(compiler).parents
 
 
-def test_a_folder_that_others_may_write(row: rows.RowKernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_that_others_may_write(compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     rows.cache_folder().mkdir()
     rows.cache_folder().chmod(0o777)
-    assert tmp_path not in rows.build().parents
+    assert tmp_path not in rows.build(compiler).parents
 
 
-def test_no_home(row: rows.RowKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_home(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(rows, "cache_folder", homeless)
-    assert rows.build().exists()
+    assert rows.build(compiler).exists()
 
 
 @pytest.mark.parametrize(("switch", "taken"), [("0", False), ("1", True)])
-def test_the_switch(row: rows.RowKernels, switch: str, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_switch(compiler: str, switch: str, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernels.SWITCH, switch)
     assert (kernels.find_row_kernels() is not None) == taken
+    assert (rows.why_not() is None) == taken
 
 
-def test_threads_are_pytorchs(row: rows.RowKernels) -> None:
+def test_threads_are_pytorchs(compiler: str) -> None:
     """A second OpenMP library would bring threads of its own, which wait for work on the same cores."""
     code = (
         "from deepseek_vl2.kernels import rows; import torch; torch.set_num_threads(2); rows.row_kernels()\n"
