@@ -1,8 +1,9 @@
 /* Products of one row in bfloat16 on a CPU, at the speed at which weights come from memory. See rows.py.
 
-   A vector of weights is read as words of 32 bits, two weights in each: a word's lower half is a weight at an even place, its upper
-   half one at an odd place, and either becomes a float by one shift or one mask. The row they are multiplied by is
-   split likewise. One row of weights is read after the other: several at a time are slower from memory. */
+   A vector of weights is read as words of 32 bits, two weights in each: a word's lower half is a weight at an even
+   place, its upper half one at an odd place, and either becomes a float by one shift or one mask. The row they are
+   multiplied by is split likewise. One row of weights is read after the other: several at a time are slower from
+   memory. */
 
 #include <math.h>
 #include <stdint.h>
