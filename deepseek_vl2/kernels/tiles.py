@@ -19,7 +19,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM, real_grids, select_tiles
+from ..models.image_merge import real_grids, select_tiles
+from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
 from . import graphs, tower
 from .graphs import Pass, Passes
 from .watch import Watch

@@ -10,32 +10,38 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .cache import CACHE_NAME, one_cache
-from .checkpoint import OPTIONAL_TENSORS, register_conversion
+from .checkpoint import register_conversion
 from .configuration_deepseek import DeepseekV2Config
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
 from .generation import ChunkedGenerationMixin, set_generation_ids
+from .image_merge import (
+    arrange_images,
+    check_image_shapes,
+    check_image_tokens,
+    check_no_image_tokens,
+    layout_of_images,
+    read_image_mask,
+    real_grids,
+    select_tiles,
+)
 from .loss import Targets, drop_unseen_labels, find_targets
-from .modeling_deepseek import DeepseekV2ForCausalLM, DeepseekV2PreTrainedModel, split_training_mask
+from .modeling_base import DeepSeekVLV2CausalLMOutputWithPast, DeepseekVLV2PreTrainedModel
+from .modeling_deepseek import DeepseekV2ForCausalLM, split_training_mask
 from .projector import MlpProjector, output_side
 from .siglip_vit import VisionTransformer
-from .tiling import TileGrid, count_image_tokens
+from .tiling import TileGrid
 
 __all__ = [
     "DeepSeekVLV2CausalLMOutputWithPast",
@@ -66,172 +72,6 @@ EARLY_ENCODERS: list[Callable[[Any, torch.Tensor, torch.Tensor], Callable[[], to
 _begun: ContextVar[tuple[Any, torch.Tensor, int, Callable[[], torch.Tensor]] | None] = ContextVar("begun", default=None)
 
 
-@dataclass
-class DeepSeekVLV2CausalLMOutputWithPast(CausalLMOutputWithPast):
-    """What the model returns.
-
-    Fields:
-        loss: mean cross entropy, where labels were given.
-        logits: [B, T, vocabulary], float32.
-        past_key_values: the cache; a property, and the field is called ``cache``, from transformers 5.24 on.
-        hidden_states: embeddings and every layer's output, [B, T, H] each, where asked for.
-        attentions: attention weights of every layer, where asked for.
-        rope_deltas: always ``None``; kept for scripts that unpack it.
-        last_hidden_state: what the logits are computed from, [B, T, H], where they are skipped.
-    """
-
-    rope_deltas: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-
-
-def real_grids(crops: list[list[list[int]]]) -> list[list[TileGrid]]:
-    """Return the tile grids of each row of a batch; a row of ``images_spatial_crop`` ends at its first [0, 0]."""
-    rows = []
-    for row in crops:
-        grids = []
-        for across, down in row:
-            if across == 0 or down == 0:
-                break
-            grids.append(TileGrid(across, down))
-        rows.append(grids)
-    return rows
-
-
-def arrange_images(
-    views_NVLH: torch.Tensor,
-    grid: TileGrid,
-    newline_H: torch.Tensor,
-    separator_H: torch.Tensor,
-    global_first: bool,
-) -> torch.Tensor:
-    """Lay the views of N images of one grid out as the sequences that the language model reads.
-
-    Args:
-        views_NVLH: of each image the global view and then the local tiles, row by row.
-        grid: how many tiles there are.
-        newline_H: embedding that ends each row of tokens.
-        separator_H: embedding between the global view and the tiles.
-        global_first: whether the global view comes first.
-
-    Returns:
-        [N, tokens of an image, H].
-    """
-    images, side = views_NVLH.shape[0], int(views_NVLH.shape[2] ** 0.5)
-    global_NWWH = views_NVLH[:, 0].unflatten(1, (side, side))
-    tiles = views_NVLH[:, 1:].unflatten(2, (side, side)).unflatten(1, (grid.down, grid.across))
-    local = tiles.transpose(2, 3).reshape(images, grid.down * side, grid.across * side, -1)
-
-    def end_rows(rows: torch.Tensor) -> torch.Tensor:
-        newlines = newline_H.expand(*rows.shape[:2], 1, -1)
-        return torch.cat((rows, newlines), dim=2).flatten(1, 2)
-
-    parts = [end_rows(global_NWWH), separator_H.expand(images, 1, -1), end_rows(local)]
-    return torch.cat(parts if global_first else parts[::-1], dim=1)
-
-
-class ImageLayout(NamedTuple):
-    """Where the embeddings of images stand among the image tokens, all counted from 0; numpy's, for the host alone.
-
-    Fields:
-        views: of each token of each view, in the views' order.
-        newlines: of each `image_newline`.
-        separators: of each `view_seperator`.
-    """
-
-    views: NDArray[np.int64]
-    newlines: NDArray[np.int64]
-    separators: NDArray[np.int64]
-
-
-@lru_cache(maxsize=256)
-def layout_of_image(grid: TileGrid, tokens: int, global_first: bool) -> ImageLayout:
-    """Return the layout of a single image, whose views are of ``tokens`` tokens each.
-
-    It is what `arrange_images` does to numbers, so there is one definition of the order.
-    """
-    numbers = torch.arange(grid.views * tokens, device="cpu").view(1, grid.views, tokens, 1)
-    newline, separator = numbers.new_full((1,), -1), numbers.new_full((1,), -2)
-    arranged = arrange_images(numbers, grid, newline, separator, global_first).flatten().numpy()
-    order = arranged.argsort(kind="stable")  # the one separator's -2, all newlines' -1, then the views' tokens
-    separators, newlines, views = np.split(order, [1, len(order) - numbers.numel()])
-    return ImageLayout(views, newlines, separators)
-
-
-def layout_of_images(grids: Sequence[TileGrid], tokens: int, global_first: bool) -> ImageLayout:
-    """Return the layout of several images, one after the other."""
-    parts: list[ImageLayout] = []
-    start = 0
-    for grid in grids:
-        layout = layout_of_image(grid, tokens, global_first)
-        parts.append(ImageLayout(*(places + start for places in layout)))
-        start += sum(len(places) for places in layout)
-    return ImageLayout(*(np.concatenate(places) for places in zip(*parts, strict=True)))
-
-
-def check_image_shapes(
-    input_ids: torch.Tensor, images: torch.Tensor, images_seq_mask: torch.Tensor | None, tile_size: int
-) -> None:
-    """Raise ``ValueError`` where ids, mask and images cannot belong together by their shapes."""
-    if images_seq_mask is None:
-        raise ValueError("images need images_seq_mask: the processor returns it beside input_ids.")
-    if images_seq_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"input_ids {list(input_ids.shape)} and images_seq_mask {list(images_seq_mask.shape)} differ in shape."
-        )
-    if images.dim() != 5 or images.shape[0] != input_ids.shape[0] or tuple(images.shape[-2:]) != (tile_size,) * 2:
-        raise ValueError(
-            f"images must be [batch, tiles, 3, {tile_size}, {tile_size}] with a batch of {input_ids.shape[0]}, "
-            f"got {list(images.shape)}."
-        )
-
-
-def check_image_tokens(marked: list[int], consistent: bool, grids: list[list[TileGrid]], side: int, tiles: int) -> None:
-    """Check that ids, mask and images describe the same images.
-
-    Args:
-        marked: how many tokens the mask marks in each row.
-        consistent: whether all marked tokens are one id, which stands nowhere else.
-        grids: the images of each row.
-        side: tokens along a tile's side.
-        tiles: tiles that a row holds.
-
-    Raises:
-        ValueError: they do not; the row and both numbers are named.
-    """
-    if len(grids) != len(marked):
-        raise ValueError(f"images_spatial_crop has {len(grids)} rows, input_ids {len(marked)}.")
-    for row, row_grids in enumerate(grids):
-        expected = sum(count_image_tokens(grid, side) for grid in row_grids)
-        if marked[row] != expected:
-            raise ValueError(
-                f"Row {row}: images_seq_mask marks {marked[row]} tokens, but its {len(row_grids)} images "
-                f"(images_spatial_crop) take {expected}."
-            )
-        needed = sum(grid.views for grid in row_grids)
-        if needed > tiles:
-            raise ValueError(f"Row {row}: images_spatial_crop asks for {needed} tiles, images holds {tiles}.")
-    if not consistent:
-        raise ValueError("input_ids and images_seq_mask disagree: image tokens stand where the mask is false, or not.")
-
-
-def read_image_mask(input_ids: torch.Tensor, images_seq_mask: torch.Tensor) -> tuple[list[int], bool]:
-    """Return how many tokens the mask marks in each row, and whether they are one id that stands nowhere else.
-
-    All numbers come from the device at once: each transfer on its own would wait for the device again.
-    """
-    mask = images_seq_mask.bool()
-    image_id = input_ids.masked_fill(~mask, torch.iinfo(input_ids.dtype).max).amin()
-    consistent = ((input_ids == image_id) == mask).all()
-    *marked, agrees = torch.cat((mask.sum(dim=1), consistent[None])).tolist()
-    return marked, bool(agrees)
-
-
-def check_no_image_tokens(images_seq_mask: torch.Tensor | None) -> None:
-    """Raise ``ValueError`` for a mask that marks image tokens where there are no images."""
-    if images_seq_mask is not None and bool(images_seq_mask.any()):
-        raise ValueError("images_seq_mask marks image tokens, but there are no images (images_spatial_crop).")
-
-
 def is_whole_prompt(attention_mask: torch.Tensor | None, past_key_values: Any) -> bool:
     """Whether an empty cache is to be filled with a prompt without padding: its mask says nothing then.
 
@@ -240,16 +80,6 @@ def is_whole_prompt(attention_mask: torch.Tensor | None, past_key_values: Any) -
     if attention_mask is None or attention_mask.dim() != 2 or not isinstance(past_key_values, Cache):
         return False
     return int(past_key_values.get_seq_length()) == 0 and bool(attention_mask.all())
-
-
-def select_tiles(images: torch.Tensor, grids: list[list[TileGrid]]) -> torch.Tensor:
-    """Return the tiles of a batch, [V, 3, S, S], without those that fill up its rows."""
-    used = [sum(grid.views for grid in row_grids) for row_grids in grids]
-    if len(grids) == 1:
-        return images[0, : used[0]]
-    first = range(0, len(grids) * images.shape[1], images.shape[1])
-    numbers = np.concatenate([np.arange(start, start + n) for start, n in zip(first, used, strict=True)])
-    return images.flatten(0, 1).index_select(0, torch.from_numpy(numbers).to(images.device))
 
 
 @contextmanager
@@ -277,32 +107,6 @@ def take_begun(model: Any, images: torch.Tensor) -> torch.Tensor | None:
 def is_one_of_several_processes() -> bool:
     """Whether this process trains together with others."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-class DeepseekVLV2PreTrainedModel(DeepseekV2PreTrainedModel):
-    """What transformers needs to know of the whole model."""
-
-    config: DeepseekVLV2Config
-    config_class: type = DeepseekVLV2Config
-    base_model_prefix = "deepseek_vl_v2"
-    input_modalities = ("image", "text")
-    _no_split_modules = ["DeepseekV2DecoderLayer", "VisionTransformer", "MlpProjector"]
-    _keys_to_ignore_on_load_missing = [OPTIONAL_TENSORS]
-    _keys_to_ignore_on_load_unexpected = [OPTIONAL_TENSORS]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, VisionTransformer):
-            init.normal_(module.pos_embed, std=0.02)
-            if module.cls_token is not None:
-                init.normal_(module.cls_token, std=1e-6)
-            if module.attn_pool is not None:
-                init.normal_(module.attn_pool.latent, std=module.embed_dim**-0.5)
-        elif isinstance(module, DeepseekVLV2ForCausalLM):
-            std = module.image_newline.numel() ** -0.5
-            init.normal_(module.image_newline, std=std)
-            init.normal_(module.view_seperator, std=std)
 
 
 class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixin):
@@ -358,37 +162,6 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         config["auto_map"].update(dict.fromkeys(("AutoModelForCausalLM", "AutoModelForImageTextToText"), reference))
         config["auto_map"].setdefault("AutoConfig", "configuration_deepseek_vl_v2.DeepseekVLV2Config")
         config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-    # ---------------------------------------------------------------- parts by their common names
-
-    @property
-    def language_model(self) -> DeepseekV2ForCausalLM:
-        """The language model, by the name that the model card uses."""
-        return self.language
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding."""
-        return self.language.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding."""
-        self.language.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the output head."""
-        return self.language.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the output head."""
-        self.language.set_output_embeddings(new_embeddings)
-
-    def get_decoder(self) -> nn.Module:
-        """Return the language model's stack of layers."""
-        return self.language.get_decoder()
-
-    def set_decoder(self, decoder: nn.Module) -> None:
-        """Replace the language model's stack of layers."""
-        self.language.set_decoder(decoder)
 
     # ---------------------------------------------------------------- images into the sequence
 
