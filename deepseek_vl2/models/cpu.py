@@ -31,21 +31,6 @@ def is_single_cpu_row(x: torch.Tensor) -> bool:
     )
 
 
-@contextmanager
-def onednn(enabled: bool) -> Iterator[None]:
-    """Let oneDNN multiply matrices, or PyTorch's own kernels.
-
-    For a matrix times a single row, PyTorch's kernel reads the weights at the memory's speed, where a call of oneDNN
-    costs some 50 us more; for products of small matrices oneDNN is many times faster. Both accumulate in float32.
-    """
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(enabled)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
-
-
 @cache
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16; others imitate them, at a fifth of float32's rate.
@@ -155,16 +140,15 @@ def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def row_products() -> Iterator[None]:
-    """Multiply one row of bfloat16 as fast as the memory gives weights: by compiled kernels, else by PyTorch's own."""
+    """Multiply one row of bfloat16 by compiled kernels, as fast as the memory gives weights, where there are any."""
     kernels = None
     if _computes_as_written():
         kernels = next((found for find in ROW_KERNELS if (found := find()) is not None), None)
-    with onednn(False):
-        token = _ROWS.set(kernels)
-        try:
-            yield
-        finally:
-            _ROWS.reset(token)
+    token = _ROWS.set(kernels)
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
 
 
 def grouped_products(rows: torch.Tensor, weights_EOI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:

@@ -95,6 +95,7 @@ class ChunkedGenerationMixin(GenerationMixin):
             if copies > 1 and cache.get_seq_length() > 0 and cache.layers[0].keys.shape[0] == prompt.shape[0]:
                 cache = copy.deepcopy(cache)  # the caller may go on with theirs
                 cache.batch_repeat_interleave(copies)
+                cache.is_private = True
             kwargs[CACHE_NAME] = cache
         elif setting("cache_implementation") is None and kwargs.get("use_cache", True):
             kwargs[CACHE_NAME] = new_cache(config)

@@ -41,7 +41,7 @@ from .modeling_base import DeepSeekVLV2CausalLMOutputWithPast, DeepseekVLV2PreTr
 from .modeling_deepseek import DeepseekV2ForCausalLM, split_training_mask
 from .projector import MlpProjector, output_side
 from .siglip_vit import VisionTransformer
-from .tiling import TileGrid
+from .tiling import TileGrid, count_image_tokens
 
 __all__ = [
     "DeepSeekVLV2CausalLMOutputWithPast",
@@ -221,6 +221,39 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         total = self.encode_tiles(tile_13SS).sum()
         return (total + (self.image_newline.sum() + self.view_seperator.sum()).to(total.device)) * 0.0
 
+    @property
+    def image_token_side(self) -> int:
+        """Image tokens along a tile's side."""
+        return output_side(self.config.projector_config, self.vision.patch_embed.grid_size[0])
+
+    @property
+    def vision_device(self) -> torch.device:
+        """Where tiles go."""
+        device: torch.device = self.vision.patch_embed.proj.weight.device
+        return device if device.type != "meta" else self.device
+
+    def image_grids(
+        self,
+        input_ids: torch.Tensor,
+        images: torch.Tensor | None,
+        images_seq_mask: torch.Tensor | None,
+        images_spatial_crop: torch.Tensor | None,
+    ) -> list[list[TileGrid]]:
+        """Return the tile grids of each row's images, none where there are no images; see `prepare_inputs_embeds`.
+
+        Raises:
+            ValueError: ids, mask and images disagree.
+        """
+        grids = [] if images is None or images_spatial_crop is None else real_grids(images_spatial_crop.tolist())
+        if images is None or not any(grids):
+            check_no_image_tokens(images_seq_mask)
+            return []
+        check_image_shapes(input_ids, images, images_seq_mask, self.config.vision_config.image_size)
+        assert images_seq_mask is not None
+        marked, consistent = read_image_mask(input_ids, images_seq_mask.to(input_ids.device))
+        check_image_tokens(marked, consistent, grids, self.image_token_side, images.shape[1])
+        return grids
+
     def prepare_inputs_embeds(
         self,
         input_ids: torch.Tensor,
@@ -240,23 +273,18 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         Raises:
             ValueError: ids, mask and images disagree.
         """
-        grids = [] if images is None or images_spatial_crop is None else real_grids(images_spatial_crop.tolist())
-        if images is None or not any(grids):
-            check_no_image_tokens(images_seq_mask)
+        grids = self.image_grids(input_ids, images, images_seq_mask, images_spatial_crop)
+        if images is None or images_seq_mask is None or not any(grids):
             embeds = self.get_input_embeddings()(input_ids)
             if images is not None and self.training and is_one_of_several_processes():
                 embeds = embeds + self._touch_vision(images[:1, 0]).to(embeds)
             return embeds
-        side = output_side(self.config.projector_config, self.vision.patch_embed.grid_size[0])
-        check_image_shapes(input_ids, images, images_seq_mask, self.config.vision_config.image_size)
-        assert images_seq_mask is not None
-        marked, consistent = read_image_mask(input_ids, images_seq_mask.to(input_ids.device))
-        check_image_tokens(marked, consistent, grids, side, images.shape[1])
+        marked = sum(count_image_tokens(grid, self.image_token_side) for row in grids for grid in row)
         embeds = self.get_input_embeddings()(input_ids)
         # The positions by a sort: a masked scatter would wait for the device in its backward pass.
         text_first = images_seq_mask.to(embeds.device).logical_not().to(torch.uint8).flatten()
-        positions = text_first.argsort(stable=True)[: sum(marked)]
-        tokens_NH, places = self._image_tokens(images, grids, side, embeds.device)
+        positions = text_first.argsort(stable=True)[:marked]
+        tokens_NH, places = self._image_tokens(images, grids, self.image_token_side, embeds.device)
         return embeds.flatten(0, 1).index_copy(0, positions[places], tokens_NH.to(embeds)).view_as(embeds)
 
     # ---------------------------------------------------------------- running
