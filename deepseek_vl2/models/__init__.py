@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from ..kernels import begin_tiles, encode_tiles, find_row_kernels, may_scale, run_experts, sample, scale
+from ..engine.backend import begin_tiles, encode_tiles, find_row_kernels, may_scale, run_experts, sample, scale
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .cpu import ROW_KERNELS
 from .generation import FAST_SAMPLERS

@@ -120,7 +120,7 @@ _ROWS: ContextVar[Any] = ContextVar("kernels of one row", default=None)
 
 
 def row_kernels() -> Any:
-    """Return the kernels of one row that are in use, `deepseek_vl2.kernels.rows.RowKernels`; ``None``: none are."""
+    """Return the kernels of one row that are in use, `deepseek_vl2.ops.cpu.bindings.RowKernels`; ``None``: none are."""
     return None if torch.compiler.is_compiling() else _ROWS.get()
 
 
