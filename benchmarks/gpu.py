@@ -40,9 +40,9 @@ from gpu_end_to_end import prompt, random_model, released_config
 from gpu_kernels import TOLERANCE, KernelChecks
 from gpu_tokens import compare, record_steps
 
-from deepseek_vl2 import kernels
-from deepseek_vl2.kernels import runtime
-from deepseek_vl2.kernels.decode import Weights, experts_hit
+from deepseek_vl2 import ops
+from deepseek_vl2.engine import backend, runtime
+from deepseek_vl2.engine.decode import Weights, experts_hit
 from deepseek_vl2.models import DeepseekVLV2Processor
 from deepseek_vl2.models.cache import new_cache
 from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
@@ -123,14 +123,14 @@ def give_memory_back() -> None:
 @contextmanager
 def plain_path() -> Iterator[None]:
     """Turn the kernels off."""
-    before = os.environ.get(kernels.SWITCH)
-    os.environ[kernels.SWITCH] = "0"
+    before = os.environ.get(ops.SWITCH)
+    os.environ[ops.SWITCH] = "0"
     try:
         yield
     finally:
-        os.environ.pop(kernels.SWITCH)
+        os.environ.pop(ops.SWITCH)
         if before is not None:
-            os.environ[kernels.SWITCH] = before
+            os.environ[ops.SWITCH] = before
 
 
 class Bench:
@@ -328,7 +328,7 @@ class Bench:
         """Time whole calls of ``generate``: first token, tokens after it, memory."""
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         if self.on_gpu:
-            kernels.release(model)
+            backend.release(model)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         table = []
@@ -509,7 +509,7 @@ class Bench:
         start = float("nan")
         with report.section(f"{size}: first session"):
             start = self.wall(lambda: runtime.engine_of(language).session(language, 1, CONTEXT + 512)) / 1e3
-            report.add(f"\nWhy not the kernels: {kernels.why_not(model)}; first session {start:.1f} s.")
+            report.add(f"\nWhy not the kernels: {backend.why_not(model)}; first session {start:.1f} s.")
         with report.section(f"{size}: kernels"):
             self.check_kernels(size, runtime.engine_of(language).weights)
         with report.section(f"{size}: decoding"):

@@ -9,9 +9,19 @@ from collections.abc import Callable
 
 import torch
 
-from deepseek_vl2.kernels import experts, gate, latent, linear, multihead, norm
-from deepseek_vl2.kernels.decode import MULTIPROCESSORS, Layer, Weights, multihead_splits
-from deepseek_vl2.kernels.experts import ExpertWeights
+from deepseek_vl2.engine.decode import MULTIPROCESSORS, Layer, Weights, multihead_splits
+from deepseek_vl2.ops.triton import (
+    decode_experts,
+    decode_experts_gemm,
+    decode_experts_gemv,
+    decode_gemm,
+    decode_gemv,
+    decode_mha,
+    decode_mla,
+    norm,
+    router,
+)
+from deepseek_vl2.ops.triton.decode_experts import ExpertWeights
 
 TOLERANCE = 1.2e-2  # bfloat16: half a step is 2^-9, and a chain of kernels rounds some five times
 POSITION = 1450
@@ -49,26 +59,28 @@ class KernelChecks:
         out = self.poisoned(self.rows, width, dtype=torch.float32 if float_out else None)
         fused = norm_weight if normed and self.rows == 1 else None
         if self.rows == 1:
-            linear.one_row_linear(x[0], weights, out[0], fused, 1e-6, None if added is None else added[0])
+            decode_gemv.one_row_linear(x[0], weights, out[0], fused, 1e-6, None if added is None else added[0])
         else:
-            linear.few_rows_linear(x, weights, out, added)
+            decode_gemm.few_rows_linear(x, weights, out, added)
         wide = [weight.float() for weight in weights]
         plain_norm = None if fused is None else fused.float()
-        plain = linear.norm_linear_plain(x.float(), wide, plain_norm, 1e-6, None if added is None else added.float())
+        plain = decode_gemv.norm_linear_plain(
+            x.float(), wide, plain_norm, 1e-6, None if added is None else added.float()
+        )
         return error(out, plain)
 
     def best(self) -> float:
         """Check that the likeliest of one row is found; 0 or 1."""
         head = self.weights.head
         x, out = self.draw(self.hidden), self.poisoned(head.shape[0], dtype=torch.float32)
-        programs = -(-head.shape[0] // linear.one_row_blocks(self.hidden, head.shape[0])["BLOCK_N"])
+        programs = -(-head.shape[0] // decode_gemv.one_row_blocks(self.hidden, head.shape[0])["BLOCK_N"])
         best = (
             self.poisoned(programs, dtype=torch.float32),
             torch.zeros(programs, dtype=torch.int32, device=self.device),
         )
         chosen = torch.full((1,), -1, device=self.device)
-        linear.one_row_linear(x, [head], out, self.weights.norm, 1e-6, rounded=True, best=best)
-        linear.pick_best(best, chosen)
+        decode_gemv.one_row_linear(x, [head], out, self.weights.norm, 1e-6, rounded=True, best=best)
+        decode_gemv.pick_best(best, chosen)
         return float(out[chosen[0]] != out.max())
 
     def attention(self) -> float:
@@ -91,21 +103,21 @@ class KernelChecks:
         projected, positions = self.draw(rows, width), self._positions()
         (cos, sin), cache = self._tables(rotated), self.draw(rows, POSITION, rank + rotated)
         query = self.poisoned(rows, a.heads, rank + rotated)
-        latent.prepare(projected, a.kv_b, a.norm, a.eps, cos, sin, positions, query, cache, True)
+        decode_mla.prepare(projected, a.kv_b, a.norm, a.eps, cos, sin, positions, query, cache, True)
         at, split = positions.long(), a.heads * (a.unrotated + rotated)
-        plain_query, plain_token = latent.prepare_plain(
+        plain_query, plain_token = decode_mla.prepare_plain(
             projected[:, :split].unflatten(1, (a.heads, -1)).float(), projected[:, split:].float(), a.kv_b.float(),
             a.norm.float(), a.eps, cos[at].float(), sin[at].float(),
         )  # fmt: skip
         token = cache[torch.arange(rows, device=self.device), at]
         worst = max(error(query, plain_query), error(token, plain_token))
-        splits = latent.splits_of(rows, a.heads, MULTIPROCESSORS)
+        splits = decode_mla.splits_of(rows, a.heads, MULTIPROCESSORS)
         partial = self.poisoned(rows, splits, a.heads, rank, dtype=torch.float32)
         share = self.poisoned(rows, splits, a.heads, dtype=torch.float32)
-        latent.attend_splits(query, cache, positions, a.scaling, partial, share)
+        decode_mla.attend_splits(query, cache, positions, a.scaling, partial, share)
         out = self.poisoned(rows, a.heads, a.size)
-        latent.join_splits(partial, share, positions, out, a.kv_b)
-        mixed = latent.attend_plain(query.float(), cache.float(), positions, rank, a.scaling)
+        decode_mla.join_splits(partial, share, positions, out, a.kv_b)
+        mixed = decode_mla.attend_plain(query.float(), cache.float(), positions, rank, a.scaling)
         plain = torch.einsum("bnr,nvr->bnv", mixed, a.kv_b[:, a.unrotated :].float())
         return max(worst, error(out, plain))
 
@@ -115,10 +127,10 @@ class KernelChecks:
         assert kv_b is not None
         count, _, rank = kv_b.shape
         x, out = self.draw(self.rows, count, unrotated), self.poisoned(self.rows, count, rank)
-        linear.few_rows_of_groups(x, kv_b[:, :unrotated].mT, out)
+        decode_gemm.few_rows_of_groups(x, kv_b[:, :unrotated].mT, out)
         worst = error(out, torch.einsum("bnd,ndr->bnr", x.float(), kv_b[:, :unrotated].float()))
         x, out = self.draw(self.rows, count, rank), self.poisoned(self.rows, count, kv_b.shape[1] - unrotated)
-        linear.few_rows_of_groups(x, kv_b[:, unrotated:], out)
+        decode_gemm.few_rows_of_groups(x, kv_b[:, unrotated:], out)
         return max(worst, error(out, torch.einsum("bnr,nvr->bnv", x.float(), kv_b[:, unrotated:].float())))
 
     def _multihead(self) -> float:
@@ -127,22 +139,22 @@ class KernelChecks:
         cos, sin = self._tables(a.size)
         keys, values = (self.draw(rows, a.key_heads, POSITION, a.size) for _ in range(2))
         query = self.poisoned(rows, a.heads, a.size)
-        multihead.rotate_and_write(projected, cos, sin, positions, query, keys, values)
+        decode_mha.rotate_and_write(projected, cos, sin, positions, query, keys, values)
         at, index = positions.long(), torch.arange(rows, device=self.device)
         q, k, v = projected.float().unflatten(1, (-1, a.size)).split([a.heads, a.key_heads, a.key_heads], dim=1)
         angles = (cos[at].float()[:, None], sin[at].float()[:, None])
         worst = max(
-            error(query, multihead.rotate_halves_plain(q, *angles)),
-            error(keys[index, :, at], multihead.rotate_halves_plain(k, *angles)),
+            error(query, decode_mha.rotate_halves_plain(q, *angles)),
+            error(keys[index, :, at], decode_mha.rotate_halves_plain(k, *angles)),
             error(values[index, :, at], v),
         )
         splits = multihead_splits(rows, a.heads)
         partial = self.poisoned(rows, splits, a.heads, a.size, dtype=torch.float32)
         share = self.poisoned(rows, splits, a.heads, dtype=torch.float32)
-        multihead.attend_splits(query, keys, values, positions, a.scaling, partial, share)
+        decode_mha.attend_splits(query, keys, values, positions, a.scaling, partial, share)
         out = self.poisoned(rows, a.heads, a.size)
-        latent.join_splits(partial, share, positions, out, step=multihead.keys_a_step(len(positions)))
-        plain = multihead.attend_plain(query.float(), keys.float(), values.float(), positions, a.scaling)
+        decode_mla.join_splits(partial, share, positions, out, step=decode_mha.keys_a_step(len(positions)))
+        plain = decode_mha.attend_plain(query.float(), keys.float(), values.float(), positions, a.scaling)
         return max(worst, error(out, plain))
 
     def _wide(self) -> ExpertWeights:
@@ -163,17 +175,17 @@ class KernelChecks:
         residual = self.draw(rows, self.hidden, scale=0.01)  # small: it must not hide what is added to it
         if rows == 1:
             hidden = self.poisoned(rule.chosen * inner + common)
-            gate.route(x, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, tickets, ids, shares)
-            experts.one_row_inner(x[0], layer.post_norm, layer.eps, layer.experts, hidden, ids[0])
-            experts.one_row_down(hidden, layer.experts, residual[0], out[0], ids[0], shares[0])
+            router.route(x, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, tickets, ids, shares)
+            decode_experts_gemv.one_row_inner(x[0], layer.post_norm, layer.eps, layer.experts, hidden, ids[0])
+            decode_experts_gemv.one_row_down(hidden, layer.experts, residual[0], out[0], ids[0], shares[0])
         else:
-            gate.route(
+            router.route(
                 x, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, tickets, ids, shares, normed
             )
             routed, shared = self.poisoned(rows, rule.chosen, inner), self.poisoned(rows, common)
             routed_out, shared_out = self.poisoned(rows, rule.chosen, self.hidden), self.poisoned(rows, self.hidden)
-            experts.few_rows_inner(normed, layer.experts, routed, shared, ids)
-            experts.few_rows_down(routed, shared, layer.experts, routed_out, shared_out, ids)
+            decode_experts_gemm.few_rows_inner(normed, layer.experts, routed, shared, ids)
+            decode_experts_gemm.few_rows_down(routed, shared, layer.experts, routed_out, shared_out, ids)
             norm.finish_layer(residual, routed_out, shares, shared_out, layer.post_norm, layer.eps, out, normed)
         return error(out, residual.float() + self._experts_plain(x, ids, shares))
 
@@ -182,8 +194,8 @@ class KernelChecks:
         normed = norm.rms_norm_plain(x, self.layer.post_norm, self.layer.eps).float()
         for row in range(len(x)):  # one by one: the plain form gathers weights
             index = slice(row, row + 1)
-            inner, common = experts.inner_plain(normed[index], wide, ids[index])
-            routed, shared = experts.down_plain(inner, common, wide, ids[index])
+            inner, common = decode_experts.inner_plain(normed[index], wide, ids[index])
+            routed, shared = decode_experts.down_plain(inner, common, wide, ids[index])
             assert routed is not None
             total = (routed * shares[index].unsqueeze(-1)).sum(1)
             rows.append(total if shared is None else total + shared)
@@ -198,8 +210,8 @@ class KernelChecks:
         shares = self.poisoned(self.rows, rule.chosen, dtype=torch.float32)
         logits = self.poisoned(self.rows, rule.experts, dtype=torch.float32)
         tickets = torch.zeros(self.rows, dtype=torch.int32, device=self.device)
-        gate.route(x, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, tickets, ids, shares, normed)
-        plain_normed, _, plain_shares = gate.route_plain(x, layer.post_norm, layer.eps, layer.gate, layer.bias, rule)
+        router.route(x, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, tickets, ids, shares, normed)
+        plain_normed, _, plain_shares = router.route_plain(x, layer.post_norm, layer.eps, layer.gate, layer.bias, rule)
         return max(error(normed, plain_normed), error(shares.sort().values, plain_shares.sort().values))
 
     def checks(self) -> list[Check]:

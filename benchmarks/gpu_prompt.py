@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from gpu_end_to_end import prompt, random_model
 
-from deepseek_vl2 import kernels
-from deepseek_vl2.kernels import graphs, runtime
+from deepseek_vl2.engine import backend, cuda_graphs, runtime
 from deepseek_vl2.models import DeepseekVLV2Processor, generation, modeling_deepseek_vl_v2
 from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
 
@@ -185,7 +184,7 @@ def measure(size: str, device: torch.device) -> list[tuple[str, str]]:
         print(f"\n### {size}: kernels of a replayed prompt\n\n| kernel | calls | us |\n| --- | --- | --- |")
         for kernel, count, spent in kernel_table(replay):
             print(f"| {kernel} | {count} | {spent:.0f} |")
-    kernels.release(model)
+    backend.release(model)
     return rows
 
 
@@ -199,7 +198,7 @@ def main() -> None:
     if device.type != "cuda":  # the loop of the kernels, and passes that are not recorded
         runtime.why_not_device = lambda weight: None
         generation.FAST_SAMPLERS[:] = [runtime.sample]
-        graphs.recorder_for = lambda device: lambda run: run
+        cuda_graphs.recorder_for = lambda device: lambda run: run
     for size in args.sizes:
         start = time.perf_counter()
         rows = measure(size, device)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import create_causal_mask
 
-from deepseek_vl2.kernels import runtime
+from deepseek_vl2.engine import runtime
 from deepseek_vl2.models.cache import new_cache
 from deepseek_vl2.models.modeling_deepseek import positions_from_mask
 from deepseek_vl2.models.moe import DeepseekV2MoE, MoEGate

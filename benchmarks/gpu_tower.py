@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from gpu_prompt import kernel_table, on_device
 
-from deepseek_vl2.kernels import norm, tower
-from deepseek_vl2.kernels.primitives import early_start
+from deepseek_vl2.engine import vision_kernels
 from deepseek_vl2.models.siglip_vit import VisionTransformer
+from deepseek_vl2.ops.triton import norm
+from deepseek_vl2.ops.triton.common import early_start
 
 Run = Callable[[], Any]
 
@@ -123,14 +124,14 @@ def measure_tower(table: Table, vision: Any, tiles: int, device: torch.device) -
     """Time the whole tower both ways, and compare both with float32."""
     side = vision.patch_embed.img_size[0]
     pixels = torch.randn(tiles, 3, side, side, device=device).bfloat16()
-    reason = tower.why_not_tower(vision) if device.type != "cuda" else tower.why_not(vision, pixels)
+    reason = vision_kernels.why_not_tower(vision) if device.type != "cuda" else vision_kernels.why_not(vision, pixels)
     if reason is not None:
         table.add("why not by the kernel", tiles, reason)
     early = early_start(device)
     ways: dict[str, Run] = {
         "tower, modules recorded": lambda: vision(pixels),
-        "tower, kernel recorded, without early start": lambda: tower.encode(vision, pixels, {}),
-        "tower, kernel recorded": lambda: tower.encode(vision, pixels, early),
+        "tower, kernel recorded, without early start": lambda: vision_kernels.encode(vision, pixels, {}),
+        "tower, kernel recorded": lambda: vision_kernels.encode(vision, pixels, early),
     }
     for name, run in ways.items():
         table.add(name, tiles, f"{on_device(device, recorded(run, device)):.3f} ms")
@@ -140,9 +141,9 @@ def measure_tower(table: Table, vision: Any, tiles: int, device: torch.device) -
     for name, run in (("modules", ways["tower, modules recorded"]), ("the kernel", ways["tower, kernel recorded"])):
         table.add(f"relative error of {name}", tiles, f"{relative(run(), want):.3e}")
     again = torch.empty_like(want, dtype=pixels.dtype)
-    replay = recorded(lambda: again.copy_(tower.encode(vision, pixels, early)), device)
+    replay = recorded(lambda: again.copy_(vision_kernels.encode(vision, pixels, early)), device)
     replay()
-    same = torch.equal(again, tower.encode(vision, pixels, early))
+    same = torch.equal(again, vision_kernels.encode(vision, pixels, early))
     table.add("a replay has the bits of a run", tiles, "yes" if same else "**NO**")
 
 
@@ -150,7 +151,10 @@ def show_kernels(vision: Any, tiles: int, device: torch.device) -> None:
     """Print what the tower runs on the device, both ways."""
     side = vision.patch_embed.img_size[0]
     pixels = torch.randn(tiles, 3, side, side, device=device).bfloat16()
-    for name, run in (("modules", lambda: vision(pixels)), ("the kernel", lambda: tower.encode(vision, pixels))):
+    for name, run in (
+        ("modules", lambda: vision(pixels)),
+        ("the kernel", lambda: vision_kernels.encode(vision, pixels)),
+    ):
         print(f"\n{tiles} tiles by {name}\n\n| kernel | calls | us |\n| --- | --- | --- |")
         for kernel, calls, spent in kernel_table(recorded(run, device))[:12]:
             print(f"| {kernel} | {calls} | {spent:.0f} |")

@@ -18,10 +18,10 @@ import torch
 from gpu_end_to_end import random_model
 from triton.errors import TritonError
 
-from deepseek_vl2.kernels import experts, linear
-from deepseek_vl2.kernels.decode import Layer, Weights
-from deepseek_vl2.kernels.primitives import early_start
-from deepseek_vl2.kernels.weights import read_weights
+from deepseek_vl2.engine.decode import Layer, Weights
+from deepseek_vl2.engine.weights import read_weights
+from deepseek_vl2.ops.triton import decode_experts_gemm, decode_experts_gemv, decode_gemm, decode_gemv
+from deepseek_vl2.ops.triton.common import early_start
 
 Blocks = dict[str, Any]
 Run = Callable[[Layer, Blocks], None]
@@ -93,36 +93,36 @@ class Tuner:
         """Norm and projections."""
         if self.rows == 1:
             parts = layer.attention.projections
-            linear.one_row_linear(self.x[0], parts, self.projected[0], layer.input_norm, 1e-6, **blocks)
+            decode_gemv.one_row_linear(self.x[0], parts, self.projected[0], layer.input_norm, 1e-6, **blocks)
         else:
-            linear.few_rows_linear(self.x, layer.attention.projections, self.projected, **blocks)
+            decode_gemm.few_rows_linear(self.x, layer.attention.projections, self.projected, **blocks)
 
     def output(self, layer: Layer, blocks: Blocks) -> None:
         """Output projection."""
         if self.rows == 1:
-            linear.one_row_linear(
+            decode_gemv.one_row_linear(
                 self.mixed[0], [layer.attention.out], self.out[0], residual_N=self.out[0], **blocks
             )  # fmt: skip
         else:
-            linear.few_rows_linear(self.mixed, [layer.attention.out], self.out, self.out, **blocks)
+            decode_gemm.few_rows_linear(self.mixed, [layer.attention.out], self.out, self.out, **blocks)
 
     def up(self, layer: Layer, blocks: Blocks) -> None:
         """Gate and up of the experts."""
         if self.rows == 1:
-            experts.one_row_inner(
+            decode_experts_gemv.one_row_inner(
                 self.x[0], layer.post_norm, 1e-6, layer.experts, self.inner, self.ids[0], **blocks,
             )  # fmt: skip
         else:
-            experts.few_rows_inner(self.x, layer.experts, self.routed, self.shared, self.ids, **blocks)
+            decode_experts_gemm.few_rows_inner(self.x, layer.experts, self.routed, self.shared, self.ids, **blocks)
 
     def down(self, layer: Layer, blocks: Blocks) -> None:
         """Down of the experts."""
         if self.rows == 1:
-            experts.one_row_down(
+            decode_experts_gemv.one_row_down(
                 self.inner, layer.experts, self.x[0], self.out[0], self.ids[0], self.shares[0], **blocks
             )
         else:
-            experts.few_rows_down(
+            decode_experts_gemm.few_rows_down(
                 self.routed, self.shared, layer.experts, self.routed_out, self.shared_out, self.ids, **blocks
             )
 

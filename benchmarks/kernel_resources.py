@@ -32,12 +32,13 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from deepseek_vl2.kernels import gate, grouped, norm, prompt, rotary, scaling, tower
-from deepseek_vl2.kernels.decode import MAX_ROWS, decode_step, new_buffers
-from deepseek_vl2.kernels.weights import read_rule, read_weights, rotary_tables
+from deepseek_vl2.engine import vision_kernels
+from deepseek_vl2.engine.decode import MAX_ROWS, decode_step, new_buffers
+from deepseek_vl2.engine.weights import read_rule, read_weights, rotary_tables
 from deepseek_vl2.models import DeepseekVLV2Config
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2ForCausalLM
 from deepseek_vl2.models.siglip_vit import VisionTransformer
+from deepseek_vl2.ops.triton import grouped_gemm, image_resize, norm, prefill_experts, rope, router
 
 RELEASES = Path(__file__).resolve().parents[1] / "tests" / "golden" / "releases"
 ARCHITECTURE = 90
@@ -176,23 +177,25 @@ def prompt_resources(size: str, tokens: int) -> list[Resources]:
             size_of_head, rank, part = attention.qk_head_dim, attention.kv_lora_rank, attention.qk_rope_head_dim
             cos = weights.new_empty(tokens, part)
             compressed, cache = weights.new_empty(tokens, rank + part), weights.new_empty(1, tokens, rank + part)
-            _, rope = rotary.cache_latents(compressed, attention.kv_a_layernorm.weight, 1e-6, cos, cos, cache)
+            _, key_rope = rope.cache_latents(compressed, attention.kv_a_layernorm.weight, 1e-6, cos, cos, cache)
             expanded = attention.qk_nope_head_dim + attention.v_head_dim
             heads = weights.new_empty(tokens, attention.num_heads, expanded)
-            rotary.keys_of_heads(heads, rope, attention.qk_nope_head_dim)
+            rope.keys_of_heads(heads, key_rope, attention.qk_nope_head_dim)
         else:
             size_of_head = attention.head_dim
             cos = weights.new_empty(tokens, size_of_head)
         heads = weights.new_empty(tokens, config.num_attention_heads, size_of_head)
-        rotary.rotate_heads_(heads, cos, cos, pairs=config.use_mla)
-        bias = mlp.gate.e_score_correction_bias if rule.method == gate.CORRECTED else None
-        ids, shares = gate.route_rows(x, mlp.gate.weight, bias, rule, last, tokens)
-        places, ends = prompt.place_pairs(ids, rule.experts)
-        inner = grouped.inner_of_pairs(prompt.spread_rows(x, places), mlp.experts.gate_up_proj, ends)
-        outputs = grouped.down_of_pairs(inner, mlp.experts.down_proj, ends)
-        prompt.silu_times(inner, inner)
-        prompt.sum_of_experts(outputs, places, shares)
-        scaling.scale_side(*(torch.empty(768, width, 3, dtype=torch.uint8, device="meta") for width in (1024, 384)))
+        rope.rotate_heads_(heads, cos, cos, pairs=config.use_mla)
+        bias = mlp.gate.e_score_correction_bias if rule.method == router.CORRECTED else None
+        ids, shares = router.route_rows(x, mlp.gate.weight, bias, rule, last, tokens)
+        places, ends = prefill_experts.place_pairs(ids, rule.experts)
+        inner = grouped_gemm.inner_of_pairs(prefill_experts.spread_rows(x, places), mlp.experts.gate_up_proj, ends)
+        outputs = grouped_gemm.down_of_pairs(inner, mlp.experts.down_proj, ends)
+        prefill_experts.silu_times(inner, inner)
+        prefill_experts.sum_of_experts(outputs, places, shares)
+        image_resize.scale_side(
+            *(torch.empty(768, width, 3, dtype=torch.uint8, device="meta") for width in (1024, 384))
+        )
         norm.finish_layer(x, outputs, shares, x, layer.input_layernorm.weight, 1e-6, x, x, places)
     return list(known.values())
 
@@ -211,7 +214,7 @@ def tower_resources() -> list[Resources]:
     vision, known = vision_tower(), dict[str, Resources]()
     pixels = torch.empty(2, 3, *vision.patch_embed.img_size, dtype=torch.bfloat16, device="meta")
     with compiling(known), torch.no_grad():
-        tower.encode(vision, pixels, EARLY)
+        vision_kernels.encode(vision, pixels, EARLY)
     return list(known.values())
 
 

@@ -1,1 +1,1 @@
-"""The inference engine: when things are computed. See README.md; import what you need from the modules."""
+"""What runs the model fast: support checks, weights, caches, CUDA graphs, prefill and decoding."""

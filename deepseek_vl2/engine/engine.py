@@ -17,6 +17,7 @@ from weakref import ref
 
 import torch
 
+from ..models.cache import Segment
 from .detokenizer import TokenLogprobs
 from .embedding import Embedder
 from .fetch import Fetch
@@ -28,7 +29,6 @@ from .rows import Rows
 from .runner import Part, Runner
 from .sampler import Sampled, SamplingBatch, read_logprobs
 from .scheduler import EngineOptions, Scheduler
-from ..models.cache import Segment
 
 logger = logging.getLogger(__name__)
 

@@ -69,7 +69,9 @@ def unsupported_reason(call: SampleCall) -> str | None:
     if unknown := [name for name, value in kwargs.items() if name not in KNOWN and value is not None]:
         return f"the call has arguments of its own: {', '.join(unknown)}"
     return (
-        unsupported_processor(call) or unsupported_positions(kwargs) or unsupported_cache(cache_, kwargs, call.input_ids)
+        unsupported_processor(call)
+        or unsupported_positions(kwargs)
+        or unsupported_cache(cache_, kwargs, call.input_ids)
     )
 
 
@@ -160,9 +162,7 @@ class CallPrompts:
         self.seq_mask: torch.Tensor | None = kwargs.get("images_seq_mask")
         self.grids: list[list[Any]] = []
         if self.embeds is None and hasattr(self.model, "image_grids"):
-            self.grids = self.model.image_grids(
-                self.ids, self.images, self.seq_mask, kwargs.get("images_spatial_crop")
-            )
+            self.grids = self.model.image_grids(self.ids, self.images, self.seq_mask, kwargs.get("images_spatial_crop"))
 
     def all(self) -> list[Prompt]:
         """Return the prompts."""

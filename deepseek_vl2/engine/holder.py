@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 from .engine import Engine
-from .fingerprint import ModuleFingerprint
+from .fingerprint import Watch
 from .scheduler import EngineOptions
 
 NAME = "_engine_holder"
@@ -18,7 +18,7 @@ class EngineHolder:
     def __init__(self) -> None:
         self.engine: Engine | None = None
         self.options = EngineOptions()
-        self.fingerprint: ModuleFingerprint | None = None
+        self.fingerprint: Watch | None = None
         self.settings: tuple[Any, ...] = ()
         self.lock = threading.RLock()
 
@@ -32,11 +32,11 @@ class EngineHolder:
         """Return the engine; a new one where the model's modules or weights are others than it was made for."""
         with self.lock:
             settings = (language.config._attn_implementation, getattr(language.config, "_experts_implementation", None))
-            same = self.fingerprint is not None and settings == self.settings and self.fingerprint.matches()
+            same = self.fingerprint is not None and settings == self.settings and self.fingerprint.holds()
             if self.engine is None or not same or not self.engine.healthy:
                 self.fingerprint = None
                 self.engine = Engine(language, self.options)
-                self.fingerprint, self.settings = ModuleFingerprint(language), settings
+                self.fingerprint, self.settings = Watch(language), settings
             return self.engine
 
 

@@ -71,12 +71,16 @@ class Prompt:
 
     def hashes(self) -> list[bytes]:
         """Return the hashes of its blocks; none where it is not to be shared."""
+        if self._hashes is None:
+            self._hashes = self.hashes_with(())
+        return self._hashes
+
+    def hashes_with(self, tokens: Sequence[int]) -> list[bytes]:
+        """Return the hashes of its blocks with some tokens behind it."""
         images = self.images
         if not self.shared or self.embeds_TH is not None or (images is not None and images.keys is None):
             return []
-        if self._hashes is None:
-            self._hashes = block_hashes(self.ids, self._image_spans())
-        return self._hashes
+        return block_hashes([*self.ids, *tokens], self._image_spans())
 
     def _image_spans(self) -> list[tuple[int, int, bytes]]:
         if self.images is None:
@@ -147,7 +151,7 @@ class Request:
             raise ValueError("Stop sequences need a tokenizer's table (token_bytes).")
 
 
-class Answer:  # noqa: N801 - `Sequence` is collections.abc's
+class Answer:
     """A request that the engine works on.
 
     Args:
@@ -162,9 +166,7 @@ class Answer:  # noqa: N801 - `Sequence` is collections.abc's
         self.params = params
         self.end_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else eos_ids)
         self.sampler = RowSampler(params, request.prompt.ids, self.end_ids)
-        self.detokenizer = (
-            None if request.token_bytes is None else Detokenizer(request.token_bytes, params.stop)
-        )
+        self.detokenizer = None if request.token_bytes is None else Detokenizer(request.token_bytes, params.stop)
         self.extent: Extent | None = None
         self.prefix: Prefix | None = None
         self.embeds_TH: torch.Tensor | None = None

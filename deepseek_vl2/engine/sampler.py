@@ -130,9 +130,7 @@ def cut_tails(
     guess = probabilities_BV.device.type == "cpu" and probabilities_BV.shape[1] > NUCLEUS_GUESS
     if not guess:
         sorted_BV = probabilities_BV.sort(dim=-1, descending=True).values
-        return probabilities_BV.masked_fill(
-            probabilities_BV < smallest_kept(sorted_BV, top_k_B, top_p_B, min_p_B), 0.0
-        )
+        return probabilities_BV.masked_fill(probabilities_BV < smallest_kept(sorted_BV, top_k_B, top_p_B, min_p_B), 0.0)
     sorted_BK = probabilities_BV.topk(NUCLEUS_GUESS, dim=-1).values
     least_B1 = smallest_kept(sorted_BK, top_k_B, top_p_B, min_p_B)
     wide_B = (top_k_B > NUCLEUS_GUESS) | ((top_k_B == 0) & (sorted_BK.double().sum(dim=-1) < top_p_B))

@@ -113,8 +113,11 @@ class Scheduler:
         # The last token's keys and values may not be written yet.
         written = min(answer.cached, answer.length - 1)
         if prefix is not None and not answer.failed and written >= BLOCK:
+            prefix.hashes = answer.prompt.hashes_with(answer.tokens[: max(written - len(answer.prompt), 0)])
+            prefix.hashes = prefix.hashes[: written // BLOCK]
+            self.prefixes.add(prefix)  # the next turn of a conversation begins with this one's answer
             if self.prefixes.retire(prefix):
-                self.kv_cache.trim(extent, max(written, len(prefix.hashes) * BLOCK))
+                self.kv_cache.trim(extent, written)
                 return
         if prefix is not None:
             self.prefixes.forget(prefix)

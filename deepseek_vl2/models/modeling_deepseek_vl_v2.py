@@ -7,9 +7,7 @@ L image tokens of a tile, W image tokens along a tile's side.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
 from transformers.utils import can_return_tuple
 
+from .backend import backend
 from .cache import CACHE_NAME, one_cache
 from .checkpoint import register_conversion
 from .configuration_deepseek import DeepseekV2Config
@@ -62,15 +61,6 @@ register_conversion(DeepseekVLV2Config.model_type)
 PROCESSOR_ONLY = ("sft_format", "seq_lens", "num_image_tokens", "target_ids")
 IMAGE_INPUTS = ("images", "images_seq_mask", "images_spatial_crop")
 
-# Faster forms of `encode_tiles`, asked in order with the model and its tiles; each returns None where it is not for
-# them. A package around these files fills it: as remote code they know of none.
-FAST_ENCODERS: list[Callable[[Any, torch.Tensor], torch.Tensor | None]] = []
-# What begins to encode before `generate` has prepared its call: given the model, its images and their crops, it returns
-# a function that waits for the embeddings of all tiles, or None where it is not for them.
-EARLY_ENCODERS: list[Callable[[Any, torch.Tensor, torch.Tensor], Callable[[], torch.Tensor] | None]] = []
-# In a call of `generate`: its model, its images, their version, and that function.
-_begun: ContextVar[tuple[Any, torch.Tensor, int, Callable[[], torch.Tensor]] | None] = ContextVar("begun", default=None)
-
 
 def is_whole_prompt(attention_mask: torch.Tensor | None, past_key_values: Any) -> bool:
     """Whether an empty cache is to be filled with a prompt without padding: its mask says nothing then.
@@ -80,28 +70,6 @@ def is_whole_prompt(attention_mask: torch.Tensor | None, past_key_values: Any) -
     if attention_mask is None or attention_mask.dim() != 2 or not isinstance(past_key_values, Cache):
         return False
     return int(past_key_values.get_seq_length()) == 0 and bool(attention_mask.all())
-
-
-@contextmanager
-def images_begun(model: Any, images: torch.Tensor | None, crops: torch.Tensor | None) -> Iterator[None]:
-    """Have the images of a prompt on their way through the vision tower meanwhile, where something can do so."""
-    wait = None
-    if images is not None and crops is not None:
-        wait = next((wait for early in EARLY_ENCODERS if (wait := early(model, images, crops)) is not None), None)
-    token = _begun.set(None if images is None or wait is None else (model, images, images._version, wait))
-    try:
-        yield
-    finally:
-        _begun.reset(token)
-
-
-def take_begun(model: Any, images: torch.Tensor) -> torch.Tensor | None:
-    """Return, once, the embeddings of tiles that `images_begun` began to make of these very images."""
-    begun = _begun.get()
-    if begun is None or begun[0] is not model or begun[1] is not images or begun[2] != images._version:
-        return None
-    _begun.set(None)
-    return begun[3]()
 
 
 def is_one_of_several_processes() -> bool:
@@ -170,10 +138,10 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         weight = self.vision.patch_embed.proj.weight
         device = weight.device if weight.device.type != "meta" else tiles_V3SS.device
         tiles = tiles_V3SS.to(device=device, dtype=weight.dtype)
-        if not torch.is_grad_enabled():
-            for fast in FAST_ENCODERS:
-                if (embeddings := fast(self, tiles)) is not None:
-                    return embeddings
+        if not torch.is_grad_enabled() and (engine := backend()) is not None:
+            embeddings: torch.Tensor | None = engine.encode_tiles(self, tiles)
+            if embeddings is not None:
+                return embeddings
         features = self.vision(tiles)
         with self.language.model.quick_products(features):
             return self.projector(features)
@@ -206,8 +174,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         every = [grid for row_grids in grids for grid in row_grids]
         layout = layout_of_images(every, side * side, self.global_view_pos == "head")
         places = torch.from_numpy(np.concatenate(layout)).to(device)
-        begun = take_begun(self, images)
-        views_VLH = self.encode_tiles(select_tiles(images, grids)) if begun is None else begun
+        views_VLH = self.encode_tiles(select_tiles(images, grids))
         newline, separator = (p.to(views_VLH) for p in (self.image_newline, self.view_seperator))
         ends = newline.expand(len(layout.newlines), -1), separator.expand(len(layout.separators), -1)
         return torch.cat((views_VLH.flatten(0, 1), *ends)), places
@@ -452,8 +419,11 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             copies = self.prepare_call(prompt, generation_config, kwargs)
             self._embed_prompt(generation_config, kwargs, copies)
         images = None if kwargs.get("inputs_embeds") is not None else kwargs.get("images")
-        with images_begun(self, images, kwargs.get("images_spatial_crop")):
-            return super().generate(None, generation_config=generation_config, **kwargs)
+        held, crops = kwargs.get(CACHE_NAME), kwargs.get("images_spatial_crop")
+        early = backend() if getattr(held, "is_private", False) else None
+        if early is not None and images is not None and crops is not None:
+            held.begun = early.begin_tiles(self, images, crops)  # while transformers prepares the call
+        return super().generate(None, generation_config=generation_config, **kwargs)
 
     def _embed_prompt(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], copies: int) -> None:
         """Embed the images here where transformers would do it wrongly or many times over.

@@ -19,8 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 
 pytest.importorskip("triton")
 
-from deepseek_vl2 import kernels
-from deepseek_vl2.kernels import decode, runtime
+from deepseek_vl2 import ops
+from deepseek_vl2.engine import backend, decode, runtime
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, generation
 from deepseek_vl2.models.cache import new_cache
 
@@ -168,7 +168,7 @@ def test_a_long_answer_moves_to_more_room(models: Any, fast: Fast, kind: str, mo
     assert torch.equal(plain, quick)
     rooms = {room for _, room in runtime.ENGINES[models[kind].language].sessions}
     assert {8, 16} <= rooms
-    kernels.release(models[kind])
+    backend.release(models[kind])
     assert models[kind].language not in runtime.ENGINES
 
 
@@ -275,8 +275,8 @@ def test_a_busy_engine_leaves_the_call_alone(models: Any, fast: Fast) -> None:
 
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kernels.SWITCH, "0")
-    assert "turns it off" in str(kernels.why_not(mini_model("tiny")))
-    monkeypatch.delenv(kernels.SWITCH)
+    monkeypatch.setenv(ops.SWITCH, "0")
+    assert "turns it off" in str(backend.why_not(mini_model("tiny")))
+    monkeypatch.delenv(ops.SWITCH)
     if DEVICE.type == "cpu":
-        assert "not on an NVIDIA GPU" in str(kernels.why_not(mini_model("tiny")))
+        assert "not on an NVIDIA GPU" in str(backend.why_not(mini_model("tiny")))

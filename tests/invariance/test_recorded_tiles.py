@@ -13,8 +13,9 @@ from support import GREEDY, mini_inputs, mini_model
 from test_whole_prompt import DEVICE, ON_GPU, NoHost, Recorder, poison, pretend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deepseek_vl2.kernels import graphs, norm, tiles, tower
+from deepseek_vl2.engine import cuda_graphs, vision, vision_kernels
 from deepseek_vl2.models import modeling_deepseek_vl_v2
+from deepseek_vl2.ops.triton import norm
 
 SIDE = 70
 
@@ -22,7 +23,7 @@ SIDE = 70
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder()
-    monkeypatch.setattr(graphs, "recorder_for", lambda device: made)
+    monkeypatch.setattr(cuda_graphs, "recorder_for", lambda device: made)
     return made
 
 
@@ -40,31 +41,31 @@ def test_embeddings_agree(recorder: Recorder) -> None:
     kept = []
     for count in (3, 2, 3, 3, 2):
         given = pixels(count)
-        embeddings = tiles.encode_tiles(model, given)
+        embeddings = vision.encode_tiles(model, given)
         assert embeddings is not None
         kept.append((embeddings, plain(model, given)))
-        for one in tiles.ENCODERS[model].passes.held.values():
+        for one in vision.ENCODERS[model].passes.held.values():
             poison(one.buffers.pixels, one.buffers.embeddings)
     assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in kept)  # results are the caller's own
     assert (recorder.records, recorder.replays) == (2, 3)
-    tiles.release(model)
-    assert model not in tiles.ENCODERS
+    vision.release(model)
+    assert model not in vision.ENCODERS
 
 
 @pytest.mark.skipif(ON_GPU, reason="see test_on_a_gpu")
 @torch.no_grad()
 def test_the_towers_kernels_in_a_pass(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, which is slow: elsewhere in these tests tiles on the host go through the modules."""
-    monkeypatch.setattr(tower, "why_not_pixels", lambda pixels: None)
-    monkeypatch.setattr(tiles, "FAILED", [])
-    ways, encode = [], tower.encode
-    monkeypatch.setattr(tower, "encode", lambda *given: ways.append("kernels") or encode(*given))
+    monkeypatch.setattr(vision_kernels, "why_not_pixels", lambda pixels: None)
+    monkeypatch.setattr(vision, "FAILED", [])
+    ways, encode = [], vision_kernels.encode
+    monkeypatch.setattr(vision_kernels, "encode", lambda *given: ways.append("kernels") or encode(*given))
     model = mini_model("small")
     for _ in range(2):
         given = pixels(1)
-        embeddings = tiles.encode_tiles(model, given)
+        embeddings = vision.encode_tiles(model, given)
         assert embeddings is not None and torch.allclose(embeddings, plain(model, given), atol=1e-5)
-    assert ways == ["kernels"] * 2 and recorder.records == 1 and not tiles.FAILED
+    assert ways == ["kernels"] * 2 and recorder.records == 1 and not vision.FAILED
 
 
 @pytest.mark.gpu
@@ -82,10 +83,10 @@ def test_on_a_gpu(recorder: Recorder) -> None:
 @torch.no_grad()
 def test_weights_that_moved_are_recorded_anew(recorder: Recorder) -> None:
     model, given = mini_model("tiny").to(DEVICE), pixels(1)
-    before = [tiles.encode_tiles(model, given) for _ in range(2)]
+    before = [vision.encode_tiles(model, given) for _ in range(2)]
     weight = model.vision.patch_embed.proj.weight
     model.vision.patch_embed.proj.weight = torch.nn.Parameter(weight * 2)
-    after = tiles.encode_tiles(model, given)
+    after = vision.encode_tiles(model, given)
     assert before[0] is not None and before[1] is not None and after is not None
     assert torch.equal(*before) and not torch.equal(before[0], after)
     assert torch.allclose(after, plain(model, given), atol=1e-6)
@@ -95,36 +96,36 @@ def test_weights_that_moved_are_recorded_anew(recorder: Recorder) -> None:
 def test_a_tower_that_was_replaced(recorder: Recorder) -> None:
     model, other, given = mini_model("tiny").to(DEVICE), mini_model("tiny").to(DEVICE), pixels(2)
     other.vision.patch_embed.proj.bias.data += 1
-    before = tiles.encode_tiles(model, given)
+    before = vision.encode_tiles(model, given)
     model.vision = other.vision
-    after = tiles.encode_tiles(model, given)
+    after = vision.encode_tiles(model, given)
     assert before is not None and after is not None and not torch.equal(before, after)
     assert torch.allclose(after, plain(model, given), atol=1e-6)
     hook = model.vision.blocks[1].mlp.register_forward_hook(lambda module, args, out: out * 2)
-    assert tiles.encode_tiles(model, given) is None
+    assert vision.encode_tiles(model, given) is None
     hook.remove()
-    assert tiles.encode_tiles(model, given) is not None
+    assert vision.encode_tiles(model, given) is not None
 
 
 @torch.no_grad()
 def test_tiles_that_go_through_the_modules() -> None:
     model, given = mini_model("tiny").to(DEVICE), pixels(1)
-    assert tiles.why_not_tiles(model, given) is None
+    assert vision.why_not_tiles(model, given) is None
     with torch.enable_grad():
-        assert "gradients" in str(tiles.why_not_tiles(model, given))
+        assert "gradients" in str(vision.why_not_tiles(model, given))
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        assert "autocast" in str(tiles.why_not_tiles(model, given))
-    assert "more than" in str(tiles.why_not_tiles(model, pixels(1).expand(tiles.MAX_TILES + 1, -1, -1, -1)))
-    assert "another dtype" in str(tiles.why_not_tiles(model, given.double()))
+        assert "autocast" in str(vision.why_not_tiles(model, given))
+    assert "more than" in str(vision.why_not_tiles(model, pixels(1).expand(vision.MAX_TILES + 1, -1, -1, -1)))
+    assert "another dtype" in str(vision.why_not_tiles(model, given.double()))
     model.vision.norm.double()
-    assert "several dtypes" in str(tiles.why_not_tiles(model, given))
+    assert "several dtypes" in str(vision.why_not_tiles(model, given))
     model.vision.norm.float()
     hook = model.vision.blocks[0].register_forward_pre_hook(lambda *args: None)
-    assert "hooks" in str(tiles.why_not_tiles(model, given))
-    assert tiles.encode_tiles(model, given) is None
+    assert "hooks" in str(vision.why_not_tiles(model, given))
+    assert vision.encode_tiles(model, given) is None
     hook.remove()
     model.vision.set_attention_backend("eager")
-    assert "eager" in str(tiles.why_not_tiles(model, given))
+    assert "eager" in str(vision.why_not_tiles(model, given))
     model.vision.set_attention_backend("sdpa")
 
     class Adapted(torch.nn.Linear):
@@ -132,32 +133,32 @@ def test_tiles_that_go_through_the_modules() -> None:
 
     linear = model.vision.blocks[0].mlp.fc1
     model.vision.blocks[0].mlp.fc1 = Adapted(linear.in_features, linear.out_features).to(DEVICE).eval()
-    assert "Adapted" in str(tiles.why_not_tiles(model, given))
+    assert "Adapted" in str(vision.why_not_tiles(model, given))
     model.vision.blocks[0].mlp.fc1 = linear
     model.vision.train()
-    assert "training" in str(tiles.why_not_tiles(model, given))
+    assert "training" in str(vision.why_not_tiles(model, given))
     model.train()
-    assert "training" in str(tiles.why_not_tiles(model, given))
+    assert "training" in str(vision.why_not_tiles(model, given))
 
 
 @torch.no_grad()
 def test_a_busy_encoder_leaves_the_call_alone(recorder: Recorder) -> None:
     model, given = mini_model("tiny").to(DEVICE), pixels(1)
-    encoder = tiles.encoder_of(model)
+    encoder = vision.encoder_of(model)
     assert encoder is not None
     with encoder.lock:
-        assert tiles.encode_tiles(model, given) is None
-    assert tiles.encode_tiles(model, given) is not None
+        assert vision.encode_tiles(model, given) is None
+    assert vision.encode_tiles(model, given) is not None
 
 
 @torch.no_grad()
 def test_a_broken_recorder_leaves_later_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(run: graphs.Run) -> graphs.Run:
+    def broken(run: cuda_graphs.Run) -> cuda_graphs.Run:
         raise RuntimeError("operation not permitted")
 
-    monkeypatch.setattr(graphs, "recorder_for", lambda device: broken)
+    monkeypatch.setattr(cuda_graphs, "recorder_for", lambda device: broken)
     model, given = mini_model("tiny").to(DEVICE), pixels(1)
-    answers = [tiles.encode_tiles(model, given) for _ in range(3)]
+    answers = [vision.encode_tiles(model, given) for _ in range(3)]
     assert answers[0] is not None and answers[1] is not None and torch.equal(answers[0], answers[1])
     assert answers[2] is None
 
@@ -170,17 +171,17 @@ class NoLaunch:
 @pytest.mark.skipif(ON_GPU, reason="with a GPU it is recorded")
 @pytest.mark.parametrize("reason", [None, "the modules are wanted"])
 def test_nothing_waits_for_the_device(reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tower, "why_not_pixels", lambda pixels: reason)
-    monkeypatch.setattr(tower, "early_start", lambda device: {})
+    monkeypatch.setattr(vision_kernels, "why_not_pixels", lambda pixels: reason)
+    monkeypatch.setattr(vision_kernels, "early_start", lambda device: {})
     monkeypatch.setattr(norm, "_add_layer_norm_kernel", NoLaunch())
-    monkeypatch.setattr(tiles, "FAILED", [])
+    monkeypatch.setattr(vision, "FAILED", [])
     model = mini_model("small")
     with FakeTensorMode(), torch.no_grad():
         pretend(model)
-        given = tiles.Tiles(torch.empty(2, 3, SIDE, SIDE, dtype=torch.bfloat16, device="cuda"))
+        given = vision.Tiles(torch.empty(2, 3, SIDE, SIDE, dtype=torch.bfloat16, device="cuda"))
         with NoHost():
-            tiles.encode_into(model, given)
-        assert given.embeddings is not None and given.embeddings.device.type == "cuda" and not tiles.FAILED
+            vision.encode_into(model, given)
+        assert given.embeddings is not None and given.embeddings.device.type == "cuda" and not vision.FAILED
 
 
 # ---------------------------------------------------------------- begun before generate prepares its call
@@ -192,12 +193,12 @@ def early(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     events: list[str] = []
 
     def begin(*given: Any) -> Any:
-        wait = tiles.begin(*given)
+        wait = vision.begin(*given)
         events.append("not begun" if wait is None else "begun")
         return wait and (lambda: events.append("taken") or wait())
 
     monkeypatch.setattr(modeling_deepseek_vl_v2, "EARLY_ENCODERS", [begin])
-    monkeypatch.setattr(modeling_deepseek_vl_v2, "FAST_ENCODERS", [tiles.encode_tiles])
+    monkeypatch.setattr(modeling_deepseek_vl_v2, "FAST_ENCODERS", [vision.encode_tiles])
     return events
 
 

@@ -18,12 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from deepseek_vl2.kernels import decode, gate, graphs, norm, prompt, rotary, runtime, whole_prompt
-from deepseek_vl2.kernels.decode import new_buffers
-from deepseek_vl2.kernels.graphs import Pass, Passes
-from deepseek_vl2.kernels.weights import read_weights, rotary_tables
+from deepseek_vl2.engine import cuda_graphs, decode, experts, prefill, runtime
+from deepseek_vl2.engine.cuda_graphs import Pass, Passes
+from deepseek_vl2.engine.decode import new_buffers
+from deepseek_vl2.engine.weights import read_weights, rotary_tables
 from deepseek_vl2.models import generation, moe
 from deepseek_vl2.models.cache import new_cache
+from deepseek_vl2.ops.triton import norm, prefill_experts, rope, router
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -35,9 +36,9 @@ class Recorder:
 
     def __init__(self) -> None:
         self.records = self.replays = 0
-        self.cuda = graphs.CudaRecorder(DEVICE) if ON_GPU else None
+        self.cuda = cuda_graphs.CudaRecorder(DEVICE) if ON_GPU else None
 
-    def __call__(self, run: graphs.Run) -> graphs.Run:
+    def __call__(self, run: cuda_graphs.Run) -> cuda_graphs.Run:
         self.records += 1
         replay = run if self.cuda is None else self.cuda(run)
 
@@ -87,7 +88,7 @@ def check_lengths(model: Any, recorder: Recorder, lengths: tuple[int, ...], room
     weights = read_weights(model)
     for rows in (1, 3)[: 2 if room <= 64 else 1]:
         buffers = new_buffers(weights, rows, *rotary_tables(model, room))
-        one = whole_prompt.new_pass(model, buffers, whole_prompt.tokens_with_padding(lengths[0], room))
+        one = prefill.new_pass(model, buffers, prefill.tokens_with_padding(lengths[0], room))
         for length in lengths:
             ids = torch.randint(3, MINI_VOCABULARY, (rows, length), device=DEVICE)
             cache = new_cache(model.config)
@@ -111,7 +112,7 @@ def check_lengths(model: Any, recorder: Recorder, lengths: tuple[int, ...], room
 @pytest.mark.skipif(ON_GPU, reason="only the kernels' experts can be recorded, in bfloat16: see test_on_a_gpu")
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_of_one_bucket(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_prompt, "STEP", 16)
+    monkeypatch.setattr(prefill, "STEP", 16)
     recorder = Recorder()
     check_lengths(mini_language(kind).to(DEVICE), recorder, lengths=(9, 16, 1, 2, 15), room=64, error=1e-5)
     assert (recorder.records, recorder.replays) == (2, 8)
@@ -132,7 +133,7 @@ def test_a_layer_with_experts_and_padding(kind: str) -> None:
         layer, plain = model.model.layers[index], exact.model.layers[index]
         rotation = (buffers.cos[None, :tokens], buffers.sin[None, :tokens])
         hidden, normed = given.clone(), layer.input_layernorm(given)
-        whole_prompt.read_layer(layer, hidden, normed, rotation, whole_prompt.Cache(buffers), model.model.norm, last)
+        prefill.read_layer(layer, hidden, normed, rotation, prefill.Cache(buffers), model.model.norm, last)
         assert torch.isfinite(hidden).all() and torch.isfinite(normed).all()  # padding's keys stay in the cache
         wide = (rotation[0].float(), rotation[1].float())
         mask = torch.ones(tokens, tokens, dtype=torch.bool, device=DEVICE).tril()[None, None]
@@ -179,9 +180,9 @@ def test_replays_on_a_gpu_answer_the_same(kind: str) -> None:
 
 
 def test_lengths_are_rounded_up() -> None:
-    padded = [whole_prompt.tokens_with_padding(tokens, 1024) for tokens in (1, 127, 128, 129, 1000)]
+    padded = [prefill.tokens_with_padding(tokens, 1024) for tokens in (1, 127, 128, 129, 1000)]
     assert padded == [128, 128, 128, 256, 1024]
-    assert whole_prompt.tokens_with_padding(30, 64) == 64
+    assert prefill.tokens_with_padding(30, 64) == 64
 
 
 # ---------------------------------------------------------------- passes
@@ -190,7 +191,7 @@ def test_lengths_are_rounded_up() -> None:
 def test_the_first_use_runs_the_second_records() -> None:
     log: list[str] = []
 
-    def record(run: graphs.Run) -> graphs.Run:
+    def record(run: cuda_graphs.Run) -> cuda_graphs.Run:
         log.append("record")
         return lambda: log.append("replay")
 
@@ -206,7 +207,7 @@ def test_the_first_use_runs_the_second_records() -> None:
 def test_what_cannot_be_recorded_still_runs(caplog: pytest.LogCaptureFixture) -> None:
     log: list[str] = []
 
-    def record(run: graphs.Run) -> graphs.Run:
+    def record(run: cuda_graphs.Run) -> cuda_graphs.Run:
         raise RuntimeError("operation not permitted")
 
     one = Pass(None, lambda: log.append("run"))
@@ -231,8 +232,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     """Let the kernels' generation run wherever the tests do, in float32."""
     made = Recorder()
     monkeypatch.setattr(runtime, "why_not_device", lambda weight: None)
-    monkeypatch.setattr(whole_prompt, "why_not_experts", lambda language: None)
-    monkeypatch.setattr(graphs, "recorder_for", lambda device: None if ON_GPU else made)
+    monkeypatch.setattr(prefill, "why_not_experts", lambda language: None)
+    monkeypatch.setattr(cuda_graphs, "recorder_for", lambda device: None if ON_GPU else made)
     monkeypatch.setattr(generation, "FAST_SAMPLERS", [runtime.sample])
     if not ON_GPU:
         monkeypatch.setattr(decode, "MULTIPROCESSORS", 3)  # the interpreter runs them one after the other
@@ -245,7 +246,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 def ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Note which way prompts went."""
     taken: list[str] = []
-    passed, plain = whole_prompt.embeddings, runtime.read_prompt_plainly
+    passed, plain = prefill.embeddings, runtime.read_prompt_plainly
 
     def noted_pass(*args: Any) -> torch.Tensor:
         taken.append("pass")
@@ -255,7 +256,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         taken.append("plain")
         return plain(*args)
 
-    monkeypatch.setattr(whole_prompt, "embeddings", noted_pass)
+    monkeypatch.setattr(prefill, "embeddings", noted_pass)
     monkeypatch.setattr(runtime, "read_prompt_plainly", noted_plain)
     yield taken
 
@@ -299,10 +300,10 @@ def test_the_language_model_alone(recorder: Recorder, ways: list[str]) -> None:
 
 
 def test_a_prompt_that_cannot_be_recorded(ways: list[str], recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(run: graphs.Run) -> graphs.Run:
+    def broken(run: cuda_graphs.Run) -> cuda_graphs.Run:
         raise RuntimeError("operation not permitted")
 
-    monkeypatch.setattr(graphs, "recorder_for", lambda device: broken)
+    monkeypatch.setattr(cuda_graphs, "recorder_for", lambda device: broken)
     model, inputs, settings = mini_model("tiny").to(DEVICE), inputs_of([5]), {**GREEDY, "max_new_tokens": 1}
     plain = plain_answer(model, **inputs, **settings)
     assert all(torch.equal(plain, model.generate(**inputs, **settings)) for _ in range(3))
@@ -310,7 +311,7 @@ def test_a_prompt_that_cannot_be_recorded(ways: list[str], recorder: Recorder, m
 
 
 def test_experts_that_cannot_be_recorded(ways: list[str], recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_prompt, "why_not_experts", lambda language: "not these")
+    monkeypatch.setattr(prefill, "why_not_experts", lambda language: "not these")
     model, settings = mini_model("tiny").to(DEVICE), {**GREEDY, "max_new_tokens": 1}
     for _ in range(2):
         model.generate(**inputs_of([5]), **settings)
@@ -341,7 +342,7 @@ def test_prompts_that_go_the_plain_way(
 ) -> None:
     case = FALLBACKS[name]
     model, inputs = mini_model("tiny").to(DEVICE), inputs_of(*case.get("rows", ([5],)))
-    monkeypatch.setattr(whole_prompt, "MAX_TOKENS", case.get("most", whole_prompt.MAX_TOKENS))
+    monkeypatch.setattr(prefill, "MAX_TOKENS", case.get("most", prefill.MAX_TOKENS))
     case.get("change", lambda model: None)(model)
     settings = {**GREEDY, "max_new_tokens": 2, **case.get("settings", {})}
     caches = [{"past_key_values": new_cache(model.language.config)} if case.get("cache") else {} for _ in range(2)]
@@ -401,11 +402,11 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **options: None
 
-    for module in (gate, norm, prompt, rotary):
+    for module in (router, norm, prefill_experts, rope):
         for name in vars(module):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, NoLaunch())
-    monkeypatch.setattr(moe, "FAST_EXPERTS", [prompt.experts_of_prompt])
+    monkeypatch.setattr(moe, "FAST_EXPERTS", [experts.run_experts])
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     return FakeTensorMode()
 
@@ -429,7 +430,7 @@ def test_nothing_waits_for_the_device(kind: str, pretended: FakeTensorMode) -> N
     with pretended, torch.no_grad():
         pretend(model)
         buffers = new_buffers(read_weights(model), 2, *rotary_tables(model, 256))
-        one = whole_prompt.new_pass(model, buffers, 128)
+        one = prefill.new_pass(model, buffers, 128)
         assert buffers.logits.device.type == "cuda"
         with NoHost():
             one.run()

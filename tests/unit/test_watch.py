@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek_vl2.kernels.watch import Watch
+from deepseek_vl2.engine.fingerprint import Watch
 
 
 class Small(nn.Module):

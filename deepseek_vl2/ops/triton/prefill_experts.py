@@ -2,20 +2,19 @@
 
 The plain form is `deepseek_vl2.models.moe.eager_experts_forward`.
 
-Shape suffixes: N tokens, H hidden size, E experts, K experts of a token, P = N * K pairs of both, I inner width.
+Shape suffixes: N tokens, H hidden size, E experts, K experts of a token, P = N * K pairs of both, I inner width,
+J = 2 * I.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import grouped
-from .primitives import check_rows, power_of_two, rounded
+from . import grouped_gemm
+from .common import check_rows, power_of_two, rounded
 
 
 @triton.jit
@@ -170,43 +169,35 @@ def sum_of_experts(rows_PH: torch.Tensor, places_P: torch.Tensor, weights_NK: to
     return out
 
 
-def takes(experts: Any, hidden_NH: torch.Tensor) -> bool:
-    """Whether a layer's experts and the rows for them are of a kind that this form is for."""
-    weights = (experts.gate_up_proj, experts.down_proj)
-    return (
-        hasattr(F, "grouped_mm")
-        and all(type(w) is torch.nn.Parameter and w.is_contiguous() for w in weights)
-        and {w.dtype for w in (*weights, hidden_NH)} == {torch.bfloat16}
-        and {w.device for w in weights} == {hidden_NH.device}
-        and all(width % 8 == 0 for width in (experts.hidden_size, experts.inner_size))
-        and experts.num_experts <= 256
-        and "silu" in type(experts.act_fn).__name__.lower()
-        and not torch.is_autocast_enabled(hidden_NH.device.type)
-        and not torch.compiler.is_compiling()
-    )
-
-
-def run_pairs(experts: Any, hidden_NH: torch.Tensor, ids_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def run_pairs(
+    hidden_NH: torch.Tensor, gate_up_EJH: torch.Tensor, down_EHI: torch.Tensor, ids_NK: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the experts of all tokens; returns the pairs' outputs, [P, H], and the place of each among them, [P]."""
-    places, ends = place_pairs(ids_NK, experts.num_experts)
+    experts, hidden, inner_size = down_EHI.shape
+    places, ends = place_pairs(ids_NK, experts)
     rows = spread_rows(hidden_NH, places)
-    if grouped.takes(experts.down_proj, experts.hidden_size, experts.inner_size):
-        inner = grouped.inner_of_pairs(rows, experts.gate_up_proj, ends)
-        return grouped.down_of_pairs(inner, experts.down_proj, ends), places
-    both = F.grouped_mm(rows, experts.gate_up_proj.mT, offs=ends)
-    return F.grouped_mm(silu_of_gate_times_up(both), experts.down_proj.mT, offs=ends), places
+    if grouped_gemm.takes(down_EHI, hidden, inner_size):
+        inner = grouped_gemm.inner_of_pairs(rows, gate_up_EJH, ends)
+        return grouped_gemm.down_of_pairs(inner, down_EHI, ends), places
+    both = F.grouped_mm(rows, gate_up_EJH.mT, offs=ends)
+    return F.grouped_mm(silu_of_gate_times_up(both), down_EHI.mT, offs=ends), places
 
 
 def experts_of_prompt(
-    experts: Any, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
+    hidden_NH: torch.Tensor,
+    gate_up_EJH: torch.Tensor,
+    down_EHI: torch.Tensor,
+    ids_NK: torch.Tensor,
+    weights_NK: torch.Tensor,
 ) -> torch.Tensor:
     """Run the experts of all tokens; [N, H], summed in float32.
 
     Args:
-        experts: a `DeepseekV2Experts` that `takes` accepts.
         hidden_NH: the tokens.
+        gate_up_EJH: the experts' weights, I rows of gates and then I of ups, contiguous bfloat16, as all weights.
+        down_EHI: likewise.
         ids_NK: the experts of each.
         weights_NK: their weights, float32.
     """
-    outputs, places = run_pairs(experts, hidden_NH, ids_NK)
+    outputs, places = run_pairs(hidden_NH, gate_up_EJH, down_EHI, ids_NK)
     return sum_of_experts(outputs, places, weights_NK.contiguous())

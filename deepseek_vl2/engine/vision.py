@@ -2,7 +2,7 @@
 
 A tile costs the device over a millisecond, so their number is not rounded up. Of few tiles the device is done sooner
 than the host has launched the tower's operations. The modules are the model's own, but for sums and norms in the tower,
-which are by a kernel where `tower.why_not` has nothing against it.
+which are by a kernel where `vision_kernels.why_not` has nothing against it.
 
 Shape suffixes: V tiles, S side of a tile in pixels, L tokens of a tile, H width of the language model.
 """
@@ -21,10 +21,10 @@ import torch
 
 from ..models.image_merge import real_grids, select_tiles
 from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
-from . import graphs, tower
-from .graphs import Pass, Passes
-from .watch import Watch
-from .whole_prompt import why_not_bypassed
+from . import cuda_graphs, vision_kernels
+from .cuda_graphs import Pass, Passes
+from .fingerprint import Watch
+from .prefill import why_not_bypassed
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +47,10 @@ FAILED: list[str] = []
 
 def features_of(vision: Any, pixels_V3SS: torch.Tensor) -> torch.Tensor:
     """Return the tower's features of tiles, by kernels where they are for them."""
-    reason = FAILED[0] if FAILED else tower.why_not(vision, pixels_V3SS)
+    reason = FAILED[0] if FAILED else vision_kernels.why_not(vision, pixels_V3SS)
     if reason is None:
         try:
-            return tower.encode(vision, pixels_V3SS)
+            return vision_kernels.encode(vision, pixels_V3SS)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler or its tools may raise: the modules still work
@@ -82,7 +82,7 @@ class Encoder:
         self.parts = (model.vision, model.projector)
         self.watches = [Watch(part) for part in self.parts]
         device = parameters(model)[0].device
-        self.record = graphs.recorder_for(device)
+        self.record = cuda_graphs.recorder_for(device)
         self.ended = torch.cuda.Event() if device.type == "cuda" else None
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.passes = Passes(MAX_PASSES)
@@ -103,7 +103,7 @@ class Encoder:
 
     def is_recorded(self, tiles_V3SS: torch.Tensor) -> bool:
         """Whether the pass over that many tiles only needs to be replayed."""
-        one = self.passes.held.get((tuple(tiles_V3SS.shape), graphs.modes()))
+        one = self.passes.held.get((tuple(tiles_V3SS.shape), cuda_graphs.modes()))
         return one is not None and one.replay is not None
 
     def begin(self, tiles_V3SS: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -131,7 +131,7 @@ class Encoder:
         """Return the embeddings, [V, L, H], of tiles."""
         if self.ended is not None:  # a call on another stream may still read or write the buffers
             self.ended.wait()
-        one = self.passes.get((tuple(tiles_V3SS.shape), graphs.modes()), lambda: self.new_pass(tiles_V3SS))
+        one = self.passes.get((tuple(tiles_V3SS.shape), cuda_graphs.modes()), lambda: self.new_pass(tiles_V3SS))
         one.buffers.pixels.copy_(tiles_V3SS)
         self.broken = one(self.record)
         embeddings: torch.Tensor = one.buffers.embeddings.clone()

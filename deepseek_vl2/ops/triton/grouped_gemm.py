@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .primitives import INTERPRETED, check_rows, dot, power_of_two, rounded
+from .common import INTERPRETED, check_rows, dot, power_of_two, rounded
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor

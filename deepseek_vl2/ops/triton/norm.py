@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, let_next_start, power_of_two, rounded, wait_for_inputs
+from .common import check_rows, let_next_start, power_of_two, rounded, wait_for_inputs
 
 
 def rms_norm_plain(x_BH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,15 +1,16 @@
-"""Fast decoding on NVIDIA GPUs: Triton kernels beside the plain PyTorch functions that define them.
+"""What the models call where it is fast: one function for each hook of theirs, each of which may decline.
 
 ``model.generate`` takes this path by itself for a model in bfloat16 or float16 on one GPU, and the plain one otherwise.
 The environment variable ``DEEPSEEK_VL2_KERNELS=0`` turns it off, read at every call. Logging at level DEBUG for
-``deepseek_vl2.kernels`` says why a call went the plain way; `why_not` says it of a model.
+``deepseek_vl2.engine`` says why a call went the plain way; `why_not` says it of a model.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from typing import TYPE_CHECKING, Any
+
+from ..ops import SWITCH, turned_off
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,27 +19,20 @@ if TYPE_CHECKING:
 
     from ..models.generation import SampleCall
     from ..models.views import Pictures
-    from .rows import RowKernels
+    from ..ops.cpu.bindings import RowKernels
 
 __all__ = [
     "SWITCH",
     "begin_tiles",
     "encode_tiles",
     "find_row_kernels",
+    "generate",
     "may_scale",
     "release",
     "run_experts",
-    "sample",
     "scale",
     "why_not",
 ]
-
-SWITCH = "DEEPSEEK_VL2_KERNELS"
-
-
-def turned_off() -> bool:
-    """Whether the environment turns the kernels off."""
-    return os.environ.get(SWITCH, "1").lower() in ("0", "false", "off", "no")
 
 
 def _why_not_here() -> str | None:
@@ -62,19 +56,17 @@ def why_not(model: Any) -> str | None:
 def release(model: Any) -> None:
     """Free the caches and graphs that are kept for a model between calls."""
     if _why_not_here() is None:
-        from . import runtime, tiles
+        from . import runtime, vision
 
         runtime.release(getattr(model, "language", model))
-        tiles.release(model)
+        vision.release(model)
 
 
-def sample(call: SampleCall) -> torch.Tensor | None:
-    """Generate by the kernels; ``None`` where they cannot. Registered with `deepseek_vl2.models.generation`."""
-    if call.input_ids.device.type != "cuda" or _why_not_here() is not None:
-        return None
-    from . import runtime
+def generate(call: SampleCall) -> torch.Tensor | None:
+    """Generate on the engine; ``None`` where it does not take the call. Called by `models.generation`."""
+    from . import generation
 
-    return runtime.sample(call)
+    return generation.generate(call)
 
 
 def encode_tiles(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor | None:
@@ -83,12 +75,12 @@ def encode_tiles(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor | None:
         return None
     import torch
 
-    from . import runtime, tiles
+    from . import runtime, vision
 
     if runtime.why_not_device(tiles_V3SS) is not None:
         return None
     with torch.cuda.device(tiles_V3SS.device):
-        return tiles.encode_tiles(model, tiles_V3SS)
+        return vision.encode_tiles(model, tiles_V3SS)
 
 
 def begin_tiles(model: Any, images: torch.Tensor, crops: torch.Tensor) -> Callable[[], torch.Tensor] | None:
@@ -97,10 +89,10 @@ def begin_tiles(model: Any, images: torch.Tensor, crops: torch.Tensor) -> Callab
         return None
     import torch
 
-    from . import tiles
+    from . import vision
 
     with torch.cuda.device(images.device):
-        return tiles.begin(model, images, crops)
+        return vision.begin(model, images, crops)
 
 
 def may_scale() -> bool:
@@ -116,13 +108,13 @@ def scale(pictures: Pictures, device: torch.device) -> torch.Tensor | None:
         return None
     import torch
 
-    from . import runtime, scaling
+    from . import images, runtime
 
     if torch.version.hip is not None:
         return None
     try:
         with torch.cuda.device(device):
-            return scaling.scale(pictures, device)
+            return images.scale(pictures, device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler or its tools may raise: Pillow still works
@@ -135,9 +127,9 @@ def find_row_kernels() -> RowKernels | None:
     """Return what multiplies one row on a CPU; ``None`` where there is none. Registered with `models.cpu`."""
     if turned_off():
         return None
-    from . import rows
+    from ..ops.cpu import bindings
 
-    return rows.row_kernels()
+    return bindings.row_kernels()
 
 
 _failed: list[str] = []
@@ -152,13 +144,13 @@ def run_experts(
         return None
     import torch
 
-    from . import prompt, runtime
+    from . import experts, runtime
 
-    if runtime.why_not_device(hidden_NH) is not None or not prompt.takes(layer, hidden_NH):
+    if runtime.why_not_device(hidden_NH) is not None or not experts.takes(layer, hidden_NH):
         return None
     try:
         with torch.cuda.device(hidden_NH.device):
-            return prompt.experts_of_prompt(layer, hidden_NH, ids_NK, weights_NK)
+            return experts.run_experts(layer, hidden_NH, ids_NK, weights_NK)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler or its tools may raise: the plain form still works

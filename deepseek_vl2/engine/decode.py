@@ -15,10 +15,19 @@ from typing import Any
 import torch
 import triton
 
-from . import experts, gate, latent, linear, multihead, norm
-from .experts import ExpertWeights
-from .gate import GateRule
-from .primitives import early_start, power_of_two
+from ..ops.triton import (
+    decode_experts_gemm,
+    decode_experts_gemv,
+    decode_gemm,
+    decode_gemv,
+    decode_mha,
+    decode_mla,
+    norm,
+    router,
+)
+from ..ops.triton.common import early_start, power_of_two
+from ..ops.triton.decode_experts import ExpertWeights
+from ..ops.triton.router import GateRule
 
 # Up to this many rows, each row may read the heads' part of kv_b_proj for itself: it stays in the L2 cache.
 MAX_ROWS_PER_HEAD = 4
@@ -98,7 +107,7 @@ class Buffers:
         logits: [B, vocabulary], float32.
         cos: table for all positions, [C, rotated], and ``sin``.
         caches: of each layer: ([B, C, R + P],) or keys and values, [B, M, C, D] each.
-        tickets: [B], 0 between the kernels, see `gate.route`.
+        tickets: [B], 0 between the kernels, see `router.route`.
         early: the options of launches, see `primitives.early_start`.
     """
 
@@ -176,7 +185,7 @@ def multihead_splits(rows: int, heads: int) -> int:
     so more are wanted.
     """
     programs = MULTIPROCESSORS * (2 if rows == 1 else 18)
-    return min(power_of_two(triton.cdiv(programs, rows * heads)), latent.MAX_SPLITS)
+    return min(power_of_two(triton.cdiv(programs, rows * heads)), decode_mla.MAX_SPLITS)
 
 
 def project(weights: Attention, buffers: Buffers, source: torch.Tensor, normed: tuple[torch.Tensor, float]) -> None:
@@ -184,9 +193,9 @@ def project(weights: Attention, buffers: Buffers, source: torch.Tensor, normed: 
     width = sum(weight.shape[0] for weight in weights.projections)
     projected = buffers.take("projected", buffers.rows, width)
     if buffers.rows == 1:
-        linear.one_row_linear(source[0], weights.projections, projected[0], *normed, **buffers.early)
+        decode_gemv.one_row_linear(source[0], weights.projections, projected[0], *normed, **buffers.early)
     else:
-        linear.few_rows_linear(source, weights.projections, projected, **buffers.early)
+        decode_gemm.few_rows_linear(source, weights.projections, projected, **buffers.early)
 
 
 def attend_latent(weights: Attention, buffers: Buffers, cache: torch.Tensor, mixed: torch.Tensor) -> None:
@@ -198,24 +207,24 @@ def attend_latent(weights: Attention, buffers: Buffers, cache: torch.Tensor, mix
     projected = buffers.take("projected", rows, width)
     query = buffers.take("query", rows, heads, rank + rotated)
     alone = rows <= MAX_ROWS_PER_HEAD
-    latent.prepare(
+    decode_mla.prepare(
         projected, kv_b, weights.norm, weights.eps, buffers.cos, buffers.sin, buffers.positions, query, cache, alone,
         **buffers.early,
     )  # fmt: skip
     if not alone:
         unrotated = weights.unrotated
         heads_query = projected[:, : heads * (unrotated + rotated)].unflatten(1, (heads, -1))[..., :unrotated]
-        linear.few_rows_of_groups(heads_query, kv_b[:, :unrotated].mT, query[..., :rank], **buffers.early)
-    splits = latent.splits_of(rows, heads, MULTIPROCESSORS)
+        decode_gemm.few_rows_of_groups(heads_query, kv_b[:, :unrotated].mT, query[..., :rank], **buffers.early)
+    splits = decode_mla.splits_of(rows, heads, MULTIPROCESSORS)
     partial = buffers.take("partial", rows, splits, heads, rank, dtype=torch.float32)
     share = buffers.take("share", rows, splits, heads, dtype=torch.float32)
-    latent.attend_splits(query, cache, buffers.positions, weights.scaling, partial, share, **buffers.early)
+    decode_mla.attend_splits(query, cache, buffers.positions, weights.scaling, partial, share, **buffers.early)
     if alone:
-        latent.join_splits(partial, share, buffers.positions, mixed, kv_b, **buffers.early)
+        decode_mla.join_splits(partial, share, buffers.positions, mixed, kv_b, **buffers.early)
         return
     latents = buffers.take("latents", rows, heads, rank)
-    latent.join_splits(partial, share, buffers.positions, latents, **buffers.early)
-    linear.few_rows_of_groups(latents, kv_b[:, weights.unrotated :], mixed, **buffers.early)
+    decode_mla.join_splits(partial, share, buffers.positions, latents, **buffers.early)
+    decode_gemm.few_rows_of_groups(latents, kv_b[:, weights.unrotated :], mixed, **buffers.early)
 
 
 def attend_multihead(weights: Attention, buffers: Buffers, cache: Cache, mixed: torch.Tensor) -> None:
@@ -224,12 +233,12 @@ def attend_multihead(weights: Attention, buffers: Buffers, cache: Cache, mixed: 
     projected = buffers.take("projected", rows, (heads + 2 * weights.key_heads) * size)
     query = buffers.take("query", rows, heads, size)
     keys, values = cache
-    multihead.rotate_and_write(projected, buffers.cos, buffers.sin, buffers.positions, query, keys, values, **early)
+    decode_mha.rotate_and_write(projected, buffers.cos, buffers.sin, buffers.positions, query, keys, values, **early)
     splits = multihead_splits(rows, heads)
     partial = buffers.take("partial", rows, splits, heads, size, dtype=torch.float32)
     share = buffers.take("share", rows, splits, heads, dtype=torch.float32)
-    multihead.attend_splits(query, keys, values, buffers.positions, weights.scaling, partial, share, **early)
-    latent.join_splits(partial, share, buffers.positions, mixed, step=multihead.keys_a_step(rows), **early)
+    decode_mha.attend_splits(query, keys, values, buffers.positions, weights.scaling, partial, share, **early)
+    decode_mla.join_splits(partial, share, buffers.positions, mixed, step=decode_mha.keys_a_step(rows), **early)
 
 
 def attend(weights: Attention, buffers: Buffers, cache: Cache) -> None:
@@ -241,9 +250,9 @@ def attend(weights: Attention, buffers: Buffers, cache: Cache) -> None:
         attend_multihead(weights, buffers, cache, mixed)
     hidden = buffers.hidden
     if buffers.rows == 1:
-        linear.one_row_linear(mixed[0].flatten(), [weights.out], hidden[0], residual_N=hidden[0], **buffers.early)
+        decode_gemv.one_row_linear(mixed[0].flatten(), [weights.out], hidden[0], residual_N=hidden[0], **buffers.early)
     else:
-        linear.few_rows_linear(mixed.flatten(1), [weights.out], hidden, hidden, **buffers.early)
+        decode_gemm.few_rows_linear(mixed.flatten(1), [weights.out], hidden, hidden, **buffers.early)
 
 
 def feed_one_row(layer: Layer, buffers: Buffers) -> None:
@@ -252,18 +261,18 @@ def feed_one_row(layer: Layer, buffers: Buffers) -> None:
     chosen = rule.chosen if rule is not None else 0
     inner = buffers.take("inner", chosen * weights.inner + weights.shared_inner)
     if rule is None or layer.gate is None:
-        experts.one_row_inner(hidden, layer.post_norm, layer.eps, weights, inner, **early)
-        experts.one_row_down(inner, weights, hidden, hidden, **early)
+        decode_experts_gemv.one_row_inner(hidden, layer.post_norm, layer.eps, weights, inner, **early)
+        decode_experts_gemv.one_row_down(inner, weights, hidden, hidden, **early)
         return
     logits = buffers.take("gate", 1, rule.experts, dtype=torch.float32)
     ids = buffers.take(f"ids {id(layer)}", 1, chosen, dtype=torch.int32)
     shares = buffers.take("shares", 1, chosen, dtype=torch.float32)
-    gate.route(
+    router.route(
         buffers.hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, buffers.tickets, ids, shares,
         **early,
     )  # fmt: skip
-    experts.one_row_inner(hidden, layer.post_norm, layer.eps, weights, inner, ids[0], **early)
-    experts.one_row_down(inner, weights, hidden, hidden, ids[0], shares[0], **early)
+    decode_experts_gemv.one_row_inner(hidden, layer.post_norm, layer.eps, weights, inner, ids[0], **early)
+    decode_experts_gemv.one_row_down(inner, weights, hidden, hidden, ids[0], shares[0], **early)
 
 
 def feed_few_rows(layer: Layer, buffers: Buffers, next_norm: torch.Tensor, next_eps: float) -> None:
@@ -276,7 +285,7 @@ def feed_few_rows(layer: Layer, buffers: Buffers, next_norm: torch.Tensor, next_
         ids = buffers.take(f"ids {id(layer)}", rows, rule.chosen, dtype=torch.int32)
         shares = buffers.take("shares", rows, rule.chosen, dtype=torch.float32)
         logits = buffers.take("gate", rows, rule.experts, dtype=torch.float32)
-        gate.route(
+        router.route(
             hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, buffers.tickets, ids, shares,
             normed, **early,
         )  # fmt: skip
@@ -287,24 +296,24 @@ def feed_few_rows(layer: Layer, buffers: Buffers, next_norm: torch.Tensor, next_
     if weights.shared_gate is not None:
         shared = buffers.take("shared", rows, weights.shared_inner)
         shared_out = buffers.take("shared out", rows, width)
-    experts.few_rows_inner(normed, weights, routed, shared, ids, NEXT_EARLY=bool(early))
-    experts.few_rows_down(routed, shared, weights, routed_out, shared_out, ids, **early)
+    decode_experts_gemm.few_rows_inner(normed, weights, routed, shared, ids, NEXT_EARLY=bool(early))
+    decode_experts_gemm.few_rows_down(routed, shared, weights, routed_out, shared_out, ids, **early)
     norm.finish_layer(hidden, routed_out, shares, shared_out, next_norm, next_eps, hidden, normed, **early)
 
 
 def predict(weights: Weights, buffers: Buffers) -> None:
     """Write the logits, and the likeliest ids in place of those read."""
     if buffers.rows > 1:
-        linear.few_rows_linear(buffers.normed, [weights.head], buffers.logits, rounded=True, **buffers.early)
-        parts = triton.cdiv(weights.head.shape[0], linear.PART)
+        decode_gemm.few_rows_linear(buffers.normed, [weights.head], buffers.logits, rounded=True, **buffers.early)
+        parts = triton.cdiv(weights.head.shape[0], decode_gemv.PART)
         best = (
             buffers.take("best", buffers.rows, parts, dtype=torch.float32),
             buffers.take("best id", buffers.rows, parts, dtype=torch.int32),
         )
-        linear.best_of_parts(buffers.logits, best, **buffers.early)
-        linear.pick_best(best, buffers.tokens, **buffers.early)
+        decode_gemv.best_of_parts(buffers.logits, best, **buffers.early)
+        decode_gemv.pick_best(best, buffers.tokens, **buffers.early)
         return
-    block = linear.one_row_blocks(weights.head.shape[1], weights.head.shape[0])["BLOCK_N"]
+    block = decode_gemv.one_row_blocks(weights.head.shape[1], weights.head.shape[0])["BLOCK_N"]
     programs = triton.cdiv(weights.head.shape[0], block)
     best = (
         buffers.take("best", programs, dtype=torch.float32),
@@ -312,8 +321,10 @@ def predict(weights: Weights, buffers: Buffers) -> None:
     )
     hidden, logits = buffers.hidden[0], buffers.logits[0]
     early = buffers.early
-    linear.one_row_linear(hidden, [weights.head], logits, weights.norm, weights.eps, rounded=True, best=best, **early)
-    linear.pick_best(best, buffers.tokens, **early)
+    decode_gemv.one_row_linear(
+        hidden, [weights.head], logits, weights.norm, weights.eps, rounded=True, best=best, **early
+    )
+    decode_gemv.pick_best(best, buffers.tokens, **early)
 
 
 def decode_step(weights: Weights, buffers: Buffers) -> None:

@@ -19,10 +19,10 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from ..models.cache import CACHE_NAME, GrowingLayer
 from ..models.generation import SampleCall
-from . import graphs, whole_prompt
+from ..ops.triton.common import power_of_two
+from . import cuda_graphs, prefill
 from .decode import MAX_ROWS, Buffers, Weights, decode_step, new_buffers
-from .primitives import power_of_two
-from .watch import Watch, addresses_of
+from .fingerprint import Watch, addresses_of
 from .weights import read_weights, rotary_tables, why_not_model, why_not_settings
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Session:
         self.weights = weights
         with torch.inference_mode(False), torch.no_grad():  # later calls outside of inference mode write them too
             self.buffers = new_buffers(weights, rows, cos, sin, early)
-        self.prompts = graphs.Passes(whole_prompt.MAX_PROMPTS)
+        self.prompts = cuda_graphs.Passes(prefill.MAX_PROMPTS)
         self.graph: torch.cuda.CUDAGraph | None = None
         if weights.head.device.type == "cuda":
             self._capture(weights.head.device)
@@ -136,7 +136,7 @@ class Engine:
         self.weights = read_weights(language)
         self.addresses = addresses_of(language.parameters())
         self.watch = Watch(language)
-        self.record = graphs.recorder_for(self.weights.head.device)
+        self.record = cuda_graphs.recorder_for(self.weights.head.device)
         self.why_not_prompts: str | None = None
         self.experts_seen = False
         self.starts_early = False
@@ -330,9 +330,9 @@ def start_early(call: SampleCall, language: Any) -> torch.Tensor | None:
     engine = ENGINES.get(language)
     if engine is None or not engine.starts_early or call.model_kwargs.get("images") is None:
         return None
-    if whole_prompt.why_not_prompt(call, language) is not None:
+    if prefill.why_not_prompt(call, language) is not None:
         return None
-    return whole_prompt.embeddings(call, language)
+    return prefill.embeddings(call, language)
 
 
 def read_whole_prompt(
@@ -342,19 +342,19 @@ def read_whole_prompt(
 
     The logits of its last token are then the session's. ``embeds`` are those of `start_early`.
     """
-    reason = engine.why_not_prompts or (None if embeds is not None else whole_prompt.why_not_prompt(call, language))
+    reason = engine.why_not_prompts or (None if embeds is not None else prefill.why_not_prompt(call, language))
     engine.starts_early = False
     if reason is None and not engine.experts_seen:
         engine.experts_seen = True
-        reason = engine.why_not_prompts = whole_prompt.why_not_experts(language)
+        reason = engine.why_not_prompts = prefill.why_not_experts(language)
     if reason is not None:
         logger.debug("A prompt without a recorded pass: %s.", reason)
         return None
-    embeds, buffers = whole_prompt.embeddings(call, language) if embeds is None else embeds, session.buffers
+    embeds, buffers = prefill.embeddings(call, language) if embeds is None else embeds, session.buffers
     length = embeds.shape[1]
-    tokens = whole_prompt.tokens_with_padding(length, buffers.room)
-    prompt = session.prompts.get((tokens, graphs.modes()), lambda: whole_prompt.new_pass(language, buffers, tokens))
-    given: whole_prompt.Prompt = prompt.buffers
+    tokens = prefill.tokens_with_padding(length, buffers.room)
+    prompt = session.prompts.get((tokens, cuda_graphs.modes()), lambda: prefill.new_pass(language, buffers, tokens))
+    given: prefill.Prompt = prompt.buffers
     given.embeds[:, :length] = embeds
     given.embeds[:, length:] = 0
     given.last.fill_(length - 1)

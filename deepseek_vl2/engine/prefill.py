@@ -24,10 +24,11 @@ from ..models.generation import SampleCall
 from ..models.modeling_deepseek import DeepseekV2ForCausalLM
 from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
 from ..models.moe import DeepseekV2Experts, DeepseekV2MoE
-from . import gate, norm, prompt, rotary
+from ..ops.triton import norm, prefill_experts, rope, router
+from ..ops.triton.router import CORRECTED
+from . import experts
+from .cuda_graphs import Pass
 from .decode import Buffers
-from .gate import CORRECTED
-from .graphs import Pass
 from .weights import read_rule
 
 STEP = 128
@@ -77,13 +78,13 @@ def attend(module: Any, normed: torch.Tensor, rotation: Any, cache: Cache) -> to
         return module(normed, rotation, None, cache)[0]
     shape, cos, sin = normed.shape[:2], rotation[0][0], rotation[1][0]
     query = module.q_proj(normed).view(-1, module.num_heads, module.qk_head_dim)
-    rotary.rotate_heads_(query, cos, sin)
+    rope.rotate_heads_(query, cos, sin)
     weights, compressed = module.kv_a_layernorm, module.kv_a_proj_with_mqa(normed).flatten(0, 1)
-    latent, key_rope = rotary.cache_latents(
+    latent, key_rope = rope.cache_latents(
         compressed, weights.weight, weights.variance_epsilon, cos, sin, cache.caches[module.layer_idx][0]
     )
     expanded = module.kv_b_proj(latent).view(len(query), module.num_heads, -1)
-    key = rotary.keys_of_heads(expanded, key_rope, module.qk_nope_head_dim)
+    key = rope.keys_of_heads(expanded, key_rope, module.qk_nope_head_dim)
     value = expanded[..., module.qk_nope_head_dim :]
     return module.o_proj(sdpa(module, *(part.unflatten(0, shape).transpose(1, 2) for part in (query, key, value))))
 
@@ -94,7 +95,7 @@ def attend_to_heads(module: Any, normed: torch.Tensor, rotation: Any, cache: Cac
     projections = (module.q_proj, module.k_proj, module.v_proj)
     query, key, value = (linear(normed).view(normed.shape[0] * shape[1], -1, module.head_dim) for linear in projections)
     for part in (query, key):
-        rotary.rotate_heads_(part, cos, sin, pairs=False)
+        rope.rotate_heads_(part, cos, sin, pairs=False)
     query, key, value = (part.unflatten(0, shape).transpose(1, 2) for part in (query, key, value))
     return module.o_proj(sdpa(module, query, *cache.update(key, value, module.layer_idx)))
 
@@ -110,7 +111,7 @@ def run_mlp(mlp: Any, rows: torch.Tensor) -> torch.Tensor:
     """Return what a dense MLP, of one layer or shared by all tokens, makes of rows, [N, H]."""
     if "silu" not in type(mlp.act_fn).__name__.lower():
         return mlp(rows)
-    return mlp.down_proj(prompt.silu_times(mlp.gate_proj(rows), mlp.up_proj(rows)))
+    return mlp.down_proj(prefill_experts.silu_times(mlp.gate_proj(rows), mlp.up_proj(rows)))
 
 
 def read_layer(
@@ -139,12 +140,12 @@ def read_layer(
         add_and_norm(run_mlp(mlp, flat_normed), following)
         return
     rule = read_rule(mlp.gate)
-    if rule.limited or mlp.gate.weight.dtype != normed.dtype or not prompt.takes(mlp.experts, flat_normed):
+    if rule.limited or mlp.gate.weight.dtype != normed.dtype or not experts.takes(mlp.experts, flat_normed):
         add_and_norm(mlp(normed), following)
         return
     bias = mlp.gate.e_score_correction_bias if rule.method == CORRECTED else None
-    ids, weights = gate.route_rows(flat_normed, mlp.gate.weight, bias, rule, last, normed.shape[1])
-    outputs, places = prompt.run_pairs(mlp.experts, flat_normed, ids)
+    ids, weights = router.route_rows(flat_normed, mlp.gate.weight, bias, rule, last, normed.shape[1])
+    outputs, places = prefill_experts.run_pairs(flat_normed, mlp.experts.gate_up_proj, mlp.experts.down_proj, ids)
     shared = None if mlp.shared_experts is None else run_mlp(mlp.shared_experts, flat_normed)
     scale, eps = following.weight, following.variance_epsilon
     norm.finish_layer(flat, outputs, weights, shared, scale, eps, flat, flat_normed, places_P=places)
@@ -192,7 +193,7 @@ def why_not_experts(language: Any) -> str | None:
     if weight.device.type != "cuda":
         return None
     layers = [module for module in language.modules() if isinstance(module, DeepseekV2Experts)]
-    return None if all(prompt.takes(layer, weight) for layer in layers) else "the experts are not for grouped products"
+    return None if all(experts.takes(layer, weight) for layer in layers) else "the experts are not for grouped products"
 
 
 def why_not_bypassed(module: torch.nn.Module) -> str | None:

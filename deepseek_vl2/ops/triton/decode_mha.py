@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .latent import live_splits, load_angles
-from .primitives import check_rows, let_next_start, power_of_two, wait_for_inputs
+from .common import check_rows, let_next_start, power_of_two, wait_for_inputs
+from .decode_mla import live_splits, load_angles
 
 
 def keys_a_step(rows: int) -> int:

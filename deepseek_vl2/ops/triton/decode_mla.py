@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, dot, let_next_start, power_of_two, prefetch, shared_memory, wait_for_inputs
+from .common import check_rows, dot, let_next_start, power_of_two, prefetch, shared_memory, wait_for_inputs
 
 MAX_SPLITS = 32
 

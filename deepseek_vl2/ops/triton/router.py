@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .primitives import check_rows, dot, let_next_start, load_row, load_rows, power_of_two, wait_for_inputs
+from .common import check_rows, dot, let_next_start, load_row, load_rows, power_of_two, wait_for_inputs
 
 GREEDY, GROUP_LIMITED, CORRECTED = 0, 1, 2
 METHODS = {"greedy": GREEDY, "group_limited_greedy": GROUP_LIMITED, "noaux_tc": CORRECTED}

@@ -12,9 +12,9 @@ from ..models.loss import OutputHead
 from ..models.modeling_deepseek import DeepseekV2DecoderLayer, DeepseekV2ForCausalLM
 from ..models.moe import EXPERTS_IMPLEMENTATION, DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, MoEGate
 from ..models.norm import DeepseekV2RMSNorm
+from ..ops.triton.decode_experts import ExpertWeights
+from ..ops.triton.router import METHODS, GateRule
 from .decode import Attention, Layer, Weights
-from .experts import ExpertWeights
-from .gate import METHODS, GateRule
 
 # What the kernels keep in registers and shared memory whole.
 MAX_HIDDEN = 8192

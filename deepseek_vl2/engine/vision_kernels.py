@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..models.siglip_vit import VisionTransformer
-from .norm import add_layer_norm
-from .primitives import early_start
+from ..ops.triton.common import early_start
+from ..ops.triton.norm import add_layer_norm
 
 # ---------------------------------------------------------------- what it is for
 

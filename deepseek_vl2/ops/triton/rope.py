@@ -1,7 +1,6 @@
 """What stands before a whole prompt's attention: queries rotated, latents normed and cached, keys put together.
 
-The plain forms are those of `deepseek_vl2.models.rope.apply_rotary`, `.norm.rms_norm_plain` and `torch.cat`; rotations
-and keys have the same bits.
+Rotations and keys have the bits of the plain forms.
 
 Shape suffixes: R rows of all prompts together, T positions, N heads, D head size, P rotated part of a head, L latent.
 """
@@ -12,8 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..models.rope import apply_rotary, split_interleaved_pairs
-from .primitives import check_rows, power_of_two, rounded
+from .common import check_rows, power_of_two, rounded
 
 
 def rotate_heads_plain(
@@ -22,7 +20,10 @@ def rotate_heads_plain(
     """Return the heads with their last P numbers rotated; row r stands at position r modulo T."""
     kept, rotated = x_RND.split([x_RND.shape[-1] - cos_TP.shape[-1], cos_TP.shape[-1]], dim=-1)
     rotated = rotated.unflatten(0, (-1, len(cos_TP))).transpose(1, 2)
-    out = apply_rotary(split_interleaved_pairs(rotated) if pairs else rotated, cos_TP[None], sin_TP[None])
+    if pairs:
+        rotated = rotated.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    first, second = rotated.chunk(2, dim=-1)
+    out = rotated * cos_TP + torch.cat((-second, first), dim=-1) * sin_TP
     return torch.cat((kept, out.transpose(1, 2).flatten(0, 1)), dim=-1)
 
 

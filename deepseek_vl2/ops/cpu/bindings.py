@@ -1,6 +1,6 @@
 """Products of one row in bfloat16 on x86 CPUs: what a decoded token is made of.
 
-PyTorch and oneDNN multiply by such weights at half to two thirds of the speed at which memory gives them; `rows.c` at
+PyTorch and oneDNN multiply by such weights at half to two thirds of the speed at which memory gives them; `decode.c` at
 that speed, with few calls a layer. It is compiled at the first use by the C compiler of the system, as Triton does with
 its launchers, which takes less than a second, and stays in the user's cache folder. Without a compiler all runs as
 before.
@@ -27,11 +27,11 @@ from pathlib import Path
 
 import torch
 
-from . import SWITCH, turned_off
+from .. import SWITCH, turned_off
 
-logger = logging.getLogger("deepseek_vl2.kernels")
+logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCE = Path(__file__).with_name("decode.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-Wno-psabi", "-std=gnu11")
 # Names under which the library comes that runs PyTorch's threads; ours shall be the same ones.
 THREAD_LIBRARIES = ("libgomp", "libiomp5")
