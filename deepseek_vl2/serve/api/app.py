@@ -129,7 +129,7 @@ class Server:
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         self.engine.start()
         yield
-        self.grammars.stop()
+        await self.grammars.stop()
         await anyio.to_thread.run_sync(self.engine.stop)
 
     async def abort(self) -> None:

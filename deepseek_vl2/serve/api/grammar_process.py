@@ -52,7 +52,7 @@ class GrammarProcess:
         try:
             await self._send(self.process, vocabulary)
         except BaseException:
-            self.stop()
+            await self.stop()
             raise
         return self.process
 
@@ -81,7 +81,7 @@ class GrammarProcess:
                 process = await self._start()
             answer = await self._ask(process, json.dumps(task).encode())
         except (OSError, asyncio.IncompleteReadError) as error:
-            self.stop()
+            await self.stop()
             raise ApiError(500, "The server failed to compile this grammar.") from error
         if "problem" in answer:
             raise ValueError(answer["problem"])
@@ -97,15 +97,20 @@ class GrammarProcess:
                 await self._send(process, b"")
                 await self._receive(process)
             if scope.cancelled_caught:
-                self.stop()
+                await self.stop()
             raise
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """End the process."""
-        if self.process is not None and self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.kill()
-        self.process = None
+        process, self.process = self.process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        assert process.stdin is not None
+        process.stdin.close()
+        with anyio.CancelScope(shield=True):
+            await process.wait()
 
 
 class GrammarCache:
@@ -200,7 +205,7 @@ class GrammarService:
             self._idle.append(process)
             self._slots.release()
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """End the processes."""
         for process in self._processes:
-            process.stop()
+            await process.stop()
