@@ -16,7 +16,6 @@ for _name in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
     pytest.importorskip(_name)
 
 import torch  # noqa: E402
-import uvicorn  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor  # noqa: E402
@@ -25,6 +24,7 @@ from deepseek_vl2.serve.api.engine import Engine, EngineOptions  # noqa: E402
 from deepseek_vl2.serve.api.prefill import Prompt  # noqa: E402
 from deepseek_vl2.serve.api.sampling import SamplingOptions  # noqa: E402
 from deepseek_vl2.serve.api.sequence import Delta, Event, Job  # noqa: E402
+from deepseek_vl2.serve.api.serving import http_server  # noqa: E402
 from deepseek_vl2.serve.api.settings import Settings  # noqa: E402
 
 MODEL = "golden"
@@ -119,8 +119,7 @@ class RunningServer:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.engine = server.engine
-        config = uvicorn.Config(server.app, host="127.0.0.1", port=0, log_level="warning")
-        self.uvicorn = uvicorn.Server(config)
+        self.uvicorn = http_server(server, host="127.0.0.1", port=0, log_level="warning")
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:

@@ -8,6 +8,8 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import anyio
+import anyio.to_thread
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
@@ -21,6 +23,8 @@ from .chat import ChatService, check_api_key
 from .engine import Engine, EngineOptions, end_ids
 from .errors import ApiError, error_response, handle_api_error
 from .grammar import GrammarCompiler
+from .grammar_process import GrammarService
+from .guard import Guard, RunningRequests
 from .metrics import Metrics
 from .prompts import PromptBuilder
 from .schemas import ChatRequest
@@ -28,6 +32,8 @@ from .settings import Settings
 from .token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
+
+LAST_WORDS_SECONDS = 1.0
 
 ERROR_SCHEMA = {
     "type": "object",
@@ -69,7 +75,7 @@ CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
         "description": "The answers: one object, or with stream a series of server-sent events.",
         "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
     },
-    **error_entries(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
+    **error_entries(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504),
 }
 
 
@@ -105,7 +111,9 @@ class Server:
             processor, options.max_length, token_bytes.longest(), settings.images, settings.preparing_threads
         )
         compiler = GrammarCompiler(token_bytes, model.config.language_config.vocab_size, end_ids(model))
-        self.chat = ChatService(self.engine, builder, compiler, self.metrics, settings)
+        self.grammars = GrammarService(compiler, settings.grammars)
+        self.running = RunningRequests()
+        self.chat = ChatService(self.engine, builder, self.grammars, self.metrics, settings)
         self.app = self._application()
 
     def _application(self) -> FastAPI:
@@ -121,15 +129,26 @@ class Server:
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         self.engine.start()
         yield
-        self.engine.stop()
+        await self.grammars.stop()
+        await anyio.to_thread.run_sync(self.engine.stop)
+
+    async def abort(self) -> None:
+        """End the requests at work, each with the answer that the server shuts down."""
+        await anyio.to_thread.run_sync(self.engine.stop)
+        with anyio.move_on_after(LAST_WORDS_SECONDS):
+            while self.running:  # what waited for the engine ends by itself
+                await anyio.sleep(0.05)
+        self.running.end()
 
     def _add_middleware(self, app: FastAPI) -> None:
+        app.add_middleware(Guard, running=self.running, allowed_hosts=self.settings.allowed_hosts)
         if self.settings.cors_origins:
             app.add_middleware(
                 CORSMiddleware,
                 allow_origins=list(self.settings.cors_origins),
                 allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type"],
+                allow_headers=["*"],  # clients send many of their own: the browser's answer names those it asked for
+                expose_headers=["Retry-After", "X-Request-Id"],
             )
 
     @staticmethod

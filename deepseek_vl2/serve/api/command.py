@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -77,6 +78,11 @@ def _add_http_arguments(group: Any) -> None:
         "--cors_origin", action="append", default=[], metavar="ORIGIN", help="web pages from there may call; repeatable"
     )
     group.add_argument(
+        "--allowed_host", action="append", default=[], metavar="NAME",
+        help="a server without a key that listens on this machine alone answers under local names; also under this "
+        "one; repeatable",
+    )  # fmt: skip
+    group.add_argument(
         "--shutdown_seconds", type=seconds, default=120.0, help="time to finish after SIGTERM (default: %(default)g)"
     )
     group.add_argument("--log_level", default="info", choices=("debug", "info", "warning", "error"))
@@ -113,6 +119,19 @@ def _add_limit_arguments(group: Any) -> None:
     )
     group.add_argument(
         "--request_seconds", type=seconds, default=600.0, help="time of a whole request (default: %(default)g)"
+    )
+    group.add_argument(
+        "--max_connections", type=positive,
+        help="open at the same time (default: 512, or four times the requests there is room for if that is more)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max_connections_per_address", type=positive, help="of them, from one address (default: half of them)"
+    )
+    group.add_argument(
+        "--header_seconds", type=seconds, default=10.0, help="time for a request's headers (default: %(default)g)"
+    )
+    group.add_argument(
+        "--idle_seconds", type=seconds, default=15.0, help="time between two requests (default: %(default)g)"
     )
     group.add_argument("--max_images", type=positive, default=16, help="images of a request (default: %(default)s)")
     group.add_argument(
@@ -157,6 +176,25 @@ def chosen_model(args: argparse.Namespace) -> str:
     return args.name or args.model or (NANO_NAME if nano_is_installed() else DEMO_NAME)
 
 
+def api_keys(given: list[str]) -> tuple[str, ...]:
+    """Return the keys of the options and the environment, without the line breaks that files and secrets end in.
+
+    Raises:
+        ValueError: one is empty, or cannot be sent in a header.
+    """
+    keys = tuple(key.strip() for key in (*given, *filter(None, [os.environ.get(KEY_VARIABLE)])))
+    if not all(keys):
+        raise ValueError("An API key is empty, as from a variable that is not set: name one, or leave --api-key out.")
+    if not all(key.isprintable() for key in keys):
+        raise ValueError("An API key has characters that no header can bear, such as a line break.")
+    return keys
+
+
+def is_local(host: str) -> bool:
+    """Whether an address to listen on can be reached from this machine alone."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def room(wanted: int | None, positions: int) -> int:
     """Return the tokens of a prompt and its answer: what was asked for, else the default or all the model knows.
 
@@ -179,13 +217,11 @@ def build_server(args: argparse.Namespace) -> Any:
     from deepseek_vl2.cli.options import check_device, check_reachable
     from deepseek_vl2.serve.api.app import Server
     from deepseek_vl2.serve.api.engine import EngineOptions
-    from deepseek_vl2.serve.api.settings import MEBI, ImageLimits, Settings
+    from deepseek_vl2.serve.api.settings import MEBI, ConnectionLimits, ImageLimits, Settings
     from deepseek_vl2.serve.api.slots import cache_bytes
     from deepseek_vl2.utils.io import load_pretrained_model
 
-    keys = (*args.api_key, *filter(None, [os.environ.get(KEY_VARIABLE)]))
-    if not all(key.strip() for key in keys):
-        raise ValueError("An API key is empty, as from a variable that is not set: name one, or leave --api-key out.")
+    keys = api_keys(args.api_key)
     name = chosen_model(args)
     if args.device is not None:
         check_device(args.device)
@@ -198,6 +234,14 @@ def build_server(args: argparse.Namespace) -> Any:
         allow_private=args.allow_private_image_urls,
         seconds=args.image_seconds,
     )
+    requests = 2 * (args.slots + args.queue)
+    most = args.max_connections or max(512, 4 * requests)
+    connections = ConnectionLimits(
+        most=most,
+        per_address=args.max_connections_per_address or (most + 1) // 2,
+        header_seconds=args.header_seconds,
+        idle_seconds=args.idle_seconds,
+    )
     settings = Settings(
         model_name=args.served_model_name or model_name(name),
         api_keys=keys,
@@ -207,7 +251,10 @@ def build_server(args: argparse.Namespace) -> Any:
         body_seconds=args.body_seconds,
         request_seconds=args.request_seconds,
         max_choices=args.max_choices,
-        max_requests=2 * (args.slots + args.queue),
+        max_requests=requests,
+        # A page of the web can reach what listens here, under its own name (DNS rebinding); a key keeps it out.
+        allowed_hosts=None if keys or not is_local(args.host) else tuple(args.allowed_host),
+        connections=connections,
     )
     dtype = getattr(torch, args.dtype)
     where: dict[str, Any] = {"device_map": "auto"} if args.device == "auto" else {"device": args.device}
@@ -231,23 +278,17 @@ def main(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    import uvicorn
+    from deepseek_vl2.serve.api.serving import http_server
 
     # uvicorn finishes what runs, and then raises the signal once more, which would end in an error code.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
-    local = args.host in ("127.0.0.1", "localhost", "::1")
-    if not local and not server.settings.api_keys:
+    if not is_local(args.host) and not server.settings.api_keys:
         logging.getLogger(__name__).warning(
             "Listening on %s without an API key: whoever reaches the port may use the model. Set %s.",
             args.host,
             KEY_VARIABLE,
         )
-    uvicorn.run(
-        server.app,
-        host=args.host,
-        port=args.port,
-        log_level=args.log_level,
-        timeout_graceful_shutdown=int(max(1, args.shutdown_seconds)),
-        server_header=False,
-    )
+    listening = http_server(server, args.shutdown_seconds, host=args.host, port=args.port, log_level=args.log_level)
+    with contextlib.suppress(KeyboardInterrupt):
+        listening.run()
     return 0

@@ -42,6 +42,9 @@ class Reply:
         sizes: (width, height) in pixels of the request's images.
         answers: where the answers come from.
         token_bytes: the tokenizer's table.
+
+    Attributes:
+        status: what the response is counted as: an error's, when one ended a stream.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Reply:
         self.sizes = sizes
         self.answers = answers
         self.token_bytes = token_bytes
+        self.status = 200
         self.head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -131,22 +135,24 @@ class Reply:
         logprobs = self.logprobs(tokens) if tokens else None
         return self._event([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}])
 
-    async def stream(self, first: tuple[int, Delta]) -> AsyncIterator[bytes]:
+    async def stream(self, first: tuple[int, Delta] | None) -> AsyncIterator[bytes]:
         """Yield the response as server-sent events; what goes wrong from here on is an event too.
 
         Args:
-            first: what came first, and of which answer.
+            first: what came first, and of which answer; ``None`` when nothing has come yet.
         """
         texts = [""] * len(self.answers.jobs)
         for index in range(len(texts)):
             yield self._piece(index, {"role": "assistant", "content": ""}, [], None)
         try:
-            for event in self._pieces(first, texts):
-                yield event
+            if first is not None:
+                for event in self._pieces(first, texts):
+                    yield event
             async for found in self.answers:
                 for event in self._pieces(found, texts):
                     yield event
         except ApiError as error:
+            self.status = error.status
             yield server_sent(error.body())
             return
         if self._include_usage:
