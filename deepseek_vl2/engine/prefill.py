@@ -1,260 +1,294 @@
-"""A whole prompt through the language model, over static buffers, so that it can be recorded and replayed.
+"""Prompts through the language model: new tokens of several sequences, packed, attention segment by segment.
 
-The host launches a layer's operations more slowly than the device runs them; replaying a recording of them costs the
-host next to nothing. Dense products and attention itself are the model's own modules; kernels take what lies between:
-norms and sums, rotations, the cache, the choice of experts. Prompts are padded on the right to the next multiple of
-`STEP` tokens: causal attention hides padding there from every token, and the decoding steps that follow overwrite what
-it left in the cache.
+Dense products and attention itself are PyTorch's; kernels take what lies between: norms and sums, rotations, the cache,
+the choice of experts and their products. A prompt that runs alone is padded on the right to the next multiple of `STEP`
+tokens, so that a captured pass can be replayed for it: causal attention hides padding there from every token, and its
+keys go to the pool's scratch tokens.
 
-Shape suffixes: B rows, T tokens of the prompt with its padding, H hidden size.
+Shape suffixes: N tokens of all segments, H hidden size, P rotated part of a head, K keys of all segments, V vocabulary.
 """
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+import torch.nn.functional as F
 
-from ..models.attention import DeepseekV2Attention, eager_attention_forward
-from ..models.cache import CACHE_NAME
-from ..models.generation import SampleCall
-from ..models.modeling_deepseek import DeepseekV2ForCausalLM
-from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
-from ..models.moe import DeepseekV2Experts, DeepseekV2MoE
+from ..models.attention import DeepseekV2Attention
+from ..models.cache import Segment, causal_mask
+from ..models.moe import DeepseekV2MoE
 from ..ops.triton import norm, prefill_experts, rope, router
-from ..ops.triton.router import CORRECTED
+from ..ops.triton.router import NOAUX_TC
 from . import experts
-from .cuda_graphs import Pass
-from .decode import Buffers
-from .weights import read_rule
+from .decode import DecoderWeights
+from .rows import upload
+from .weights import read_router_config
 
 STEP = 128
-# Beyond this many tokens the device takes longer than the host needs to launch.
-MAX_TOKENS = 4096
-# Of each session, which itself is one of few. Recordings share the memory of what they compute in between.
-MAX_PROMPTS = 4
-
-KNOWN = {
-    "attention_mask", "cache_position", "images", "images_seq_mask", "images_spatial_crop", "inputs_embeds",
-    "logits_to_keep", CACHE_NAME, "position_ids", "use_cache",
-}  # fmt: skip
+Pools = Sequence[tuple[torch.Tensor, ...]]
+Tables = dict[torch.device, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
-class Prompt:
-    """What a pass reads beside the session's buffers: embeddings, [B, T, H], and the last token's index, [1]."""
+class PrefillInputs:
+    """What a captured prefill reads and writes.
 
-    embeds: torch.Tensor
+    Fields:
+        embeds_NH: the prompt's embeddings, behind them zeros.
+        slots_N: index in the pool of each token; a scratch token's for padding.
+        cos_NP: cosines of the positions, and ``sin_NP``.
+        last: index of the last token that is not padding, [1].
+        logits_1V: written: of that token, float32.
+    """
+
+    embeds_NH: torch.Tensor
+    slots_N: torch.Tensor
+    cos_NP: torch.Tensor
+    sin_NP: torch.Tensor
     last: torch.Tensor
+    logits_1V: torch.Tensor
 
 
-class Cache:
-    """Takes the place of a model's cache: writes each layer's part into the session's, and hands the prompt's back."""
+@dataclass
+class PackedTokens:
+    """Where the tokens of a pass stand, on one device.
 
-    def __init__(self, buffers: Buffers) -> None:
-        self.caches = buffers.caches
+    Fields:
+        segments: whose they are.
+        slots_N: index in the pool of each.
+        cos_NP: cosines of their positions, and ``sin_NP``.
+        last: as in `PrefillInputs`; ``None``: there is no padding.
+        masks: of the segments that have cached tokens before them; made once a pass.
+    """
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write from token 0 on: rotated keys [B, 1, T, P] and latents [B, 1, T, R]; or keys and values."""
-        static, length = self.caches[index], keys.shape[2]
-        if len(static) == 1:
-            rank = values.shape[-1]
-            static[0][:, :length, :rank] = values[:, 0]
-            static[0][:, :length, rank:] = keys[:, 0]
-        else:
-            static[0][:, :, :length] = keys
-            static[1][:, :, :length] = values
-        return keys, values
+    segments: Sequence[Segment]
+    slots_N: torch.Tensor
+    cos_NP: torch.Tensor
+    sin_NP: torch.Tensor
+    last: torch.Tensor | None = None
+    masks: list[torch.Tensor | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.masks = [
+            causal_mask(s.new, s.end, self.slots_N.device) if s.past and s.new > 1 else None for s in self.segments
+        ]
+
+    @property
+    def has_past(self) -> bool:
+        """Whether some segment has cached tokens before it."""
+        return any(segment.past for segment in self.segments)
 
 
-def attend(module: Any, normed: torch.Tensor, rotation: Any, cache: Cache) -> torch.Tensor:
-    """Return a layer's attention output, [B, T, H], as its module computes it."""
-    if not isinstance(module, DeepseekV2Attention):
-        return attend_to_heads(module, normed, rotation, cache)
-    if module.q_lora_rank is not None or module.prefers_absorbed(normed, None):
-        return module(normed, rotation, None, cache)[0]
-    shape, cos, sin = normed.shape[:2], rotation[0][0], rotation[1][0]
-    query = module.q_proj(normed).view(-1, module.num_heads, module.qk_head_dim)
-    rope.rotate_heads_(query, cos, sin)
-    weights, compressed = module.kv_a_layernorm, module.kv_a_proj_with_mqa(normed).flatten(0, 1)
-    latent, key_rope = rope.cache_latents(
-        compressed, weights.weight, weights.variance_epsilon, cos, sin, cache.caches[module.layer_idx][0]
+def padded_length(tokens: int, most: int) -> int:
+    """Return the length that a prompt is padded to."""
+    return min(-(-tokens // STEP) * STEP, most)
+
+
+def slots_of_prompt(start: int, tokens: int, length: int, device: torch.device) -> torch.Tensor:
+    """Return the pool's index of each token of a prompt that begins at ``start``; padding goes to a scratch token."""
+    slots = torch.arange(start, start + length, device=device)
+    slots[tokens:] = 0
+    return slots
+
+
+def static_inputs(weights: DecoderWeights, tables: tuple[torch.Tensor, torch.Tensor], length: int) -> PrefillInputs:
+    """Return the buffers of a captured prefill of that many tokens."""
+    head, (cos, sin) = weights.head, tables
+    return PrefillInputs(
+        embeds_NH=head.new_zeros(length, head.shape[1]),
+        slots_N=torch.zeros(length, dtype=torch.long, device=head.device),
+        cos_NP=cos[:length],
+        sin_NP=sin[:length],
+        last=torch.zeros(1, dtype=torch.long, device=head.device),
+        logits_1V=torch.zeros(1, head.shape[0], device=head.device),
     )
-    expanded = module.kv_b_proj(latent).view(len(query), module.num_heads, -1)
-    key = rope.keys_of_heads(expanded, key_rope, module.qk_nope_head_dim)
-    value = expanded[..., module.qk_nope_head_dim :]
-    return module.o_proj(sdpa(module, *(part.unflatten(0, shape).transpose(1, 2) for part in (query, key, value))))
 
 
-def attend_to_heads(module: Any, normed: torch.Tensor, rotation: Any, cache: Cache) -> torch.Tensor:
-    """Return the output of plain multi-head attention, [B, T, H]."""
-    shape, cos, sin = normed.shape[:2], rotation[0][0], rotation[1][0]
+# ---------------------------------------------------------------- attention
+
+
+def attend(module: Any, normed_NH: torch.Tensor, tokens: PackedTokens, pool: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return a layer's attention output, [N, H]; its keys and values are written to the pool."""
+    if isinstance(module, DeepseekV2Attention):
+        query, keys, values = latent_queries_keys_values(module, normed_NH, tokens, pool[0])
+    else:
+        query, keys, values = head_queries_keys_values(module, normed_NH, tokens, pool)
+    out = query.new_empty(len(query), query.shape[1], values.shape[-1])
+    first = first_key = 0
+    for segment, mask in zip(tokens.segments, tokens.masks, strict=True):
+        end, end_key = first + segment.new, first_key + (segment.end if tokens.has_past else segment.new)
+        parts = (query[first:end], keys[first_key:end_key], values[first_key:end_key])
+        attended = F.scaled_dot_product_attention(
+            *(part.transpose(0, 1)[None] for part in parts),
+            attn_mask=mask,
+            is_causal=mask is None and segment.new > 1,
+            scale=module.scaling,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
+        out[first:end] = attended[0].transpose(0, 1)
+        first, first_key = end, end_key
+    projected: torch.Tensor = module.o_proj(out.flatten(1))
+    return projected
+
+
+def latent_queries_keys_values(
+    module: Any, normed_NH: torch.Tensor, tokens: PackedTokens, pool_SC: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return rotated queries, [N, heads, size], and expanded keys and values of all segments, [K, heads, size]."""
+    cos, sin = tokens.cos_NP, tokens.sin_NP
+    query = module.q_proj(normed_NH).view(-1, module.num_heads, module.qk_head_dim)
+    rope.rotate_heads_(query, cos, sin)
+    weights, compressed = module.kv_a_layernorm, module.kv_a_proj_with_mqa(normed_NH)
+    latent, key_rope = rope.cache_latents(
+        compressed, weights.weight, weights.variance_epsilon, cos, sin, pool_SC, tokens.slots_N
+    )
+    if tokens.has_past:
+        held = torch.cat([pool_SC[s.start : s.start + s.end] for s in tokens.segments])
+        latent, key_rope = held[:, : module.kv_lora_rank], held[:, module.kv_lora_rank :].contiguous()
+    expanded = module.kv_b_proj(latent).view(len(latent), module.num_heads, -1)
+    keys = rope.concat_keys(expanded, key_rope, module.qk_nope_head_dim)
+    return query, keys, expanded[..., module.qk_nope_head_dim :]
+
+
+def head_queries_keys_values(
+    module: Any, normed_NH: torch.Tensor, tokens: PackedTokens, pool: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return rotated queries, [N, heads, size], and keys and values of all segments, [K, key heads, size]."""
     projections = (module.q_proj, module.k_proj, module.v_proj)
-    query, key, value = (linear(normed).view(normed.shape[0] * shape[1], -1, module.head_dim) for linear in projections)
+    query, key, value = (linear(normed_NH).view(len(normed_NH), -1, module.head_dim) for linear in projections)
     for part in (query, key):
-        rope.rotate_heads_(part, cos, sin, pairs=False)
-    query, key, value = (part.unflatten(0, shape).transpose(1, 2) for part in (query, key, value))
-    return module.o_proj(sdpa(module, query, *cache.update(key, value, module.layer_idx)))
+        rope.rotate_heads_(part, tokens.cos_NP, tokens.sin_NP, interleaved=False)
+    for held, new in zip(pool, (key, value), strict=True):
+        held.index_copy_(0, tokens.slots_N, new)
+    if tokens.has_past:
+        key, value = (torch.cat([held[s.start : s.start + s.end] for s in tokens.segments]) for held in pool)
+    return query, key, value
 
 
-def sdpa(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return causal attention of [B, N, T, D] each, [B, T, N * D]."""
-    function = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", eager_attention_forward)
-    out, _ = function(module, query, key, value, None, scaling=module.scaling, dropout=0.0)
-    return out.flatten(2)
+# ---------------------------------------------------------------- layers
 
 
-def run_mlp(mlp: Any, rows: torch.Tensor) -> torch.Tensor:
+def run_mlp(mlp: Any, rows_NH: torch.Tensor) -> torch.Tensor:
     """Return what a dense MLP, of one layer or shared by all tokens, makes of rows, [N, H]."""
-    if "silu" not in type(mlp.act_fn).__name__.lower():
-        return mlp(rows)
-    return mlp.down_proj(prefill_experts.silu_times(mlp.gate_proj(rows), mlp.up_proj(rows)))
+    out: torch.Tensor = mlp.down_proj(prefill_experts.silu_and_mul(mlp.gate_proj(rows_NH), mlp.up_proj(rows_NH)))
+    return out
 
 
-def read_layer(
+def prefill_layer(
     layer: Any,
-    hidden: torch.Tensor,
-    normed: torch.Tensor,
-    rotation: Any,
-    cache: Cache,
+    hidden_NH: torch.Tensor,
+    normed_NH: torch.Tensor,
+    tokens: PackedTokens,
+    pool: tuple[torch.Tensor, ...],
     following: Any,
-    last: torch.Tensor,
 ) -> None:
-    """Run one layer: ``hidden`` and its norm, [B, T, H] each, become its output and that one's norm by ``following``.
+    """Run one layer: the hidden states and their norm become its output and that one's norm by ``following``.
 
     As in the layer's own forward pass, but that each sum and the norm of it are one pass over memory, and that padding
-    behind token ``last`` has no experts.
+    has no experts.
     """
-    flat, flat_normed = hidden.flatten(0, 1), normed.flatten(0, 1)
 
     def add_and_norm(new: torch.Tensor, weights: Any) -> None:
         scale, eps = weights.weight, weights.variance_epsilon
-        norm.finish_layer(flat, None, None, new.view(flat.shape), scale, eps, flat, flat_normed)
+        norm.fused_add_rms_norm(hidden_NH, None, None, new, scale, eps, hidden_NH, normed_NH)
 
-    add_and_norm(attend(layer.self_attn, normed, rotation, cache), layer.post_attention_layernorm)
+    add_and_norm(attend(layer.self_attn, normed_NH, tokens, pool), layer.post_attention_layernorm)
     mlp = layer.mlp
     if not isinstance(mlp, DeepseekV2MoE):
-        add_and_norm(run_mlp(mlp, flat_normed), following)
+        add_and_norm(run_mlp(mlp, normed_NH), following)
         return
-    rule = read_rule(mlp.gate)
-    if rule.limited or mlp.gate.weight.dtype != normed.dtype or not experts.takes(mlp.experts, flat_normed):
-        add_and_norm(mlp(normed), following)
+    routing = read_router_config(mlp.gate)
+    gate_fits = not routing.group_limited and mlp.gate.weight.dtype == normed_NH.dtype
+    if not (gate_fits and experts.is_supported(mlp.experts, normed_NH)):
+        add_and_norm(mlp(normed_NH[None])[0], following)
         return
-    bias = mlp.gate.e_score_correction_bias if rule.method == CORRECTED else None
-    ids, weights = router.route_rows(flat_normed, mlp.gate.weight, bias, rule, last, normed.shape[1])
-    outputs, places = prefill_experts.run_pairs(flat_normed, mlp.experts.gate_up_proj, mlp.experts.down_proj, ids)
-    shared = None if mlp.shared_experts is None else run_mlp(mlp.shared_experts, flat_normed)
+    bias = mlp.gate.e_score_correction_bias if routing.method == NOAUX_TC else None
+    ids, weights = router.route_tokens(normed_NH, mlp.gate.weight, bias, routing, tokens.last, len(normed_NH))
+    outputs, row_map = prefill_experts.permuted_experts(
+        normed_NH, mlp.experts.gate_up_proj, mlp.experts.down_proj, ids
+    )
+    shared = None if mlp.shared_experts is None else run_mlp(mlp.shared_experts, normed_NH)
     scale, eps = following.weight, following.variance_epsilon
-    norm.finish_layer(flat, outputs, weights, shared, scale, eps, flat, flat_normed, places_P=places)
+    norm.fused_add_rms_norm(hidden_NH, outputs, weights, shared, scale, eps, hidden_NH, normed_NH, row_map_P=row_map)
 
 
-def read_prompt(language: Any, buffers: Buffers, given: Prompt) -> None:
-    """Run the layers: the session's caches are filled and its logits are those of the last token."""
-    length, layers = given.embeds.shape[1], language.model.layers
-    rotation = (buffers.cos[None, :length], buffers.sin[None, :length])
-    hidden, normed, cache = torch.empty_like(given.embeds), torch.empty_like(given.embeds), Cache(buffers)
-    first = layers[0].input_layernorm
-    norm.finish_layer(
-        given.embeds.flatten(0, 1), None, None, None, first.weight, first.variance_epsilon,
-        hidden.flatten(0, 1), normed.flatten(0, 1),
-    )  # fmt: skip
+def first_norm(weights: Any, embeds_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a copy of the embeddings and their norm."""
+    hidden, normed = torch.empty_like(embeds_NH), torch.empty_like(embeds_NH)
+    scale, eps = weights.weight, weights.variance_epsilon
+    norm.fused_add_rms_norm(embeds_NH, None, None, None, scale, eps, hidden, normed)
+    return hidden, normed
+
+
+def run_captured(language: Any, pools: Pools, given: PrefillInputs) -> None:
+    """Run one padded prompt over static buffers: its keys go to the pool, and the last token's logits are written."""
+    layers = language.model.layers
+    segment = Segment(0, 0, len(given.embeds_NH))
+    tokens = PackedTokens([segment], given.slots_N, given.cos_NP, given.sin_NP, given.last)
+    hidden, normed = first_norm(layers[0].input_layernorm, given.embeds_NH)
     norms = [layer.input_layernorm for layer in layers[1:]] + [language.model.norm]
-    for layer, following in zip(layers, norms, strict=True):
-        read_layer(layer, hidden, normed, rotation, cache, following, given.last)
-    buffers.logits.copy_(language.lm_head(normed.index_select(1, given.last))[:, 0])
+    for layer, pool, following in zip(layers, pools, norms, strict=True):
+        prefill_layer(layer, hidden, normed, tokens, pool, following)
+    given.logits_1V.copy_(language.lm_head(normed.index_select(0, given.last)))
 
 
-def new_pass(language: Any, buffers: Buffers, tokens: int) -> Pass:
-    """Return the pass over prompts of up to that many tokens a row."""
-    weight = language.lm_head.weight
-    with torch.inference_mode(False), torch.no_grad():  # later calls outside of inference mode write them too
-        given = Prompt(
-            embeds=weight.new_zeros(buffers.rows, tokens, weight.shape[1]),
-            last=torch.zeros(1, dtype=torch.long, device=weight.device),
-        )
-    model = weakref.ref(language)  # passes are kept for as long as the model lives, not the other way round
-    return Pass(given, lambda: read_prompt(model(), buffers, given))
+def run_packed(
+    language: Any, pools: Pools, tables: Tables, embeds_NH: torch.Tensor, segments: Sequence[Segment]
+) -> torch.Tensor:
+    """Run new tokens of several sequences; returns the logits of each segment's last one, [segments, V], float32.
+
+    Layers may lie on several devices: hidden states follow them.
+    """
+    layers = language.model.layers
+    positions = torch.cat([torch.arange(s.past, s.end) for s in segments])
+    slots = torch.cat([torch.arange(s.start + s.past, s.start + s.end) for s in segments])
+    places = {device: place_tokens(segments, positions, slots, device, tables[device]) for device in tables}
+    device = layers[0].input_layernorm.weight.device
+    with device_of(device):
+        hidden, normed = first_norm(layers[0].input_layernorm, embeds_NH.to(device).contiguous())
+    norms = [layer.input_layernorm for layer in layers[1:]] + [language.model.norm]
+    for layer, pool, following in zip(layers, pools, norms, strict=True):
+        device = layer.input_layernorm.weight.device
+        hidden, normed = hidden.to(device), normed.to(device)
+        with device_of(device):
+            # The next layer's norm may lie on the next device: a copy of it, a few kilobytes, comes here.
+            here = following if following.weight.device == device else MovedNorm(following, device)
+            prefill_layer(layer, hidden, normed, places[device], pool, here)
+    last, ends = -1, []
+    for segment in segments:
+        last += segment.new
+        ends.append(last)
+    kept = normed.index_select(0, upload([ends], normed.device)[0])
+    logits: torch.Tensor = language.lm_head(kept.to(language.lm_head.weight.device)).float()
+    return logits
 
 
-def tokens_with_padding(tokens: int, room: int) -> int:
-    """Return the length that a prompt is padded to; ``room`` is that of the session's cache."""
-    return min(-(-tokens // STEP) * STEP, room)
+class MovedNorm:
+    """A norm's weight on another device."""
+
+    def __init__(self, module: Any, device: torch.device) -> None:
+        self.weight = module.weight.to(device)
+        self.variance_epsilon = module.variance_epsilon
 
 
-# ---------------------------------------------------------------- what is not for it
+def place_tokens(
+    segments: Sequence[Segment],
+    positions_N: torch.Tensor,
+    slots_N: torch.Tensor,
+    device: torch.device,
+    tables: tuple[torch.Tensor, torch.Tensor],
+) -> PackedTokens:
+    """Return where tokens stand, on a device; positions and slots come from the host."""
+    numbers = torch.stack((positions_N, slots_N))
+    numbers = numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+    cos, sin = (table.index_select(0, numbers[0]) for table in tables)
+    return PackedTokens(segments, numbers[1].contiguous(), cos, sin)
 
 
-def why_not_experts(language: Any) -> str | None:
-    """Return why a model's experts cannot be recorded: other forms than the kernels' may wait for the device."""
-    weight = language.lm_head.weight
-    if weight.device.type != "cuda":
-        return None
-    layers = [module for module in language.modules() if isinstance(module, DeepseekV2Experts)]
-    return None if all(experts.takes(layer, weight) for layer in layers) else "the experts are not for grouped products"
-
-
-def why_not_bypassed(module: torch.nn.Module) -> str | None:
-    """Return why a module's own call must not be gone around: hooks, or a forward pass of somebody else's."""
-    name = type(module).__name__
-    state: dict[str, Any] = vars(module)
-    if state.get("_hf_hook") is not None or "forward" in state:
-        return f"{name} is offloaded, or its forward pass was replaced"
-    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-        return f"{name} has forward hooks"
-    every = torch.nn.modules.module
-    return "all modules have hooks" if every._global_forward_hooks or every._global_forward_pre_hooks else None
-
-
-def why_not_prompt(call: SampleCall, language: Any) -> str | None:
-    """Return why a call's prompt goes through the model's own forward pass, beside what `runtime.why_not_call` asks."""
-    kwargs, model = call.model_kwargs, call.model
-    if type(model) not in (DeepseekV2ForCausalLM, DeepseekVLV2ForCausalLM):
-        return f"a {type(model).__name__} may do more with a prompt"
-    for module in (model, language, language.model):
-        if (reason := why_not_bypassed(module)) is not None:
-            return reason
-    if language.config._attn_implementation != "sdpa":
-        return "another attention than sdpa was chosen"
-    if torch.is_autocast_enabled(language.lm_head.weight.device.type) or torch.compiler.is_compiling():
-        return "autocast or compilation is on"
-    if unknown := [name for name, value in kwargs.items() if name not in KNOWN and value is not None]:
-        return f"the call has arguments of its own: {', '.join(unknown)}"
-    cache = kwargs[CACHE_NAME]
-    if not getattr(cache, "is_private", False) or cache.get_seq_length() > 0:
-        return "the cache is the caller's, or holds tokens"
-    if call.generation_config.prefill_chunk_size is not None:
-        return "the prompt is to be read in chunks"
-    return why_not_tokens(call, language)
-
-
-def why_not_tokens(call: SampleCall, language: Any) -> str | None:
-    """Return why a prompt itself is none for a pass."""
-    ids, weight = call.input_ids, language.lm_head.weight
-    mask, embeds = call.model_kwargs.get("attention_mask"), call.model_kwargs.get("inputs_embeds")
-    if embeds is not None:
-        if (embeds.dtype, embeds.device, embeds.shape[-1]) != (weight.dtype, weight.device, weight.shape[1]):
-            return "the embeddings are of another kind than the weights"
-        if ids.shape[1] not in (0, embeds.shape[1]):
-            return "ids and embeddings differ in length"
-    elif ids.device != weight.device or language.model.embed_tokens.weight.dtype != weight.dtype:
-        return "the ids are on another device, or the embeddings of another dtype"
-    rows, tokens = (ids if embeds is None else embeds).shape[:2]
-    if tokens == 0 or rows * (-(-tokens // STEP) * STEP) > MAX_TOKENS:
-        return f"the prompt is empty, or over {MAX_TOKENS} tokens with its padding"
-    if mask is not None and (mask.shape != (rows, tokens) or not bool(mask.all())):
-        return "there is padding"
-    return None
-
-
-def embeddings(call: SampleCall, language: Any) -> torch.Tensor:
-    """Return the embeddings of a prompt as the model's forward pass makes them, [B, tokens, H]."""
-    kwargs = call.model_kwargs
-    if kwargs.get("inputs_embeds") is not None:
-        return kwargs["inputs_embeds"]
-    if call.model is language:
-        return language.model.embed_tokens(call.input_ids)
-    names = ("images", "images_seq_mask", "images_spatial_crop")
-    return call.model.prepare_inputs_embeds(call.input_ids, **{name: kwargs.get(name) for name in names})
+def device_of(device: torch.device) -> Any:
+    """Return a context in which kernels launch on a device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -106,7 +106,7 @@ class ModuleRunner:
         assert language is not None
         embeds = language.get_input_embeddings()(rows.tokens[:count].to(language.device))
         logits = self._run(rows.segments(), embeds, rows.positions[:count].long().to(embeds.device))
-        rows.positions[:count] += rows.advance[:count]
+        rows.positions[:count] += 1
         return logits, None
 
     def pool_changed(self) -> None:
