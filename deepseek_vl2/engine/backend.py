@@ -2,7 +2,7 @@
 
 ``model.generate`` takes this path by itself for a model in bfloat16 or float16 on one GPU, and the plain one otherwise.
 The environment variable ``DEEPSEEK_VL2_KERNELS=0`` turns it off, read at every call. Logging at level DEBUG for
-``deepseek_vl2.engine`` says why a call went the plain way; `why_not` says it of a model.
+``deepseek_vl2.engine`` says why a call went the plain way; `unsupported_reason` says it of a model.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ __all__ = [
     "run_experts",
     "sample",
     "scale",
-    "why_not",
+    "unsupported_reason",
 ]
 
 
-def _why_not_here() -> str | None:
+def _unsupported_here() -> str | None:
     if turned_off():
         return f"{SWITCH} turns it off"
     if importlib.util.find_spec("triton") is None:
@@ -43,19 +43,19 @@ def _why_not_here() -> str | None:
     return None
 
 
-def why_not(model: Any) -> str | None:
+def unsupported_reason(model: Any) -> str | None:
     """Return why a model's ``generate`` would not use the kernels, in a few words; ``None`` when it would."""
-    reason = _why_not_here()
+    reason = _unsupported_here()
     if reason is not None:
         return reason
     from . import runtime
 
-    return runtime.why_not(getattr(model, "language", model))
+    return runtime.unsupported_reason(getattr(model, "language", model))
 
 
 def release(model: Any) -> None:
     """Free the caches and graphs that are kept for a model between calls."""
-    if _why_not_here() is None:
+    if _unsupported_here() is None:
         from . import runtime, vision
 
         runtime.release(getattr(model, "language", model))
@@ -64,7 +64,7 @@ def release(model: Any) -> None:
 
 def sample(call: SampleCall) -> torch.Tensor | None:
     """Generate by the kernels; ``None`` where they cannot. Registered with `deepseek_vl2.models.generation`."""
-    if call.input_ids.device.type != "cuda" or _why_not_here() is not None:
+    if call.input_ids.device.type != "cuda" or _unsupported_here() is not None:
         return None
     from . import runtime
 
@@ -72,14 +72,14 @@ def sample(call: SampleCall) -> torch.Tensor | None:
 
 
 def encode_tiles(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor | None:
-    """Embed tiles by a recorded pass; ``None`` where it cannot. Registered with `models.modeling_deepseek_vl_v2`."""
-    if tiles_V3SS.device.type != "cuda" or _why_not_here() is not None:
+    """Embed tiles by a captured graph; ``None`` where it cannot. Registered with `models.modeling_deepseek_vl_v2`."""
+    if tiles_V3SS.device.type != "cuda" or _unsupported_here() is not None:
         return None
     import torch
 
     from . import runtime, vision
 
-    if runtime.why_not_device(tiles_V3SS) is not None:
+    if runtime.unsupported_device(tiles_V3SS) is not None:
         return None
     with torch.cuda.device(tiles_V3SS.device):
         return vision.encode_tiles(model, tiles_V3SS)
@@ -87,7 +87,7 @@ def encode_tiles(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor | None:
 
 def begin_tiles(model: Any, images: torch.Tensor, crops: torch.Tensor) -> Callable[[], torch.Tensor] | None:
     """Begin to embed a batch's tiles; ``None`` where it cannot. Registered with `models.modeling_deepseek_vl_v2`."""
-    if images.device.type != "cuda" or _why_not_here() is not None:
+    if images.device.type != "cuda" or _unsupported_here() is not None:
         return None
     import torch
 
@@ -101,12 +101,12 @@ def may_scale() -> bool:
     """Whether this process uses a GPU that may scale images. Registered with `models.views`."""
     import torch
 
-    return _why_not_here() is None and not _failed_to_scale and torch.cuda.is_initialized()
+    return _unsupported_here() is None and not _failed_to_scale and torch.cuda.is_initialized()
 
 
 def scale(pictures: Pictures, device: torch.device) -> torch.Tensor | None:
     """Scale images to tiles on a GPU, as bytes; ``None`` where it cannot. Registered with `models.views`."""
-    if device.type != "cuda" or _failed_to_scale or _why_not_here() is not None:
+    if device.type != "cuda" or _failed_to_scale or _unsupported_here() is not None:
         return None
     import torch
 
@@ -139,20 +139,20 @@ _failed_to_scale: list[str] = []
 
 
 def run_experts(
-    layer: Any, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
+    layer: Any, hidden_NH: torch.Tensor, topk_ids_NK: torch.Tensor, topk_weights_NK: torch.Tensor
 ) -> torch.Tensor | None:
     """Run a layer's experts for many tokens; ``None`` where the kernels cannot. Registered with `models.moe`."""
-    if hidden_NH.device.type != "cuda" or _failed or _why_not_here() is not None:
+    if hidden_NH.device.type != "cuda" or _failed or _unsupported_here() is not None:
         return None
     import torch
 
     from . import experts, runtime
 
-    if runtime.why_not_device(hidden_NH) is not None or not experts.takes(layer, hidden_NH):
+    if runtime.unsupported_device(hidden_NH) is not None or not experts.is_supported(layer, hidden_NH):
         return None
     try:
         with torch.cuda.device(hidden_NH.device):
-            return experts.run_experts(layer, hidden_NH, ids_NK, weights_NK)
+            return experts.run_experts(layer, hidden_NH, topk_ids_NK, topk_weights_NK)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler or its tools may raise: the plain form still works

@@ -1,10 +1,10 @@
-"""A whole prompt through the language model, over static buffers, so that it can be recorded and replayed.
+"""Prefill: a whole prompt through the language model, over static buffers, so that it can be captured and replayed.
 
-The host launches a layer's operations more slowly than the device runs them; replaying a recording of them costs the
-host next to nothing. Dense products and attention itself are the model's own modules; kernels take what lies between:
-norms and sums, rotations, the cache, the choice of experts. Prompts are padded on the right to the next multiple of
-`STEP` tokens: causal attention hides padding there from every token, and the decoding steps that follow overwrite what
-it left in the cache.
+The host launches a layer's operations more slowly than the device runs them; replaying a captured graph of them costs
+the host next to nothing. Dense products and attention itself are the model's own modules; kernels take what lies
+between: norms and sums, rotations, the cache, the choice of experts. Prompts are padded on the right to the next
+multiple of `STEP` tokens: causal attention hides padding there from every token, and the decoding steps that follow
+overwrite what it left in the cache.
 
 Shape suffixes: B rows, T tokens of the prompt with its padding, H hidden size.
 """
@@ -25,17 +25,17 @@ from ..models.modeling_deepseek import DeepseekV2ForCausalLM
 from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
 from ..models.moe import DeepseekV2Experts, DeepseekV2MoE
 from ..ops.triton import norm, prefill_experts, rope, router
-from ..ops.triton.router import CORRECTED
+from ..ops.triton.router import NOAUX_TC
 from . import experts
-from .cuda_graphs import Pass
-from .decode import Buffers
-from .weights import read_rule
+from .cuda_graphs import CapturedGraph
+from .decode import DecodeBuffers
+from .weights import read_router_config
 
 STEP = 128
 # Beyond this many tokens the device takes longer than the host needs to launch.
 MAX_TOKENS = 4096
-# Of each session, which itself is one of few. Recordings share the memory of what they compute in between.
-MAX_PROMPTS = 4
+# Of each session, which itself is one of few. Captured graphs share the memory of what they compute in between.
+MAX_GRAPHS = 4
 
 KNOWN = {
     "attention_mask", "cache_position", "images", "images_seq_mask", "images_spatial_crop", "inputs_embeds",
@@ -44,17 +44,17 @@ KNOWN = {
 
 
 @dataclass
-class Prompt:
-    """What a pass reads beside the session's buffers: embeddings, [B, T, H], and the last token's index, [1]."""
+class PrefillInputs:
+    """What a prefill reads beside the session's buffers: embeddings, [B, T, H], and the last token's index, [1]."""
 
     embeds: torch.Tensor
     last: torch.Tensor
 
 
-class Cache:
+class PrefillCache:
     """Takes the place of a model's cache: writes each layer's part into the session's, and hands the prompt's back."""
 
-    def __init__(self, buffers: Buffers) -> None:
+    def __init__(self, buffers: DecodeBuffers) -> None:
         self.caches = buffers.caches
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +70,7 @@ class Cache:
         return keys, values
 
 
-def attend(module: Any, normed: torch.Tensor, rotation: Any, cache: Cache) -> torch.Tensor:
+def attend(module: Any, normed: torch.Tensor, rotation: Any, cache: PrefillCache) -> torch.Tensor:
     """Return a layer's attention output, [B, T, H], as its module computes it."""
     if not isinstance(module, DeepseekV2Attention):
         return attend_to_heads(module, normed, rotation, cache)
@@ -84,18 +84,18 @@ def attend(module: Any, normed: torch.Tensor, rotation: Any, cache: Cache) -> to
         compressed, weights.weight, weights.variance_epsilon, cos, sin, cache.caches[module.layer_idx][0]
     )
     expanded = module.kv_b_proj(latent).view(len(query), module.num_heads, -1)
-    key = rope.keys_of_heads(expanded, key_rope, module.qk_nope_head_dim)
+    key = rope.concat_keys(expanded, key_rope, module.qk_nope_head_dim)
     value = expanded[..., module.qk_nope_head_dim :]
     return module.o_proj(sdpa(module, *(part.unflatten(0, shape).transpose(1, 2) for part in (query, key, value))))
 
 
-def attend_to_heads(module: Any, normed: torch.Tensor, rotation: Any, cache: Cache) -> torch.Tensor:
+def attend_to_heads(module: Any, normed: torch.Tensor, rotation: Any, cache: PrefillCache) -> torch.Tensor:
     """Return the output of plain multi-head attention, [B, T, H]."""
     shape, cos, sin = normed.shape[:2], rotation[0][0], rotation[1][0]
     projections = (module.q_proj, module.k_proj, module.v_proj)
     query, key, value = (linear(normed).view(normed.shape[0] * shape[1], -1, module.head_dim) for linear in projections)
     for part in (query, key):
-        rope.rotate_heads_(part, cos, sin, pairs=False)
+        rope.rotate_heads_(part, cos, sin, interleaved=False)
     query, key, value = (part.unflatten(0, shape).transpose(1, 2) for part in (query, key, value))
     return module.o_proj(sdpa(module, query, *cache.update(key, value, module.layer_idx)))
 
@@ -111,15 +111,15 @@ def run_mlp(mlp: Any, rows: torch.Tensor) -> torch.Tensor:
     """Return what a dense MLP, of one layer or shared by all tokens, makes of rows, [N, H]."""
     if "silu" not in type(mlp.act_fn).__name__.lower():
         return mlp(rows)
-    return mlp.down_proj(prefill_experts.silu_times(mlp.gate_proj(rows), mlp.up_proj(rows)))
+    return mlp.down_proj(prefill_experts.silu_and_mul(mlp.gate_proj(rows), mlp.up_proj(rows)))
 
 
-def read_layer(
+def prefill_layer(
     layer: Any,
     hidden: torch.Tensor,
     normed: torch.Tensor,
     rotation: Any,
-    cache: Cache,
+    cache: PrefillCache,
     following: Any,
     last: torch.Tensor,
 ) -> None:
@@ -132,71 +132,81 @@ def read_layer(
 
     def add_and_norm(new: torch.Tensor, weights: Any) -> None:
         scale, eps = weights.weight, weights.variance_epsilon
-        norm.finish_layer(flat, None, None, new.view(flat.shape), scale, eps, flat, flat_normed)
+        norm.fused_add_rms_norm(flat, None, None, new.view(flat.shape), scale, eps, flat, flat_normed)
 
     add_and_norm(attend(layer.self_attn, normed, rotation, cache), layer.post_attention_layernorm)
     mlp = layer.mlp
     if not isinstance(mlp, DeepseekV2MoE):
         add_and_norm(run_mlp(mlp, flat_normed), following)
         return
-    rule = read_rule(mlp.gate)
-    if rule.limited or mlp.gate.weight.dtype != normed.dtype or not experts.takes(mlp.experts, flat_normed):
+    routing = read_router_config(mlp.gate)
+    if (
+        routing.group_limited
+        or mlp.gate.weight.dtype != normed.dtype
+        or not experts.is_supported(mlp.experts, flat_normed)
+    ):
         add_and_norm(mlp(normed), following)
         return
-    bias = mlp.gate.e_score_correction_bias if rule.method == CORRECTED else None
-    ids, weights = router.route_rows(flat_normed, mlp.gate.weight, bias, rule, last, normed.shape[1])
-    outputs, places = prefill_experts.run_pairs(flat_normed, mlp.experts.gate_up_proj, mlp.experts.down_proj, ids)
+    bias = mlp.gate.e_score_correction_bias if routing.method == NOAUX_TC else None
+    ids, weights = router.route_tokens(flat_normed, mlp.gate.weight, bias, routing, last, normed.shape[1])
+    outputs, row_map = prefill_experts.permuted_experts(
+        flat_normed, mlp.experts.gate_up_proj, mlp.experts.down_proj, ids
+    )
     shared = None if mlp.shared_experts is None else run_mlp(mlp.shared_experts, flat_normed)
     scale, eps = following.weight, following.variance_epsilon
-    norm.finish_layer(flat, outputs, weights, shared, scale, eps, flat, flat_normed, places_P=places)
+    norm.fused_add_rms_norm(flat, outputs, weights, shared, scale, eps, flat, flat_normed, row_map_P=row_map)
 
 
-def read_prompt(language: Any, buffers: Buffers, given: Prompt) -> None:
+def run_prefill(language: Any, buffers: DecodeBuffers, given: PrefillInputs) -> None:
     """Run the layers: the session's caches are filled and its logits are those of the last token."""
     length, layers = given.embeds.shape[1], language.model.layers
     rotation = (buffers.cos[None, :length], buffers.sin[None, :length])
-    hidden, normed, cache = torch.empty_like(given.embeds), torch.empty_like(given.embeds), Cache(buffers)
+    hidden, normed, cache = torch.empty_like(given.embeds), torch.empty_like(given.embeds), PrefillCache(buffers)
     first = layers[0].input_layernorm
-    norm.finish_layer(
+    norm.fused_add_rms_norm(
         given.embeds.flatten(0, 1), None, None, None, first.weight, first.variance_epsilon,
         hidden.flatten(0, 1), normed.flatten(0, 1),
     )  # fmt: skip
     norms = [layer.input_layernorm for layer in layers[1:]] + [language.model.norm]
     for layer, following in zip(layers, norms, strict=True):
-        read_layer(layer, hidden, normed, rotation, cache, following, given.last)
+        prefill_layer(layer, hidden, normed, rotation, cache, following, given.last)
     buffers.logits.copy_(language.lm_head(normed.index_select(1, given.last))[:, 0])
 
 
-def new_pass(language: Any, buffers: Buffers, tokens: int) -> Pass:
-    """Return the pass over prompts of up to that many tokens a row."""
+def new_graph(language: Any, buffers: DecodeBuffers, tokens: int) -> CapturedGraph:
+    """Return the captured prefill of prompts of up to that many tokens a row."""
     weight = language.lm_head.weight
     with torch.inference_mode(False), torch.no_grad():  # later calls outside of inference mode write them too
-        given = Prompt(
+        given = PrefillInputs(
             embeds=weight.new_zeros(buffers.rows, tokens, weight.shape[1]),
             last=torch.zeros(1, dtype=torch.long, device=weight.device),
         )
-    model = weakref.ref(language)  # passes are kept for as long as the model lives, not the other way round
-    return Pass(given, lambda: read_prompt(model(), buffers, given))
+    model = weakref.ref(language)  # graphs are kept for as long as the model lives, not the other way round
+    return CapturedGraph(given, lambda: run_prefill(model(), buffers, given))
 
 
-def tokens_with_padding(tokens: int, room: int) -> int:
-    """Return the length that a prompt is padded to; ``room`` is that of the session's cache."""
-    return min(-(-tokens // STEP) * STEP, room)
+def padded_length(tokens: int, capacity: int) -> int:
+    """Return the length that a prompt is padded to, at most the capacity of the session's cache."""
+    return min(-(-tokens // STEP) * STEP, capacity)
 
 
 # ---------------------------------------------------------------- what is not for it
 
 
-def why_not_experts(language: Any) -> str | None:
-    """Return why a model's experts cannot be recorded: other forms than the kernels' may wait for the device."""
+def unsupported_experts(language: Any) -> str | None:
+    """Return why a model's experts cannot be captured: other forms than the kernels' may wait for the device."""
     weight = language.lm_head.weight
     if weight.device.type != "cuda":
         return None
     layers = [module for module in language.modules() if isinstance(module, DeepseekV2Experts)]
-    return None if all(experts.takes(layer, weight) for layer in layers) else "the experts are not for grouped products"
+    return (
+        None
+        if all(experts.is_supported(layer, weight) for layer in layers)
+        else "the experts are not for grouped products"
+    )
 
 
-def why_not_bypassed(module: torch.nn.Module) -> str | None:
+def unsupported_bypassed(module: torch.nn.Module) -> str | None:
     """Return why a module's own call must not be gone around: hooks, or a forward pass of somebody else's."""
     name = type(module).__name__
     state: dict[str, Any] = vars(module)
@@ -208,13 +218,13 @@ def why_not_bypassed(module: torch.nn.Module) -> str | None:
     return "all modules have hooks" if every._global_forward_hooks or every._global_forward_pre_hooks else None
 
 
-def why_not_prompt(call: SampleCall, language: Any) -> str | None:
-    """Return why a call's prompt goes through the model's own forward pass, beside what `runtime.why_not_call` asks."""
+def unsupported_prompt(call: SampleCall, language: Any) -> str | None:
+    """Return why this call cannot use the captured prefill, beside what `runtime.unsupported_call` asks, or None."""
     kwargs, model = call.model_kwargs, call.model
     if type(model) not in (DeepseekV2ForCausalLM, DeepseekVLV2ForCausalLM):
         return f"a {type(model).__name__} may do more with a prompt"
     for module in (model, language, language.model):
-        if (reason := why_not_bypassed(module)) is not None:
+        if (reason := unsupported_bypassed(module)) is not None:
             return reason
     if language.config._attn_implementation != "sdpa":
         return "another attention than sdpa was chosen"
@@ -227,11 +237,11 @@ def why_not_prompt(call: SampleCall, language: Any) -> str | None:
         return "the cache is the caller's, or holds tokens"
     if call.generation_config.prefill_chunk_size is not None:
         return "the prompt is to be read in chunks"
-    return why_not_tokens(call, language)
+    return unsupported_tokens(call, language)
 
 
-def why_not_tokens(call: SampleCall, language: Any) -> str | None:
-    """Return why a prompt itself is none for a pass."""
+def unsupported_tokens(call: SampleCall, language: Any) -> str | None:
+    """Return why this prompt cannot use the captured prefill, or None."""
     ids, weight = call.input_ids, language.lm_head.weight
     mask, embeds = call.model_kwargs.get("attention_mask"), call.model_kwargs.get("inputs_embeds")
     if embeds is not None:

@@ -1,6 +1,6 @@
 """Generation with the kernels: sessions of static buffers, their CUDA graphs, and the loop around them.
 
-A session holds the cache and the graph of one decoding step for one batch size and one room of the cache. Rows of a
+A session holds the KV cache and the captured graph of one decoding step for one batch size and capacity. Rows of a
 batch lie in it without their padding, so each attends to its own tokens alone. The token of a step is fetched while
 the device runs the next step: the host never makes it wait.
 """
@@ -21,37 +21,39 @@ from ..models.cache import CACHE_NAME, GrowingLayer
 from ..models.generation import SampleCall
 from ..ops.triton.common import power_of_two
 from . import cuda_graphs, prefill
-from .decode import MAX_ROWS, Buffers, Weights, decode_step, new_buffers
-from .fingerprint import Watch, addresses_of
-from .weights import read_weights, rotary_tables, why_not_model, why_not_settings
+from .decode import MAX_ROWS, DecodeBuffers, DecoderWeights, decode_step, new_buffers
+from .fingerprint import ModuleFingerprint, addresses_of
+from .weights import read_weights, rotary_tables, unsupported_model, unsupported_settings
 
 logger = logging.getLogger(__name__)
 
-LEAST_ROOM = 1024
-# Room for this many new tokens is taken at first; a longer answer moves to twice the room.
-FIRST_ROOM = 1024
+MIN_CAPACITY = 1024
+# Capacity for this many new tokens is taken at first; a longer answer moves to twice the capacity.
+FIRST_CAPACITY = 1024
 MAX_SESSIONS = 4
 MAX_IDLE_BYTES = 1 << 30
 RING = 8
 
 
-class Session:
-    """Buffers for one batch size and room, and the graph of a step over them.
+class DecodeState:
+    """Buffers for one batch size and capacity, and the captured graph of a step over them.
 
-    With ``early`` kernels start before the ones in front of them have ended, where the device can do that.
+    With ``pdl`` kernels use programmatic dependent launch, where the device has it.
     """
 
-    def __init__(self, weights: Weights, rows: int, cos: torch.Tensor, sin: torch.Tensor, early: bool = True) -> None:
+    def __init__(
+        self, weights: DecoderWeights, rows: int, cos: torch.Tensor, sin: torch.Tensor, pdl: bool = True
+    ) -> None:
         self.weights = weights
         with torch.inference_mode(False), torch.no_grad():  # later calls outside of inference mode write them too
-            self.buffers = new_buffers(weights, rows, cos, sin, early)
-        self.prompts = cuda_graphs.Passes(prefill.MAX_PROMPTS)
+            self.buffers = new_buffers(weights, rows, cos, sin, pdl)
+        self.prefill_graphs = cuda_graphs.GraphCache(prefill.MAX_GRAPHS)
         self.graph: torch.cuda.CUDAGraph | None = None
         if weights.head.device.type == "cuda":
             self._capture(weights.head.device)
 
     def _capture(self, device: torch.device) -> None:
-        """Compile the kernels by running a step, then record one."""
+        """Compile the kernels by running a step, then capture one."""
         with torch.cuda.device(device), torch.no_grad():
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -83,7 +85,11 @@ def tokens_first(mask_BT: torch.Tensor) -> torch.Tensor:
 
 
 def fill_caches(
-    weights: Weights, buffers: Buffers, cache: DynamicCache, mask_BT: torch.Tensor | None, release: bool = False
+    weights: DecoderWeights,
+    buffers: DecodeBuffers,
+    cache: DynamicCache,
+    mask_BT: torch.Tensor | None,
+    release: bool = False,
 ) -> None:
     """Copy a prompt's cache in, each row's real tokens from 0 on, and set the positions behind them.
 
@@ -92,7 +98,7 @@ def fill_caches(
         buffers: of the session.
         cache: of the prompt: rotated keys and latents, or keys and values.
         mask_BT: true where a token is not padding; ``None``: there is no padding, and nothing has to be reordered.
-        release: let go of the prompt's cache, layer by layer.
+        release: free the prompt's cache, layer by layer.
     """
     length = int(cache.get_seq_length()) if mask_BT is None else mask_BT.shape[1]
     order = None if mask_BT is None else tokens_first(mask_BT)[:, None, :, None]
@@ -115,7 +121,9 @@ def fill_caches(
         buffers.positions.copy_(mask_BT.sum(dim=1))
 
 
-def append_new_tokens(weights: Weights, buffers: Buffers, cache: DynamicCache, start_B: torch.Tensor, new: int) -> None:
+def append_new_tokens(
+    weights: DecoderWeights, buffers: DecodeBuffers, cache: DynamicCache, start_B: torch.Tensor, new: int
+) -> None:
     """Append ``new`` tokens of each row, from ``start_B`` on, to the caller's cache."""
     if new <= 0:
         return
@@ -135,38 +143,38 @@ class Engine:
     def __init__(self, language: Any) -> None:
         self.weights = read_weights(language)
         self.addresses = addresses_of(language.parameters())
-        self.watch = Watch(language)
-        self.record = cuda_graphs.recorder_for(self.weights.head.device)
-        self.why_not_prompts: str | None = None
-        self.experts_seen = False
-        self.starts_early = False
-        self.sessions: OrderedDict[tuple[int, int], Session] = OrderedDict()
+        self.fingerprint = ModuleFingerprint(language)
+        self.capture = cuda_graphs.capture_for(self.weights.head.device)
+        self.unsupported_prompts: str | None = None
+        self.experts_checked = False
+        self.embeds_early = False
+        self.sessions: OrderedDict[tuple[int, int], DecodeState] = OrderedDict()
         self.lock = threading.Lock()
 
-    def session(self, language: Any, rows: int, tokens: int) -> Session:
-        """Return a session with room for that many tokens a row; it is made where there is none."""
-        key = (rows, power_of_two(tokens, LEAST_ROOM))
+    def session(self, language: Any, rows: int, tokens: int) -> DecodeState:
+        """Return a session with capacity for that many tokens a row; it is made where there is none."""
+        key = (rows, power_of_two(tokens, MIN_CAPACITY))
         if key not in self.sessions:
-            self._make_room()
-            self.sessions[key] = Session(self.weights, rows, *rotary_tables(language, key[1]))
+            self._evict()
+            self.sessions[key] = DecodeState(self.weights, rows, *rotary_tables(language, key[1]))
         self.sessions.move_to_end(key)
         return self.sessions[key]
 
-    def _make_room(self) -> None:
-        """Let go of the sessions used longest ago, until what idle ones hold is little."""
+    def _evict(self) -> None:
+        """Evict least recently used sessions until idle KV memory is below the limit."""
         while self.sessions and (
             len(self.sessions) >= MAX_SESSIONS or sum(s.cache_bytes for s in self.sessions.values()) > MAX_IDLE_BYTES
         ):
             self.sessions.popitem(last=False)
 
-    def grow(self, language: Any, session: Session) -> Session:
-        """Return a session with twice the room that goes on where the given one stands."""
+    def grow(self, language: Any, session: DecodeState) -> DecodeState:
+        """Return a session with twice the capacity that goes on where the given one stands."""
         old = session.buffers
-        new = self.session(language, old.rows, 2 * old.room)
+        new = self.session(language, old.rows, 2 * old.capacity)
         for old_layer, new_layer in zip(old.caches, new.buffers.caches, strict=True):
             for source, target in zip(old_layer, new_layer, strict=True):
                 dim = 1 if source.dim() == 3 else 2
-                target.narrow(dim, 0, old.room).copy_(source)
+                target.narrow(dim, 0, old.capacity).copy_(source)
         new.buffers.tokens.copy_(old.tokens)
         new.buffers.positions.copy_(old.positions)
         return new
@@ -179,7 +187,7 @@ BROKEN: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 def is_unchanged(language: Any) -> bool:
     """Whether a model has an engine, and is in all its parts what it was when they were last looked through."""
     engine = ENGINES.get(language)
-    return engine is not None and engine.watch.holds()
+    return engine is not None and engine.fingerprint.matches()
 
 
 def engine_of(language: Any, unchanged: bool = False) -> Engine:
@@ -188,7 +196,7 @@ def engine_of(language: Any, unchanged: bool = False) -> Engine:
     if engine is not None and unchanged:
         return engine
     if engine is not None and engine.addresses == addresses_of(language.parameters()):
-        engine.watch = Watch(language)
+        engine.fingerprint = ModuleFingerprint(language)
         return engine
     ENGINES.pop(language, None)
     ENGINES[language] = Engine(language)
@@ -204,7 +212,7 @@ def release(language: Any) -> None:
 # ---------------------------------------------------------------- what the kernels take on
 
 
-def why_not_device(weight: torch.Tensor) -> str | None:
+def unsupported_device(weight: torch.Tensor) -> str | None:
     """Return why the kernels do not run where this weight lies."""
     if weight.device.type != "cuda" or torch.version.hip is not None:
         return f"the model is on {weight.device}, not on an NVIDIA GPU"
@@ -215,7 +223,7 @@ def why_not_device(weight: torch.Tensor) -> str | None:
     return None
 
 
-def why_not_call(call: SampleCall) -> str | None:
+def unsupported_call(call: SampleCall) -> str | None:
     """Return why a call of ``generate`` is not for the kernels: it asks for more than tokens, or is not usual."""
     config, kwargs = call.generation_config, call.model_kwargs
     wanted = ("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate")
@@ -233,10 +241,10 @@ def why_not_call(call: SampleCall) -> str | None:
     cache: Any = kwargs.get(CACHE_NAME)
     if type(cache) is not DynamicCache or any(type(x) not in (DynamicLayer, GrowingLayer) for x in cache.layers):
         return f"the cache is a {type(cache).__name__} of a kind of its own"
-    return why_not_positions(kwargs)
+    return unsupported_positions(kwargs)
 
 
-def why_not_positions(kwargs: dict[str, Any]) -> str | None:
+def unsupported_positions(kwargs: dict[str, Any]) -> str | None:
     """Return why positions are not those of the tokens counted without padding."""
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if mask is not None and mask.dim() != 2:
@@ -256,7 +264,7 @@ def why_not_positions(kwargs: dict[str, Any]) -> str | None:
     return None if same else "positions were given"
 
 
-def why_not(language: Any, unchanged: bool = False) -> str | None:
+def unsupported_reason(language: Any, unchanged: bool = False) -> str | None:
     """Return why a model is not run by the kernels, in a few words; ``None`` when it is.
 
     Its modules are not looked through again where they are ``unchanged``; see `is_unchanged`.
@@ -264,15 +272,15 @@ def why_not(language: Any, unchanged: bool = False) -> str | None:
     weight = getattr(getattr(language, "lm_head", None), "weight", None)
     if not isinstance(weight, torch.Tensor):
         return "the output head is not a plain linear layer"
-    reason = why_not_device(weight) or BROKEN.get(language) or why_not_settings(language)
-    return reason if reason is not None or unchanged else why_not_model(language)
+    reason = unsupported_device(weight) or BROKEN.get(language) or unsupported_settings(language)
+    return reason if reason is not None or unchanged else unsupported_model(language)
 
 
 # ---------------------------------------------------------------- generation
 
 
-class Answers:
-    """Tokens on their way to the host: the lines of the answer, and which rows have ended."""
+class TokenFetcher:
+    """Fetches tokens to the host one step late: the lines of the answer, and which rows have ended."""
 
     def __init__(self, call: SampleCall, device: torch.device, rows: int) -> None:
         self.streamer = call.streamer
@@ -321,57 +329,59 @@ def pick(scores_BV: torch.Tensor, do_sample: bool) -> torch.Tensor:
     return (chances / torch.empty_like(chances).exponential_(1)).argmax(dim=-1)
 
 
-def start_early(call: SampleCall, language: Any) -> torch.Tensor | None:
+def begin_embeddings(call: SampleCall, language: Any) -> torch.Tensor | None:
     """Let the device begin with a prompt's images while the host still checks whether all is as in the call before.
 
     Returns:
-        The prompt's embeddings, or ``None`` where the model's last call had no pass, or this one is not for it.
+        The prompt's embeddings, or ``None`` where the model's last call had no captured prefill, or this one cannot.
     """
     engine = ENGINES.get(language)
-    if engine is None or not engine.starts_early or call.model_kwargs.get("images") is None:
+    if engine is None or not engine.embeds_early or call.model_kwargs.get("images") is None:
         return None
-    if prefill.why_not_prompt(call, language) is not None:
+    if prefill.unsupported_prompt(call, language) is not None:
         return None
     return prefill.embeddings(call, language)
 
 
-def read_whole_prompt(
-    call: SampleCall, language: Any, engine: Engine, session: Session, embeds: torch.Tensor | None = None
+def captured_prefill(
+    call: SampleCall, language: Any, engine: Engine, session: DecodeState, embeds: torch.Tensor | None = None
 ) -> int | None:
-    """Fill the session with a prompt by a recorded pass; returns its length, or ``None`` where it is not for one.
+    """Fill the session by a captured prefill; returns the prompt's length, or ``None`` where it cannot use one.
 
-    The logits of its last token are then the session's. ``embeds`` are those of `start_early`.
+    The logits of its last token are then the session's. ``embeds`` are those of `begin_embeddings`.
     """
-    reason = engine.why_not_prompts or (None if embeds is not None else prefill.why_not_prompt(call, language))
-    engine.starts_early = False
-    if reason is None and not engine.experts_seen:
-        engine.experts_seen = True
-        reason = engine.why_not_prompts = prefill.why_not_experts(language)
+    reason = engine.unsupported_prompts or (None if embeds is not None else prefill.unsupported_prompt(call, language))
+    engine.embeds_early = False
+    if reason is None and not engine.experts_checked:
+        engine.experts_checked = True
+        reason = engine.unsupported_prompts = prefill.unsupported_experts(language)
     if reason is not None:
-        logger.debug("A prompt without a recorded pass: %s.", reason)
+        logger.debug("Prefill without a captured graph: %s.", reason)
         return None
     embeds, buffers = prefill.embeddings(call, language) if embeds is None else embeds, session.buffers
     length = embeds.shape[1]
-    tokens = prefill.tokens_with_padding(length, buffers.room)
-    prompt = session.prompts.get((tokens, cuda_graphs.modes()), lambda: prefill.new_pass(language, buffers, tokens))
-    given: prefill.Prompt = prompt.buffers
+    tokens = prefill.padded_length(length, buffers.capacity)
+    prompt = session.prefill_graphs.get(
+        (tokens, cuda_graphs.modes()), lambda: prefill.new_graph(language, buffers, tokens)
+    )
+    given: prefill.PrefillInputs = prompt.buffers
     given.embeds[:, :length] = embeds
     given.embeds[:, length:] = 0
     given.last.fill_(length - 1)
-    engine.why_not_prompts = prompt(engine.record)
-    engine.starts_early = engine.why_not_prompts is None
+    engine.unsupported_prompts = prompt(engine.capture)
+    engine.embeds_early = engine.unsupported_prompts is None
     buffers.positions.fill_(length)
     return length
 
 
 def generate(
-    call: SampleCall, language: Any, engine: Engine, session: Session, embeds: torch.Tensor | None = None
+    call: SampleCall, language: Any, engine: Engine, session: DecodeState, embeds: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Run the prompt, then decode by the session; returns ids as transformers' ``_sample`` does."""
-    length = read_whole_prompt(call, language, engine, session, embeds)
+    length = captured_prefill(call, language, engine, session, embeds)
     start, private = session.buffers.positions, True
     if length is None:
-        length, private = read_prompt_plainly(call, engine, session)
+        length, private = eager_prefill(call, engine, session)
         start = session.buffers.positions.clone()
     session, lines = decode(call, language, engine, session, session.buffers.logits, length)
     if not private:
@@ -382,7 +392,7 @@ def generate(
     return torch.cat((call.input_ids, new), dim=1)
 
 
-def read_prompt_plainly(call: SampleCall, engine: Engine, session: Session) -> tuple[int, bool]:
+def eager_prefill(call: SampleCall, engine: Engine, session: DecodeState) -> tuple[int, bool]:
     """Fill the session with a prompt by the model's own forward pass, and its logits with those of the last token.
 
     Returns:
@@ -405,8 +415,8 @@ def read_prompt_plainly(call: SampleCall, engine: Engine, session: Session) -> t
 
 
 def decode(
-    call: SampleCall, language: Any, engine: Engine, session: Session, logits_BV: torch.Tensor, length: int
-) -> tuple[Session, list[list[int]]]:
+    call: SampleCall, language: Any, engine: Engine, session: DecodeState, logits_BV: torch.Tensor, length: int
+) -> tuple[DecodeState, list[list[int]]]:
     """Pick, fetch and read tokens until all rows have ended; returns the session it ended in and the tokens.
 
     Args:
@@ -424,7 +434,7 @@ def decode(
     processors = call.logits_processor
     if processors or others:
         ids = torch.cat((ids.to(device), ids.new_zeros(ids.shape[0], max(limit, 0), device=device)), dim=1)
-    answers = Answers(call, device, ids.shape[0])
+    answers = TokenFetcher(call, device, ids.shape[0])
     for step in range(limit):
         end = call.input_ids.shape[1] + step
         tokens = session.buffers.tokens
@@ -441,7 +451,7 @@ def decode(
             if answers.end(torch.stack([r.to(device).expand(ids.shape[0]) for r in rows]).any(0)) or stop:
                 break
         if step + 1 < limit:
-            if length + step >= session.buffers.room:
+            if length + step >= session.buffers.capacity:
                 session = engine.grow(language, session)
             session.step()
             logits_BV = session.buffers.logits
@@ -453,13 +463,13 @@ def decode(
 def sample(call: SampleCall) -> torch.Tensor | None:
     """Generate by the kernels, or return ``None``: the call, the model, the device or another thread forbids it."""
     language = getattr(call.model, "language", call.model)
-    reason = why_not_call(call)
-    embeds = start_early(call, language) if reason is None else None
+    reason = unsupported_call(call)
+    embeds = begin_embeddings(call, language) if reason is None else None
     unchanged = reason is None and is_unchanged(language)
-    reason = reason or why_not(language, unchanged)
+    reason = reason or unsupported_reason(language, unchanged)
     if reason is not None:
         if (engine := ENGINES.get(language)) is not None:
-            engine.starts_early = False
+            engine.embeds_early = False
         logger.debug("Decoding without the kernels: %s.", reason)
         return None
     engine = engine_of(language, unchanged)
@@ -472,14 +482,14 @@ def sample(call: SampleCall) -> torch.Tensor | None:
         engine.lock.release()
 
 
-def open_session(call: SampleCall, language: Any, engine: Engine) -> Session | None:
-    """Return a session for a call; ``None``, once for all, where kernels cannot be compiled or recorded."""
+def open_session(call: SampleCall, language: Any, engine: Engine) -> DecodeState | None:
+    """Return a session for a call; ``None``, once for all, where kernels cannot be compiled or captured."""
     kwargs = call.model_kwargs
     embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
     lengths = [call.input_ids.shape[1]] + [part.shape[1] for part in (embeds, mask) if part is not None]
     limit = max(int(call.stopping_criteria.max_length) - call.input_ids.shape[1], 0)
     try:
-        return engine.session(language, call.input_ids.shape[0], max(lengths) + min(limit, FIRST_ROOM))
+        return engine.session(language, call.input_ids.shape[0], max(lengths) + min(limit, FIRST_CAPACITY))
     except torch.cuda.OutOfMemoryError:
         logger.warning("Decoding without the kernels: no memory for a static cache.")
         return None
