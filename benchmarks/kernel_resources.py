@@ -34,7 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_vl2.engine import vision_kernels
 from deepseek_vl2.engine.decode import MAX_ROWS, decode_step, new_buffers
-from deepseek_vl2.engine.weights import read_rule, read_weights, rotary_tables
+from deepseek_vl2.engine.weights import read_router_config, read_weights, rotary_tables
 from deepseek_vl2.models import DeepseekVLV2Config
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2ForCausalLM
 from deepseek_vl2.models.siglip_vit import VisionTransformer
@@ -51,7 +51,7 @@ DTYPES = {
     torch.uint8: "u8",
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
-EARLY = {"EARLY": True, "launch_pdl": True}  # as on the device
+PDL = {"PDL": True, "launch_pdl": True}  # as on the device
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def resources(size: str, rows: int) -> list[Resources]:
     language, known = language_model(size), dict[str, Resources]()
     weights = read_weights(language)
     buffers = new_buffers(weights, rows, *rotary_tables(language, 2048))
-    buffers.early = EARLY
+    buffers.pdl = PDL
     with compiling(known), torch.no_grad():
         decode_step(weights, buffers)
     return list(known.values())
@@ -170,7 +170,7 @@ def prompt_resources(size: str, tokens: int) -> list[Resources]:
     layer: Any = language.model.layers[1]
     weights: Any = language.lm_head.weight
     attention, mlp, config = layer.self_attn, layer.mlp, language.config
-    rule, last = read_rule(mlp.gate), torch.zeros(1, dtype=torch.long, device="meta")
+    routing, last = read_router_config(mlp.gate), torch.zeros(1, dtype=torch.long, device="meta")
     x = weights.new_empty(tokens, config.hidden_size)
     with compiling(known), torch.no_grad():
         if config.use_mla:
@@ -180,23 +180,23 @@ def prompt_resources(size: str, tokens: int) -> list[Resources]:
             _, key_rope = rope.cache_latents(compressed, attention.kv_a_layernorm.weight, 1e-6, cos, cos, cache)
             expanded = attention.qk_nope_head_dim + attention.v_head_dim
             heads = weights.new_empty(tokens, attention.num_heads, expanded)
-            rope.keys_of_heads(heads, key_rope, attention.qk_nope_head_dim)
+            rope.concat_keys(heads, key_rope, attention.qk_nope_head_dim)
         else:
             size_of_head = attention.head_dim
             cos = weights.new_empty(tokens, size_of_head)
         heads = weights.new_empty(tokens, config.num_attention_heads, size_of_head)
-        rope.rotate_heads_(heads, cos, cos, pairs=config.use_mla)
-        bias = mlp.gate.e_score_correction_bias if rule.method == router.CORRECTED else None
-        ids, shares = router.route_rows(x, mlp.gate.weight, bias, rule, last, tokens)
-        places, ends = prefill_experts.place_pairs(ids, rule.experts)
-        inner = grouped_gemm.inner_of_pairs(prefill_experts.spread_rows(x, places), mlp.experts.gate_up_proj, ends)
-        outputs = grouped_gemm.down_of_pairs(inner, mlp.experts.down_proj, ends)
-        prefill_experts.silu_times(inner, inner)
-        prefill_experts.sum_of_experts(outputs, places, shares)
-        image_resize.scale_side(
+        rope.rotate_heads_(heads, cos, cos, interleaved=config.use_mla)
+        bias = mlp.gate.e_score_correction_bias if routing.method == router.NOAUX_TC else None
+        ids, topk_weights = router.route_tokens(x, mlp.gate.weight, bias, routing, last, tokens)
+        places, ends = prefill_experts.moe_align(ids, routing.num_experts)
+        inner = grouped_gemm.grouped_gate_up(prefill_experts.permute_tokens(x, places), mlp.experts.gate_up_proj, ends)
+        outputs = grouped_gemm.grouped_down(inner, mlp.experts.down_proj, ends)
+        prefill_experts.silu_and_mul(inner, inner)
+        prefill_experts.combine_tokens(outputs, places, topk_weights)
+        image_resize.resize_axis(
             *(torch.empty(768, width, 3, dtype=torch.uint8, device="meta") for width in (1024, 384))
         )
-        norm.finish_layer(x, outputs, shares, x, layer.input_layernorm.weight, 1e-6, x, x, places)
+        norm.fused_add_rms_norm(x, outputs, topk_weights, x, layer.input_layernorm.weight, 1e-6, x, x, places)
     return list(known.values())
 
 
@@ -214,7 +214,7 @@ def tower_resources() -> list[Resources]:
     vision, known = vision_tower(), dict[str, Resources]()
     pixels = torch.empty(2, 3, *vision.patch_embed.img_size, dtype=torch.bfloat16, device="meta")
     with compiling(known), torch.no_grad():
-        vision_kernels.encode(vision, pixels, EARLY)
+        vision_kernels.encode(vision, pixels, PDL)
     return list(known.values())
 
 

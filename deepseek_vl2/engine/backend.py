@@ -1,13 +1,13 @@
-"""What the models call where it is fast: one function for each hook of theirs, each of which may decline.
+"""What the models know of the engine: functions that they call, each of which may decline by returning ``None``.
 
-``model.generate`` takes this path by itself for a model in bfloat16 or float16 on one GPU, and the plain one otherwise.
-The environment variable ``DEEPSEEK_VL2_KERNELS=0`` turns it off, read at every call. Logging at level DEBUG for
-``deepseek_vl2.engine`` says why a call went the plain way; `why_not` says it of a model.
+``model.generate`` runs on the engine, and by kernels where `support.unsupported_reason` has nothing against the model.
+The environment variable ``DEEPSEEK_VL2_KERNELS=0`` turns the kernels off. Importing this module loads neither Triton
+nor the engine.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ..ops import SWITCH, turned_off
@@ -31,35 +31,25 @@ __all__ = [
     "release",
     "run_experts",
     "scale",
-    "why_not",
+    "unsupported_reason",
 ]
 
-
-def _why_not_here() -> str | None:
-    if turned_off():
-        return f"{SWITCH} turns it off"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    return None
+logger = logging.getLogger(__name__)
 
 
-def why_not(model: Any) -> str | None:
-    """Return why a model's ``generate`` would not use the kernels, in a few words; ``None`` when it would."""
-    reason = _why_not_here()
-    if reason is not None:
-        return reason
-    from . import runtime
+def unsupported_reason(model: Any) -> str | None:
+    """Return why a model does not run by the kernels, in a few words, or ``None``: it does."""
+    from . import holder, support
 
-    return runtime.why_not(getattr(model, "language", model))
+    engine = holder.existing_engine(model)
+    return support.unsupported_reason(getattr(model, "language", model)) if engine is None else engine.placement.reason
 
 
 def release(model: Any) -> None:
-    """Free the caches and graphs that are kept for a model between calls."""
-    if _why_not_here() is None:
-        from . import runtime, vision
+    """Free the KV cache and the captured graphs that are kept for a model."""
+    from . import holder
 
-        runtime.release(getattr(model, "language", model))
-        vision.release(model)
+    holder.release_model(model)
 
 
 def generate(call: SampleCall) -> torch.Tensor | None:
@@ -69,23 +59,31 @@ def generate(call: SampleCall) -> torch.Tensor | None:
     return generation.generate(call)
 
 
+def _is_for_kernels(tensor: torch.Tensor) -> bool:
+    if tensor.device.type != "cuda":
+        return False
+    from . import support
+
+    return support.unsupported_here() is None
+
+
 def encode_tiles(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor | None:
-    """Embed tiles by a recorded pass; ``None`` where it cannot. Registered with `models.modeling_deepseek_vl_v2`."""
-    if tiles_V3SS.device.type != "cuda" or _why_not_here() is not None:
+    """Embed tiles by a captured graph; ``None`` where it cannot. Called by `models.modeling_deepseek_vl_v2`."""
+    if not _is_for_kernels(tiles_V3SS):
         return None
     import torch
 
-    from . import runtime, vision
+    from . import support, vision
 
-    if runtime.why_not_device(tiles_V3SS) is not None:
+    if support.unsupported_device(tiles_V3SS) is not None:
         return None
     with torch.cuda.device(tiles_V3SS.device):
         return vision.encode_tiles(model, tiles_V3SS)
 
 
 def begin_tiles(model: Any, images: torch.Tensor, crops: torch.Tensor) -> Callable[[], torch.Tensor] | None:
-    """Begin to embed a batch's tiles; ``None`` where it cannot. Registered with `models.modeling_deepseek_vl_v2`."""
-    if images.device.type != "cuda" or _why_not_here() is not None:
+    """Begin to embed a batch's tiles; ``None`` where it cannot. Called by `models.modeling_deepseek_vl_v2`."""
+    if not _is_for_kernels(images):
         return None
     import torch
 
@@ -96,35 +94,34 @@ def begin_tiles(model: Any, images: torch.Tensor, crops: torch.Tensor) -> Callab
 
 
 def may_scale() -> bool:
-    """Whether this process uses a GPU that may scale images. Registered with `models.views`."""
+    """Whether this process uses a GPU that may resize images. Called by `models.views`."""
     import torch
 
-    return _why_not_here() is None and not _failed_to_scale and torch.cuda.is_initialized()
+    from . import support
+
+    return torch.cuda.is_initialized() and torch.version.hip is None and support.unsupported_here() is None
 
 
 def scale(pictures: Pictures, device: torch.device) -> torch.Tensor | None:
-    """Scale images to tiles on a GPU, as bytes; ``None`` where it cannot. Registered with `models.views`."""
-    if device.type != "cuda" or _failed_to_scale or _why_not_here() is not None:
-        return None
+    """Resize images to tiles on a GPU, as bytes; ``None`` where it cannot. Called by `models.views`."""
     import torch
 
-    from . import images, runtime
-
-    if torch.version.hip is not None:
+    if device.type != "cuda" or not may_scale():
         return None
+    from . import images
+
     try:
         with torch.cuda.device(device):
             return images.scale(pictures, device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler or its tools may raise: Pillow still works
-        _failed_to_scale.append(f"{type(error).__name__}: {error}")
-        runtime.logger.warning("Images are scaled on the host from now on: %s", _failed_to_scale[0])
+        logger.warning("These images are resized on the host: %s: %s", type(error).__name__, error)
         return None
 
 
 def find_row_kernels() -> RowKernels | None:
-    """Return what multiplies one row on a CPU; ``None`` where there is none. Registered with `models.cpu`."""
+    """Return what multiplies one row on a CPU; ``None`` where there is none. Called by `models.cpu`."""
     if turned_off():
         return None
     from ..ops.cpu import bindings
@@ -132,21 +129,17 @@ def find_row_kernels() -> RowKernels | None:
     return bindings.row_kernels()
 
 
-_failed: list[str] = []
-_failed_to_scale: list[str] = []
-
-
 def run_experts(
     layer: Any, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
 ) -> torch.Tensor | None:
-    """Run a layer's experts for many tokens; ``None`` where the kernels cannot. Registered with `models.moe`."""
-    if hidden_NH.device.type != "cuda" or _failed or _why_not_here() is not None:
+    """Run a layer's experts for many tokens; ``None`` where the kernels cannot. Called by `models.moe`."""
+    if not _is_for_kernels(hidden_NH):
         return None
     import torch
 
-    from . import experts, runtime
+    from . import experts, support
 
-    if runtime.why_not_device(hidden_NH) is not None or not experts.takes(layer, hidden_NH):
+    if support.unsupported_device(hidden_NH) is not None or not experts.is_supported(layer, hidden_NH):
         return None
     try:
         with torch.cuda.device(hidden_NH.device):
@@ -154,6 +147,5 @@ def run_experts(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler or its tools may raise: the plain form still works
-        _failed.append(f"{type(error).__name__}: {error}")
-        runtime.logger.warning("Prompts run without the kernels from now on: %s", _failed[0])
+        logger.warning("These experts run without kernels: %s: %s", type(error).__name__, error)
         return None

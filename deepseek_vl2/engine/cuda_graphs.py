@@ -1,7 +1,7 @@
-"""Recorded passes: a function over static buffers that is run once, recorded once, and replayed from then on.
+"""CUDA graphs: a function over static buffers that is run once, captured once, and replayed from then on.
 
-A pass reads and writes tensors that stay where they are, so a recording of its launches can be replayed for other
-contents. It must not wait for the device, copy from the host or branch on numbers of the device.
+It reads and writes tensors that stay where they are, so a graph of its launches can be replayed for other contents.
+It must not wait for the device, copy from the host or branch on numbers of the device.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 logger = logging.getLogger(__name__)
 
 Run = Callable[[], None]
-Recorder = Callable[[Run], Run]
+Capture = Callable[[Run], Run]
 
 
-class CudaRecorder:
-    """Records functions as CUDA graphs that share one pool of memory.
+class GraphCapture:
+    """Captures functions as CUDA graphs that share one memory pool.
 
-    So of all that were recorded one may run at a time, and nothing that one leaves in the pool may be needed after the
+    So only one of these graphs may run at a time, and nothing that one leaves in the pool may be needed after the
     next has started: results belong into tensors that were made outside.
     """
 
@@ -31,7 +31,7 @@ class CudaRecorder:
         self.pool: Any = None
 
     def __call__(self, run: Run) -> Run:
-        """Run a function once on the side, for what is set up at a first call, then record and return it."""
+        """Run a function once on the side, for what is set up at a first call, then capture it; returns its replay."""
         with torch.cuda.device(self.device), torch.no_grad():
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             side = torch.cuda.Stream()
@@ -46,18 +46,18 @@ class CudaRecorder:
         return graph.replay
 
 
-def recorder_for(device: torch.device) -> Recorder | None:
-    """Return what records on a device; ``None`` where nothing does."""
-    return CudaRecorder(device) if device.type == "cuda" else None
+def capture_for(device: torch.device) -> Capture | None:
+    """Return what captures graphs on a device; ``None`` where nothing does."""
+    return GraphCapture(device) if device.type == "cuda" else None
 
 
-class Pass:
+class CapturedGraph:
     """A function over static buffers.
 
     Fields:
         buffers: what it reads and writes, for the caller.
         run: the function.
-        replay: what it was recorded as.
+        replay: of the captured graph.
     """
 
     def __init__(self, buffers: Any, run: Run) -> None:
@@ -66,30 +66,30 @@ class Pass:
         self.replay: Run | None = None
         self.used = False
 
-    def __call__(self, record: Recorder | None) -> str | None:
-        """Run at the first use, record and replay later; returns why it could not be recorded."""
+    def __call__(self, capture: Capture | None) -> str | None:
+        """Run at the first use, capture at the second and replay from then on; returns why it could not be captured."""
         reason = None
-        if self.used and self.replay is None and record is not None:
+        if self.used and self.replay is None and capture is not None:
             try:
-                self.replay = record(self.run)
-            # Whatever a driver or a library may raise that cannot be recorded: run as it is, all works.
+                self.replay = capture(self.run)
+            # Whatever a driver or a library may raise that cannot be captured: run eagerly, all works.
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
-                logger.warning("Prompts run without recorded graphs from now on: %s", reason)
+                logger.warning("Running without captured graphs from now on: %s", reason)
         self.used = True
         (self.replay or self.run)()
         return reason
 
 
-class Passes:
-    """At most ``most`` passes; for a new one the one used longest ago goes."""
+class GraphCache:
+    """At most ``most`` captured graphs; the least recently used is evicted."""
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.held: OrderedDict[Hashable, Pass] = OrderedDict()
+        self.held: OrderedDict[Hashable, CapturedGraph] = OrderedDict()
 
-    def get(self, key: Hashable, make: Callable[[], Pass]) -> Pass:
-        """Return the pass of a key; it is made where there is none."""
+    def get(self, key: Hashable, make: Callable[[], CapturedGraph]) -> CapturedGraph:
+        """Return the graph of a key; it is made where there is none."""
         if key not in self.held:
             while len(self.held) >= self.most:
                 self.held.popitem(last=False)
@@ -99,7 +99,7 @@ class Passes:
 
 
 def modes() -> tuple[Any, ...]:
-    """Return the settings of PyTorch that choose kernels: a recording holds the choice."""
+    """Return the settings of PyTorch that choose kernels: a captured graph holds the choice."""
     cuda = torch.backends.cuda
     return (
         torch.get_float32_matmul_precision(),

@@ -1,18 +1,21 @@
 """One decoding step of the language model as a chain of kernels over static buffers.
 
-Batch 1 takes eight kernels a layer, each a pass over one weight; a few rows take eleven, as small matrix products.
-Each is the plain PyTorch form of `deepseek_vl2.models` rounded in fewer places.
+Batch 1 takes eight kernels a layer, each a GEMV over one weight; a small batch takes eleven, as GEMMs; a large one is
+multiplied by cuBLAS, and its experts as in a prefill. Each is the plain PyTorch form of `deepseek_vl2.models` rounded in
+fewer places.
 
-Shape suffixes: B rows, C room of the cache in tokens, H hidden size, N attention heads, R rank of the latent, P rotated
-part of a head, E routed experts, K experts of a row.
+Shape suffixes: B rows, C capacity of the cache in tokens, H hidden size, N attention heads, R rank of the latent, P
+rotated part of a head, E routed experts, K experts of a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 
 from ..ops.triton import (
@@ -23,22 +26,23 @@ from ..ops.triton import (
     decode_mha,
     decode_mla,
     norm,
+    prefill_experts,
     router,
 )
-from ..ops.triton.common import early_start, power_of_two
+from ..ops.triton.common import multiprocessors, pdl_options, power_of_two
 from ..ops.triton.decode_experts import ExpertWeights
-from ..ops.triton.router import GateRule
+from ..ops.triton.router import RouterConfig
+from .rows import RowTensors
 
 # Up to this many rows, each row may read the heads' part of kv_b_proj for itself: it stays in the L2 cache.
 MAX_ROWS_PER_HEAD = 4
-MAX_ROWS = 64
-MAX_EARLY_ROWS = 16
-# An H100 and an H200 have as many.
-MULTIPROCESSORS = 132
+# Beyond, experts have rows enough for the products of a prefill.
+MAX_SMALL_BATCH = 64
+MAX_PDL_ROWS = 16
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionWeights:
     """The weights of a layer's attention.
 
     Fields:
@@ -70,68 +74,59 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerWeights:
     """The weights of a layer; ``gate`` and what belongs to it are missing in a dense one."""
 
     input_norm: torch.Tensor
-    attention: Attention
+    attention: AttentionWeights
     post_norm: torch.Tensor
     eps: float
     experts: ExpertWeights
     gate: torch.Tensor | None = None
     bias: torch.Tensor | None = None
-    rule: GateRule | None = None
+    routing: RouterConfig | None = None
 
 
 @dataclass(frozen=True)
-class Weights:
+class DecoderWeights:
     """The weights of a language model, as its modules hold them: nothing is copied."""
 
     embedding: torch.Tensor
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
     eps: float
     head: torch.Tensor
 
 
-Cache = tuple[torch.Tensor, ...]
+LayerPool = tuple[torch.Tensor, ...]
 
 
 @dataclass
-class Buffers:
-    """All that a step reads and writes besides weights; graphs hold the addresses.
+class DecodeBuffers:
+    """All that a step reads and writes besides weights and the KV cache; graphs hold the addresses.
 
     Fields:
-        tokens: the ids to read, [B], int64; replaced by the likeliest next ones.
-        positions: where they stand, [B], int32; advanced by one.
-        logits: [B, vocabulary], float32.
+        rows: where the rows stand; their tokens are replaced by the likeliest next ones, their positions advance.
+        logits: [B, vocabulary], float32; ``None`` where the output head is not on this device.
         cos: table for all positions, [C, rotated], and ``sin``.
-        caches: of each layer: ([B, C, R + P],) or keys and values, [B, M, C, D] each.
-        tickets: [B], 0 between the kernels, see `router.route`.
-        early: the options of launches, see `primitives.early_start`.
+        counters: [B], 0 between the kernels, see `router.route`.
+        pdl: the options of launches, see `common.pdl_options`.
     """
 
-    tokens: torch.Tensor
-    positions: torch.Tensor
+    rows: RowTensors
     logits: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
-    caches: list[Cache]
     hidden: torch.Tensor
     normed: torch.Tensor
-    tickets: torch.Tensor
-    early: dict[str, Any] = field(default_factory=dict)
+    counters: torch.Tensor
+    pdl: dict[str, Any] = field(default_factory=dict)
     scratch: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
-    def rows(self) -> int:
+    def count(self) -> int:
         """B."""
-        return self.tokens.shape[0]
-
-    @property
-    def room(self) -> int:
-        """C."""
-        return self.cos.shape[0]
+        return self.hidden.shape[0]
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return scratch memory of that name and shape; it is made at the first call, and shared between layers."""
@@ -142,220 +137,248 @@ class Buffers:
         return self.scratch[key]
 
 
-def new_cache(attention: Attention, rows: int, cos: torch.Tensor) -> Cache:
-    """Return a layer's empty cache."""
-    room, rotated = cos.shape
-    like = attention.out
-    if attention.kv_b is not None:
-        return (like.new_zeros(rows, room, attention.kv_b.shape[2] + rotated),)
-    shape = (rows, attention.key_heads, room, attention.size)
-    return like.new_zeros(shape), like.new_zeros(shape)
+def new_buffers(
+    weights: DecoderWeights, rows: RowTensors, cos: torch.Tensor, sin: torch.Tensor, pdl: bool = True
+) -> DecodeBuffers:
+    """Return buffers for those rows, on their device; the tables' length bounds the positions.
 
-
-def new_buffers(weights: Weights, rows: int, cos: torch.Tensor, sin: torch.Tensor, early: bool = True) -> Buffers:
-    """Return buffers for that many rows; the tables' length is the cache's room.
-
-    With ``early`` kernels start before the ones in front of them have ended, where the device can do that: all of those
-    for one row, and for up to `MAX_EARLY_ROWS` all but the experts' first products. For more rows it was slower.
-
-    Raises:
-        ValueError: more rows than the kernels take.
+    With ``pdl`` kernels use programmatic dependent launch where the device has it: all of those
+    for one row, and for up to `MAX_PDL_ROWS` all but the experts' first products. For more rows it was slower.
     """
-    if not 1 <= rows <= MAX_ROWS:
-        raise ValueError(f"The decoding kernels take 1 to {MAX_ROWS} rows, got {rows}.")
-    device, (vocabulary, hidden) = weights.head.device, weights.head.shape
-    return Buffers(
-        tokens=torch.zeros(rows, dtype=torch.long, device=device),
-        positions=torch.zeros(rows, dtype=torch.int32, device=device),
-        logits=torch.zeros(rows, vocabulary, device=device),
-        cos=cos.contiguous(),
-        sin=sin.contiguous(),
-        caches=[new_cache(layer.attention, rows, cos) for layer in weights.layers],
-        hidden=weights.head.new_zeros(rows, hidden),
-        normed=weights.head.new_zeros(rows, hidden),
-        tickets=torch.zeros(rows, dtype=torch.int32, device=device),
-        early=early_start(device) if early and rows <= MAX_EARLY_ROWS else {},
-    )
+    device, count, (vocabulary, hidden) = rows.tokens.device, len(rows.tokens), weights.head.shape
+    dtype, ends_here = weights.head.dtype, weights.head.device == device
+    with torch.inference_mode(False):  # captured steps write them, in any mode
+        return DecodeBuffers(
+            rows=rows,
+            logits=torch.zeros(count if ends_here else 0, vocabulary, device=device),
+            cos=cos.contiguous(),
+            sin=sin.contiguous(),
+            hidden=torch.zeros(count, hidden, dtype=dtype, device=device),
+            normed=torch.zeros(count, hidden, dtype=dtype, device=device),
+            counters=torch.zeros(count, dtype=torch.int32, device=device),
+            pdl=pdl_options(device) if pdl and count <= MAX_PDL_ROWS else {},
+        )
 
 
-def multihead_splits(rows: int, heads: int) -> int:
+def mha_kv_splits(rows: int, heads: int, programs: int) -> int:
     """Return into how many parts each row's keys are cut for plain multi-head attention.
 
     Two programs on each multiprocessor keep it busy with a single row's cache; those for several rows are of one warp,
     so more are wanted.
     """
-    programs = MULTIPROCESSORS * (2 if rows == 1 else 18)
+    programs *= 2 if rows == 1 else 18
     return min(power_of_two(triton.cdiv(programs, rows * heads)), decode_mla.MAX_SPLITS)
 
 
-def project(weights: Attention, buffers: Buffers, source: torch.Tensor, normed: tuple[torch.Tensor, float]) -> None:
+def project(
+    weights: AttentionWeights, buffers: DecodeBuffers, source: torch.Tensor, normed: tuple[torch.Tensor, float]
+) -> None:
     """Write queries and what is cached, projected, into "projected"; a single row is normed on the way."""
     width = sum(weight.shape[0] for weight in weights.projections)
-    projected = buffers.take("projected", buffers.rows, width)
-    if buffers.rows == 1:
-        decode_gemv.one_row_linear(source[0], weights.projections, projected[0], *normed, **buffers.early)
+    projected = buffers.take("projected", buffers.count, width)
+    if buffers.count == 1:
+        decode_gemv.linear_gemv(source[0], weights.projections, projected[0], *normed, **buffers.pdl)
+    elif buffers.count <= MAX_SMALL_BATCH:
+        decode_gemm.linear_gemm(source, weights.projections, projected, **buffers.pdl)
     else:
-        decode_gemm.few_rows_linear(source, weights.projections, projected, **buffers.early)
+        first = 0
+        for weight in weights.projections:
+            projected[:, first : first + len(weight)] = F.linear(source, weight)
+            first += len(weight)
 
 
-def attend_latent(weights: Attention, buffers: Buffers, cache: torch.Tensor, mixed: torch.Tensor) -> None:
+def attend_mla(weights: AttentionWeights, buffers: DecodeBuffers, cache: torch.Tensor, mixed: torch.Tensor) -> None:
     """Write each head's attention over the latents, [B, N, value size], from "projected"."""
     kv_b = weights.kv_b
     assert kv_b is not None and weights.norm is not None
-    rows, heads, rank, rotated = buffers.rows, weights.heads, kv_b.shape[2], buffers.cos.shape[1]
+    rows, heads, rank, rotated = buffers.count, weights.heads, kv_b.shape[2], buffers.cos.shape[1]
     width = sum(weight.shape[0] for weight in weights.projections)
     projected = buffers.take("projected", rows, width)
     query = buffers.take("query", rows, heads, rank + rotated)
     alone = rows <= MAX_ROWS_PER_HEAD
     decode_mla.prepare(
-        projected, kv_b, weights.norm, weights.eps, buffers.cos, buffers.sin, buffers.positions, query, cache, alone,
-        **buffers.early,
+        projected, kv_b, weights.norm, weights.eps, buffers.cos, buffers.sin, buffers.rows.positions, buffers.rows.starts, query, cache, alone,
+        **buffers.pdl,
     )  # fmt: skip
     if not alone:
         unrotated = weights.unrotated
         heads_query = projected[:, : heads * (unrotated + rotated)].unflatten(1, (heads, -1))[..., :unrotated]
-        decode_gemm.few_rows_of_groups(heads_query, kv_b[:, :unrotated].mT, query[..., :rank], **buffers.early)
-    splits = decode_mla.splits_of(rows, heads, MULTIPROCESSORS)
+        decode_gemm.batched_gemm(heads_query, kv_b[:, :unrotated].mT, query[..., :rank], **buffers.pdl)
+    splits = decode_mla.num_kv_splits(rows, heads, multiprocessors(buffers.hidden.device))
     partial = buffers.take("partial", rows, splits, heads, rank, dtype=torch.float32)
-    share = buffers.take("share", rows, splits, heads, dtype=torch.float32)
-    decode_mla.attend_splits(query, cache, buffers.positions, weights.scaling, partial, share, **buffers.early)
+    lse = buffers.take("lse", rows, splits, heads, dtype=torch.float32)
+    rows_ = buffers.rows
+    decode_mla.attend_splits(query, cache, rows_.positions, rows_.starts, weights.scaling, partial, lse, **buffers.pdl)
     if alone:
-        decode_mla.join_splits(partial, share, buffers.positions, mixed, kv_b, **buffers.early)
+        decode_mla.reduce_splits(partial, lse, buffers.rows.positions, mixed, kv_b, **buffers.pdl)
         return
     latents = buffers.take("latents", rows, heads, rank)
-    decode_mla.join_splits(partial, share, buffers.positions, latents, **buffers.early)
-    decode_gemm.few_rows_of_groups(latents, kv_b[:, weights.unrotated :], mixed, **buffers.early)
+    decode_mla.reduce_splits(partial, lse, buffers.rows.positions, latents, **buffers.pdl)
+    decode_gemm.batched_gemm(latents, kv_b[:, weights.unrotated :], mixed, **buffers.pdl)
 
 
-def attend_multihead(weights: Attention, buffers: Buffers, cache: Cache, mixed: torch.Tensor) -> None:
+def attend_mha(weights: AttentionWeights, buffers: DecodeBuffers, cache: LayerPool, mixed: torch.Tensor) -> None:
     """Write each head's attention over keys and values, [B, N, D], from "projected"."""
-    rows, heads, size, early = buffers.rows, weights.heads, weights.size, buffers.early
+    rows, heads, size, pdl = buffers.count, weights.heads, weights.size, buffers.pdl
     projected = buffers.take("projected", rows, (heads + 2 * weights.key_heads) * size)
     query = buffers.take("query", rows, heads, size)
     keys, values = cache
-    decode_mha.rotate_and_write(projected, buffers.cos, buffers.sin, buffers.positions, query, keys, values, **early)
-    splits = multihead_splits(rows, heads)
+    positions, starts = buffers.rows.positions, buffers.rows.starts
+    decode_mha.rotate_and_write(projected, buffers.cos, buffers.sin, positions, starts, query, keys, values, **pdl)
+    splits = mha_kv_splits(rows, heads, multiprocessors(buffers.hidden.device))
     partial = buffers.take("partial", rows, splits, heads, size, dtype=torch.float32)
-    share = buffers.take("share", rows, splits, heads, dtype=torch.float32)
-    decode_mha.attend_splits(query, keys, values, buffers.positions, weights.scaling, partial, share, **early)
-    decode_mla.join_splits(partial, share, buffers.positions, mixed, step=decode_mha.keys_a_step(rows), **early)
+    lse = buffers.take("lse", rows, splits, heads, dtype=torch.float32)
+    decode_mha.attend_splits(query, keys, values, positions, starts, weights.scaling, partial, lse, **pdl)
+    decode_mla.reduce_splits(partial, lse, buffers.rows.positions, mixed, step=decode_mha.kv_block(rows), **pdl)
 
 
-def attend(weights: Attention, buffers: Buffers, cache: Cache) -> None:
+def attend(weights: AttentionWeights, buffers: DecodeBuffers, cache: LayerPool) -> None:
     """Add the attention's output to the hidden state, from "projected"."""
-    mixed = buffers.take("mixed", buffers.rows, weights.heads, weights.size)
+    mixed = buffers.take("mixed", buffers.count, weights.heads, weights.size)
     if weights.kv_b is not None:
-        attend_latent(weights, buffers, cache[0], mixed)
+        attend_mla(weights, buffers, cache[0], mixed)
     else:
-        attend_multihead(weights, buffers, cache, mixed)
+        attend_mha(weights, buffers, cache, mixed)
     hidden = buffers.hidden
-    if buffers.rows == 1:
-        decode_gemv.one_row_linear(mixed[0].flatten(), [weights.out], hidden[0], residual_N=hidden[0], **buffers.early)
+    if buffers.count == 1:
+        decode_gemv.linear_gemv(mixed[0].flatten(), [weights.out], hidden[0], residual_N=hidden[0], **buffers.pdl)
+    elif buffers.count <= MAX_SMALL_BATCH:
+        decode_gemm.linear_gemm(mixed.flatten(1), [weights.out], hidden, hidden, **buffers.pdl)
     else:
-        decode_gemm.few_rows_linear(mixed.flatten(1), [weights.out], hidden, hidden, **buffers.early)
+        torch.addmm(hidden, mixed.flatten(1), weights.out.mT, out=hidden)
 
 
-def feed_one_row(layer: Layer, buffers: Buffers) -> None:
-    """Add a layer's experts, or its dense MLP, to the hidden state of one row."""
-    hidden, rule, weights, early = buffers.hidden[0], layer.rule, layer.experts, buffers.early
-    chosen = rule.chosen if rule is not None else 0
-    inner = buffers.take("inner", chosen * weights.inner + weights.shared_inner)
-    if rule is None or layer.gate is None:
-        decode_experts_gemv.one_row_inner(hidden, layer.post_norm, layer.eps, weights, inner, **early)
-        decode_experts_gemv.one_row_down(inner, weights, hidden, hidden, **early)
+def mlp_gemv(layer: LayerWeights, buffers: DecodeBuffers) -> None:
+    """Add a layer's experts, or its dense MLP, to the hidden state of one row, by GEMV."""
+    hidden, routing, weights, pdl = buffers.hidden[0], layer.routing, layer.experts, buffers.pdl
+    top_k = routing.top_k if routing is not None else 0
+    inner = buffers.take("inner", top_k * weights.intermediate_size + weights.shared_intermediate_size)
+    if routing is None or layer.gate is None:
+        decode_experts_gemv.gate_up_gemv(hidden, layer.post_norm, layer.eps, weights, inner, **pdl)
+        decode_experts_gemv.down_gemv(inner, weights, hidden, hidden, **pdl)
         return
-    logits = buffers.take("gate", 1, rule.experts, dtype=torch.float32)
-    ids = buffers.take(f"ids {id(layer)}", 1, chosen, dtype=torch.int32)
-    shares = buffers.take("shares", 1, chosen, dtype=torch.float32)
+    logits = buffers.take("gate", 1, routing.num_experts, dtype=torch.float32)
+    ids = buffers.take(f"ids {id(layer)}", 1, top_k, dtype=torch.int32)
+    topk_weights = buffers.take("topk weights", 1, top_k, dtype=torch.float32)
     router.route(
-        buffers.hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, buffers.tickets, ids, shares,
-        **early,
+        buffers.hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, routing, logits, buffers.counters, ids,
+        topk_weights, **pdl,
     )  # fmt: skip
-    decode_experts_gemv.one_row_inner(hidden, layer.post_norm, layer.eps, weights, inner, ids[0], **early)
-    decode_experts_gemv.one_row_down(inner, weights, hidden, hidden, ids[0], shares[0], **early)
+    decode_experts_gemv.gate_up_gemv(hidden, layer.post_norm, layer.eps, weights, inner, ids[0], **pdl)
+    decode_experts_gemv.down_gemv(inner, weights, hidden, hidden, ids[0], topk_weights[0], **pdl)
 
 
-def feed_few_rows(layer: Layer, buffers: Buffers, next_norm: torch.Tensor, next_eps: float) -> None:
+def mlp_gemm(layer: LayerWeights, buffers: DecodeBuffers, next_norm: torch.Tensor, next_eps: float) -> None:
     """Add a layer's experts, or its dense MLP, to the hidden states, and write the next norm of them."""
-    hidden, normed, rule, weights = buffers.hidden, buffers.normed, layer.rule, layer.experts
-    early = buffers.early
+    hidden, normed, routing, weights = buffers.hidden, buffers.normed, layer.routing, layer.experts
+    pdl, small = buffers.pdl, buffers.count <= MAX_SMALL_BATCH
     rows, width = hidden.shape
-    ids = shares = routed = routed_out = shared = shared_out = None
-    if rule is not None and layer.gate is not None:
-        ids = buffers.take(f"ids {id(layer)}", rows, rule.chosen, dtype=torch.int32)
-        shares = buffers.take("shares", rows, rule.chosen, dtype=torch.float32)
-        logits = buffers.take("gate", rows, rule.experts, dtype=torch.float32)
+    ids = topk_weights = routed = routed_out = shared = shared_out = row_map = None
+    if routing is not None and layer.gate is not None:
+        ids = buffers.take(f"ids {id(layer)}", rows, routing.top_k, dtype=torch.int32)
+        topk_weights = buffers.take("topk weights", rows, routing.top_k, dtype=torch.float32)
+        logits = buffers.take("gate", rows, routing.num_experts, dtype=torch.float32)
         router.route(
-            hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, rule, logits, buffers.tickets, ids, shares,
-            normed, **early,
+            hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, routing, logits, buffers.counters, ids,
+            topk_weights, normed, live_rows=buffers.rows.live if small else None, **pdl,
         )  # fmt: skip
-        routed = buffers.take("routed", rows, rule.chosen, weights.inner)
-        routed_out = buffers.take("routed out", rows, rule.chosen, width)
+        routed = buffers.take("routed", rows, routing.top_k, weights.intermediate_size)
+        routed_out = buffers.take("routed out", rows, routing.top_k, width)
     else:
-        norm.finish_layer(hidden, None, None, None, layer.post_norm, layer.eps, hidden, normed, **early)
+        norm.fused_add_rms_norm(hidden, None, None, None, layer.post_norm, layer.eps, hidden, normed, **pdl)
     if weights.shared_gate is not None:
-        shared = buffers.take("shared", rows, weights.shared_inner)
+        shared = buffers.take("shared", rows, weights.shared_intermediate_size)
         shared_out = buffers.take("shared out", rows, width)
-    decode_experts_gemm.few_rows_inner(normed, weights, routed, shared, ids, NEXT_EARLY=bool(early))
-    decode_experts_gemm.few_rows_down(routed, shared, weights, routed_out, shared_out, ids, **early)
-    norm.finish_layer(hidden, routed_out, shares, shared_out, next_norm, next_eps, hidden, normed, **early)
+    if small:
+        decode_experts_gemm.gate_up_gemm(normed, weights, routed, shared, ids, PDL_LAUNCH=bool(pdl))
+        decode_experts_gemm.down_gemm(routed, shared, weights, routed_out, shared_out, ids, **pdl)
+    else:
+        routed_out, row_map, shared_out = large_batch_mlp(weights, normed, ids)
+    norm.fused_add_rms_norm(
+        hidden, routed_out, topk_weights, shared_out, next_norm, next_eps, hidden, normed, row_map_P=row_map, **pdl
+    )
 
 
-def predict(weights: Weights, buffers: Buffers) -> None:
+def large_batch_mlp(
+    weights: ExpertWeights, normed_BH: torch.Tensor, ids_BK: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Return the routed experts' outputs in the order of experts, their row map, and the shared experts' output."""
+    routed = row_map = shared = None
+    if ids_BK is not None and weights.gate_up is not None and weights.down is not None:
+        routed, row_map = prefill_experts.permuted_experts(normed_BH, weights.gate_up, weights.down, ids_BK)
+    if weights.shared_gate is not None and weights.shared_up is not None and weights.shared_down is not None:
+        gate, up = F.linear(normed_BH, weights.shared_gate), F.linear(normed_BH, weights.shared_up)
+        shared = F.linear(prefill_experts.silu_and_mul(gate, up), weights.shared_down)
+    return routed, row_map, shared
+
+
+def predict(weights: DecoderWeights, buffers: DecodeBuffers) -> None:
     """Write the logits, and the likeliest ids in place of those read."""
-    if buffers.rows > 1:
-        decode_gemm.few_rows_linear(buffers.normed, [weights.head], buffers.logits, rounded=True, **buffers.early)
-        parts = triton.cdiv(weights.head.shape[0], decode_gemv.PART)
-        best = (
-            buffers.take("best", buffers.rows, parts, dtype=torch.float32),
-            buffers.take("best id", buffers.rows, parts, dtype=torch.int32),
+    if buffers.count > 1:
+        if buffers.count <= MAX_SMALL_BATCH:
+            decode_gemm.linear_gemm(buffers.normed, [weights.head], buffers.logits, rounded=True, **buffers.pdl)
+        else:
+            buffers.logits.copy_(F.linear(buffers.normed, weights.head))
+        parts = triton.cdiv(weights.head.shape[0], decode_gemv.ARGMAX_BLOCK)
+        partials = (
+            buffers.take("best", buffers.count, parts, dtype=torch.float32),
+            buffers.take("best id", buffers.count, parts, dtype=torch.int32),
         )
-        decode_gemv.best_of_parts(buffers.logits, best, **buffers.early)
-        decode_gemv.pick_best(best, buffers.tokens, **buffers.early)
+        decode_gemv.partial_argmax(buffers.logits, partials, **buffers.pdl)
+        decode_gemv.reduce_argmax(partials, buffers.rows.tokens, **buffers.pdl)
         return
-    block = decode_gemv.one_row_blocks(weights.head.shape[1], weights.head.shape[0])["BLOCK_N"]
+    block = decode_gemv.gemv_blocks(weights.head.shape[1], weights.head.shape[0])["BLOCK_N"]
     programs = triton.cdiv(weights.head.shape[0], block)
-    best = (
+    partials = (
         buffers.take("best", programs, dtype=torch.float32),
         buffers.take("best id", programs, dtype=torch.int32),
     )
     hidden, logits = buffers.hidden[0], buffers.logits[0]
-    early = buffers.early
-    decode_gemv.one_row_linear(
-        hidden, [weights.head], logits, weights.norm, weights.eps, rounded=True, best=best, **early
+    pdl = buffers.pdl
+    decode_gemv.linear_gemv(
+        hidden, [weights.head], logits, weights.norm, weights.eps, rounded=True, partials=partials, **pdl
     )
-    decode_gemv.pick_best(best, buffers.tokens, **early)
+    decode_gemv.reduce_argmax(partials, buffers.rows.tokens, **pdl)
 
 
-def decode_step(weights: Weights, buffers: Buffers) -> None:
-    """Read one token of each row: caches, logits, tokens and positions are all brought forward."""
-    torch.index_select(weights.embedding, 0, buffers.tokens, out=buffers.hidden)
-    layers, single = weights.layers, buffers.rows == 1
+def decode_stage(
+    weights: DecoderWeights, buffers: DecodeBuffers, pools: Sequence[LayerPool], first: int, last: int
+) -> None:
+    """Run some layers for one token of each row.
+
+    The first layer's stage begins with the rows' tokens, others with what `DecodeBuffers.hidden` holds; the last one's
+    ends with logits and the likeliest next tokens. Pools and positions are brought forward.
+    """
+    layers, single = weights.layers, buffers.count == 1
+    if first == 0:
+        torch.index_select(weights.embedding, 0, buffers.rows.tokens, out=buffers.hidden)
     if not single:
-        norm.finish_layer(
-            buffers.hidden, None, None, None, layers[0].input_norm, layers[0].eps, buffers.hidden, buffers.normed
-        )
-    for index, (layer, cache) in enumerate(zip(layers, buffers.caches, strict=True)):
+        scale, eps = layers[first].input_norm, layers[first].eps
+        norm.fused_add_rms_norm(buffers.hidden, None, None, None, scale, eps, buffers.hidden, buffers.normed)
+    for index in range(first, last):
+        layer = layers[index]
         source = buffers.hidden if single else buffers.normed
         project(layer.attention, buffers, source, (layer.input_norm, layer.eps))
-        attend(layer.attention, buffers, cache)
+        attend(layer.attention, buffers, pools[index])
         if single:
-            feed_one_row(layer, buffers)
+            mlp_gemv(layer, buffers)
             continue
-        last = index + 1 == len(layers)
-        next_norm, next_eps = (
-            (weights.norm, weights.eps) if last else (layers[index + 1].input_norm, layers[index + 1].eps)
-        )
-        feed_few_rows(layer, buffers, next_norm, next_eps)
-    predict(weights, buffers)
-    buffers.positions.add_(1)
+        # A stage that ends here has no use for the next norm, whose weight may lie on another device.
+        following = layers[index + 1] if index + 1 < last else layer
+        next_norm, next_eps = following.input_norm, following.eps
+        if index + 1 == len(layers):
+            next_norm, next_eps = weights.norm, weights.eps
+        mlp_gemm(layer, buffers, next_norm, next_eps)
+    if last == len(layers):
+        predict(weights, buffers)
+    buffers.rows.positions.add_(buffers.rows.advance)
 
 
-def experts_hit(weights: Weights, buffers: Buffers) -> list[int]:
+def experts_hit(weights: DecoderWeights, buffers: DecodeBuffers) -> list[int]:
     """Return how many experts of each layer the last step read."""
     counts = []
     for layer in weights.layers:
-        if layer.rule is not None:
-            ids = buffers.take(f"ids {id(layer)}", buffers.rows, layer.rule.chosen, dtype=torch.int32)
+        if layer.routing is not None:
+            ids = buffers.take(f"ids {id(layer)}", buffers.count, layer.routing.top_k, dtype=torch.int32)
             counts.append(int(ids.unique().numel()))
     return counts

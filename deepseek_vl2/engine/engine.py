@@ -97,7 +97,7 @@ class Engine:
             language.get_input_embeddings(), self.images if self.images.max_bytes else None, self.options.tiles_a_pass
         )
         self.device = self.placement.device
-        self.rows = Rows(self.scheduler.max_batch, self.device)
+        self.rows = Rows(self.scheduler.max_batch, self.device, self.placement.devices)
         self._batch: SamplingBatch | None = None
         self._pending: list[Pending] = []
         self._new: list[Answer] = []
@@ -385,7 +385,7 @@ class Engine:
     def _decode_rows(self, answers: list[Answer]) -> None:
         count = len(answers)
         if self.rows.arrange(answers) or self._batch is None:
-            self._batch = SamplingBatch([a.sampler for a in answers], self.vocabulary, self.placement.logits_device)
+            self._batch = SamplingBatch([a.sampler for a in answers], self.vocabulary, self.device)
         logits_BV, likeliest = self.runner.decode(self.rows, count)
         for answer in answers:
             answer.cached += 1

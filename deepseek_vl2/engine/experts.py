@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ..ops.triton import prefill_experts
 
 
-def takes(experts: Any, hidden_NH: torch.Tensor) -> bool:
+def is_supported(experts: Any, hidden_NH: torch.Tensor) -> bool:
     """Whether a layer's experts and the rows for them are of a kind that the kernels are for."""
     weights = (experts.gate_up_proj, experts.down_proj)
     return (
@@ -26,6 +26,10 @@ def takes(experts: Any, hidden_NH: torch.Tensor) -> bool:
     )
 
 
-def run_experts(experts: Any, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
-    """Run a module's experts, which `takes` accepts, for all tokens; see `prefill_experts.experts_of_prompt`."""
-    return prefill_experts.experts_of_prompt(hidden_NH, experts.gate_up_proj, experts.down_proj, ids_NK, weights_NK)
+def run_experts(
+    experts: Any, hidden_NH: torch.Tensor, topk_ids_NK: torch.Tensor, topk_weights_NK: torch.Tensor
+) -> torch.Tensor:
+    """Run a module's experts, which `is_supported` accepts, for all tokens; see `prefill_experts.fused_experts`."""
+    return prefill_experts.fused_experts(
+        hidden_NH, experts.gate_up_proj, experts.down_proj, topk_ids_NK, topk_weights_NK
+    )

@@ -13,7 +13,7 @@ import torch
 HOLDINGS = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 
-class Watch:
+class ModuleFingerprint:
     """Remembers every attribute, weight, submodule and hook of a module and of all modules below it.
 
     Nothing is called that belongs to a module, and nearly all of the work is done in C: looking through some 500
@@ -36,7 +36,7 @@ class Watch:
         self.tensors = [*module.parameters(), *module.buffers()]
         self.addresses = addresses_of(self.tensors)
 
-    def holds(self) -> bool:
+    def matches(self) -> bool:
         """Whether nothing has changed."""
         return (
             not any(self.empty)
@@ -53,5 +53,5 @@ def values_of(parts: Iterable[dict[str, Any]]) -> Iterable[Any]:
 
 
 def addresses_of(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """Return where tensors lie: recordings hold these addresses."""
+    """Return where tensors lie: captured graphs hold these addresses."""
     return list(map(torch.Tensor.data_ptr, tensors))

@@ -1,52 +1,21 @@
-"""A model's engine, kept with the model."""
+"""A model's engine: made when it is first asked for, and made anew when the model is no longer what it was."""
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
+from .attached import attached, release
 from .engine import Engine
-from .fingerprint import Watch
+from .fingerprint import ModuleFingerprint
 from .scheduler import EngineOptions
 
-NAME = "_engine_holder"
+__all__ = ["engine_of", "existing_engine", "release_model"]
 
 
-class EngineHolder:
-    """The engine of one language model, and what the model was when it was made. Copies of a model begin without."""
-
-    def __init__(self) -> None:
-        self.engine: Engine | None = None
-        self.options = EngineOptions()
-        self.fingerprint: Watch | None = None
-        self.settings: tuple[Any, ...] = ()
-        self.lock = threading.RLock()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EngineHolder:
-        return EngineHolder()
-
-    def __reduce__(self) -> tuple[type[EngineHolder], tuple[()]]:
-        return EngineHolder, ()
-
-    def get(self, language: Any) -> Engine:
-        """Return the engine; a new one where the model's modules or weights are others than it was made for."""
-        with self.lock:
-            settings = (language.config._attn_implementation, getattr(language.config, "_experts_implementation", None))
-            same = self.fingerprint is not None and settings == self.settings and self.fingerprint.holds()
-            if self.engine is None or not same or not self.engine.healthy:
-                self.fingerprint = None
-                self.engine = Engine(language, self.options)
-                self.fingerprint, self.settings = Watch(language), settings
-            return self.engine
-
-
-def holder_of(language: Any) -> EngineHolder:
-    """Return a language model's holder."""
-    held: EngineHolder | None = vars(language).get(NAME)
-    if held is None:
-        held = EngineHolder()
-        object.__setattr__(language, NAME, held)
-    return held
+def settings_of(language: Any) -> tuple[Any, ...]:
+    """Return what can change a model's arithmetic without changing a module."""
+    config = language.config
+    return config._attn_implementation, getattr(config, "_experts_implementation", None), language.training
 
 
 def engine_of(model: Any, options: EngineOptions | None = None) -> Engine:
@@ -57,13 +26,33 @@ def engine_of(model: Any, options: EngineOptions | None = None) -> Engine:
         options: bounds; an engine with others is replaced. ``None``: as they are.
     """
     language = getattr(model, "language", model)
-    held = holder_of(language)
+    held = attached(language)
     with held.lock:
-        if options is not None and options != held.options:
-            held.options, held.engine = options, None
-        return held.get(language)
+        values = held.values
+        engine: Engine | None = values.get("engine")
+        wanted = options or values.get("options") or EngineOptions()
+        same = engine is not None and engine.healthy and wanted == values["options"]
+        if not (same and values["settings"] == settings_of(language) and values["fingerprint"].matches()):
+            values.clear()
+            engine = Engine(language, wanted)
+            values.update(
+                engine=engine,
+                options=wanted,
+                settings=settings_of(language),
+                fingerprint=ModuleFingerprint(language),
+            )
+        assert engine is not None
+        return engine
 
 
-def release(model: Any) -> None:
+def existing_engine(model: Any) -> Engine | None:
+    """Return the engine that a model has, or ``None``."""
+    language = getattr(model, "language", model)
+    engine: Engine | None = attached(language).values.get("engine")
+    return engine
+
+
+def release_model(model: Any) -> None:
     """Free the KV cache and the captured graphs kept for a model."""
-    vars(getattr(model, "language", model)).pop(NAME, None)
+    release(getattr(model, "language", model))
+    release(model)

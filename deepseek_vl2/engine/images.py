@@ -13,7 +13,7 @@ import torch
 
 from ..models.tiling import TileGrid, fitted_size
 from ..models.views import Pictures
-from ..ops.triton.image_resize import may_scale_height_first, scale_into
+from ..ops.triton.image_resize import may_scale_height_first, resize_into
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def write_view(pixels_HWC: torch.Tensor, grid: TileGrid, color: tuple[int, ...],
     elif size != field:
         for channel, value in enumerate(color):
             canvas[..., channel] = value
-    scale_into(pixels_HWC, canvas[top : top + size[1], left : left + size[0]])
+    resize_into(pixels_HWC, canvas[top : top + size[1], left : left + size[0]])
     if grid != (1, 1):
         cut = canvas.view(grid.down, side, grid.across, side, 3).transpose(1, 2)
         tiles_VSSC.view(grid.down, grid.across, side, side, 3).copy_(cut)

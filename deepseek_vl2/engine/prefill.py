@@ -144,7 +144,7 @@ def latent_queries_keys_values(
     rope.rotate_heads_(query, cos, sin)
     weights, compressed = module.kv_a_layernorm, module.kv_a_proj_with_mqa(normed_NH)
     latent, key_rope = rope.cache_latents(
-        compressed, weights.weight, weights.variance_epsilon, cos, sin, pool_SC, tokens.slots_N
+        compressed, weights.weight, weights.variance_epsilon, cos, sin, tokens.slots_N, pool_SC
     )
     if tokens.has_past:
         held = torch.cat([pool_SC[s.start : s.start + s.end] for s in tokens.segments])
@@ -208,9 +208,7 @@ def prefill_layer(
         return
     bias = mlp.gate.e_score_correction_bias if routing.method == NOAUX_TC else None
     ids, weights = router.route_tokens(normed_NH, mlp.gate.weight, bias, routing, tokens.last, len(normed_NH))
-    outputs, row_map = prefill_experts.permuted_experts(
-        normed_NH, mlp.experts.gate_up_proj, mlp.experts.down_proj, ids
-    )
+    outputs, row_map = prefill_experts.permuted_experts(normed_NH, mlp.experts.gate_up_proj, mlp.experts.down_proj, ids)
     shared = None if mlp.shared_experts is None else run_mlp(mlp.shared_experts, normed_NH)
     scale, eps = following.weight, following.variance_epsilon
     norm.fused_add_rms_norm(hidden_NH, outputs, weights, shared, scale, eps, hidden_NH, normed_NH, row_map_P=row_map)

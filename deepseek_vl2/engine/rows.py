@@ -35,9 +35,7 @@ class RowTensors:
 
     def first(self, rows: int) -> RowTensors:
         """Return the first rows, in the same memory."""
-        return RowTensors(
-            self.tokens[:rows], self.positions[:rows], self.starts[:rows], self.advance[:rows], self.live
-        )
+        return RowTensors(self.tokens[:rows], self.positions[:rows], self.starts[:rows], self.advance[:rows], self.live)
 
 
 def new_rows(capacity: int, device: torch.device) -> RowTensors:

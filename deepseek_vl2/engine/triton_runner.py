@@ -132,6 +132,11 @@ class TritonRunner:
             self._make_tables(language)
             self.pool_changed()
 
+    def warm_up(self) -> None:
+        """Compile the kernels of a step of one row: where that fails, the model must run otherwise."""
+        with torch.inference_mode():
+            self._new_step(Rows(1, self.device, [stage.device for stage in self.stages]), 1)
+
     def pool_changed(self) -> None:
         """See `Runner.pool_changed`."""
         self.steps.clear()
@@ -221,9 +226,7 @@ class TritonRunner:
         length = prefill.padded_length(tokens, self.positions)
         language = self.language()
         assert language is not None
-        graph = self.prefills.get(
-            (length, cuda_graphs.modes()), lambda: self._new_prefill(ref(language), length)
-        )
+        graph = self.prefills.get((length, cuda_graphs.modes()), lambda: self._new_prefill(ref(language), length))
         given: prefill.PrefillInputs = graph.buffers
         given.embeds_NH[:tokens] = self._embeds([part])
         given.embeds_NH[tokens:] = 0

@@ -359,7 +359,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     bindings.row_kernels.cache_clear()
     try:
         assert bindings.row_kernels() is None and backend.find_row_kernels() is None
-        assert bindings.why_not() == "there is no C compiler"
+        assert bindings.unsupported_reason() == "there is no C compiler"
         with cpu.row_products():
             assert cpu.row_kernels() is None
             assert cpu.project(nn.Linear(3, 2).bfloat16(), some(1, 3)).shape == (1, 2)
@@ -437,7 +437,7 @@ def test_no_home(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_switch(compiler: str, switch: str, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ops.SWITCH, switch)
     assert (backend.find_row_kernels() is not None) == taken
-    assert (bindings.why_not() is None) == taken
+    assert (bindings.unsupported_reason() is None) == taken
 
 
 def test_threads_are_pytorchs(compiler: str) -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from deepseek_vl2.engine import decode
 from deepseek_vl2.engine.decode import decode_step, experts_hit, new_buffers
 from deepseek_vl2.engine.runtime import fill_caches
-from deepseek_vl2.engine.weights import read_weights, rotary_tables, why_not_model
+from deepseek_vl2.engine.weights import read_weights, rotary_tables, unsupported_model
 from deepseek_vl2.models.cache import new_cache
 from deepseek_vl2.models.moe import MoEGate
 
@@ -69,7 +69,7 @@ def padded_prompt(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_steps_equal_forward(variant: str, rows: int) -> None:
     kind, changes = VARIANTS[variant]
     model = mini_language(kind, **changes).to(DEVICE)
-    assert why_not_model(model) is None
+    assert unsupported_model(model) is None
     ids, mask = padded_prompt(rows)
     cache = new_cache(model.config)
     plain = model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits[:, -1]
@@ -147,8 +147,10 @@ def test_half_precision_stays_near(kind: str, rows: int) -> None:
     buffers.tokens.copy_(token[:, 0])
     plain, plain_experts = chosen_experts(model, token, attention_mask=longer, past_key_values=cache)
     decode_step(weights, buffers)
-    layers = [layer for layer in weights.layers if layer.rule is not None]
-    ours = [buffers.take(f"ids {id(x)}", rows, x.rule.chosen, dtype=torch.int32).long().sort(-1).values for x in layers]
+    layers = [layer for layer in weights.layers if layer.routing is not None]
+    ours = [
+        buffers.take(f"ids {id(x)}", rows, x.routing.top_k, dtype=torch.int32).long().sort(-1).values for x in layers
+    ]
     same = (exact_experts == plain_experts).all(1) & (exact_experts == torch.cat(ours, dim=1)).all(1)
     distance = (buffers.logits - exact)[same].norm()
     plain_distance, size = (plain - exact)[same].norm(), exact[same].norm()
@@ -162,7 +164,7 @@ def test_half_precision_stays_near(kind: str, rows: int) -> None:
 def test_an_early_start_changes_no_bit(kind: str, rows: int) -> None:
     model = mini_language(kind).to(DEVICE, torch.bfloat16)
     weights, tables = read_weights(model), rotary_tables(model, 64)
-    both = [new_buffers(weights, rows, *tables, early=early) for early in (True, False)]
+    both = [new_buffers(weights, rows, *tables, pdl=pdl) for pdl in (True, False)]
     for buffers in both:
         buffers.tokens.fill_(7)
         for _ in range(40):

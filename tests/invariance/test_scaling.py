@@ -50,9 +50,9 @@ SIZES = [
 def test_bytes_are_pillows(size: tuple[int, int], scaled: tuple[int, int]) -> None:
     pixels = noise(*size)
     want = np.asarray(Image.fromarray(pixels).resize(scaled, BICUBIC))
-    assert np.array_equal(image_resize.scale_plainly(pixels, scaled, image_resize.is_height_first(size, scaled)), want)
+    assert np.array_equal(image_resize.resize_plain(pixels, scaled, image_resize.is_height_first(size, scaled)), want)
     field = torch.full((scaled[1] + 3, scaled[0] + 5, 3), 77, dtype=torch.uint8, device=DEVICE)
-    image_resize.scale_into(torch.from_numpy(pixels).to(DEVICE), field[2:-1, 4:-1])
+    image_resize.resize_into(torch.from_numpy(pixels).to(DEVICE), field[2:-1, 4:-1])
     assert np.array_equal(field[2:-1, 4:-1].cpu().numpy(), want)
     field[2:-1, 4:-1] = 77
     assert bool((field == 77).all())  # nothing was written beside it
@@ -64,14 +64,14 @@ def test_bytes_are_pillows_for_any_size() -> None:
         size, scaled = ((int(a), int(b)) for a, b in random.integers(1, 90, (2, 2)))
         pixels = noise(*size)
         out = torch.empty(scaled[1], scaled[0], 3, dtype=torch.uint8, device=DEVICE)
-        image_resize.scale_into(torch.from_numpy(pixels).to(DEVICE), out)
+        image_resize.resize_into(torch.from_numpy(pixels).to(DEVICE), out)
         assert np.array_equal(out.cpu().numpy(), np.asarray(Image.fromarray(pixels).resize(scaled, BICUBIC)))
 
 
 def test_extreme_contrast_is_clipped_as_pillow_clips() -> None:
     pixels = np.where(noise(70, 50) > 127, np.uint8(255), np.uint8(0))
     out = torch.empty(131, 97, 3, dtype=torch.uint8, device=DEVICE)
-    image_resize.scale_into(torch.from_numpy(pixels).to(DEVICE), out)
+    image_resize.resize_into(torch.from_numpy(pixels).to(DEVICE), out)
     assert np.array_equal(out.cpu().numpy(), np.asarray(Image.fromarray(pixels).resize((97, 131), BICUBIC)))
 
 
@@ -92,7 +92,7 @@ def test_a_pillow_that_scales_otherwise_is_noticed(monkeypatch: pytest.MonkeyPat
 def test_gaps_are_refused() -> None:
     bytes_ = torch.zeros(4, 5, 6, dtype=torch.uint8, device=DEVICE)
     with pytest.raises(ValueError, match="gaps"):
-        image_resize.scale_side(bytes_.transpose(0, 1), torch.empty_like(bytes_))
+        image_resize.resize_axis(bytes_.transpose(0, 1), torch.empty_like(bytes_))
 
 
 # ---------------------------------------------------------------- tiles

@@ -89,14 +89,14 @@ def test_tower_agrees_with_its_modules(name: str) -> None:
         vision.load_state_dict(exact.to(dtype).state_dict())
         vision, wide = vision.to(dtype), exact.to(dtype).double()
         given = draw(2, 3, 42, 42, dtype=dtype)
-        assert vision_kernels.why_not_tower(vision) is None
+        assert vision_kernels.unsupported_tower(vision) is None
         ours, theirs, want = vision_kernels.encode(vision, given), vision(given), wide(given.double())
         assert ours.dtype == dtype
         if dtype == torch.float32:
             assert relative(ours, want) < 1e-5
         else:
-            room = 1.6 if dtype == torch.bfloat16 and not ON_GPU else 1.15
-            assert relative(ours, want) < room * relative(theirs, want)
+            capacity = 1.6 if dtype == torch.bfloat16 and not ON_GPU else 1.15
+            assert relative(ours, want) < capacity * relative(theirs, want)
 
 
 def foreign_parts() -> dict[str, Any]:
@@ -137,27 +137,27 @@ def foreign_parts() -> dict[str, Any]:
 @pytest.mark.parametrize("name", foreign_parts())
 def test_foreign_towers_run_as_modules(name: str) -> None:
     vision = small_tower()
-    assert vision_kernels.why_not_tower(vision) is None
+    assert vision_kernels.unsupported_tower(vision) is None
     foreign_parts()[name](vision)
-    assert vision_kernels.why_not_tower(vision)
+    assert vision_kernels.unsupported_tower(vision)
 
 
 def test_what_the_kernel_is_not_for() -> None:
-    assert "not on" in str(vision_kernels.why_not_pixels(torch.zeros(1, 3, 42, 42)))
+    assert "not on" in str(vision_kernels.unsupported_pixels(torch.zeros(1, 3, 42, 42)))
 
     class Pixels:
         device, dtype = torch.device("cuda"), torch.float32
 
     pixels: Any = Pixels()
-    assert "float32" in str(vision_kernels.why_not_pixels(pixels))
+    assert "float32" in str(vision_kernels.unsupported_pixels(pixels))
     pixels.dtype = torch.bfloat16
-    assert vision_kernels.why_not_pixels(pixels) is None
+    assert vision_kernels.unsupported_pixels(pixels) is None
 
 
 @torch.no_grad()
 def test_a_kernel_that_fails_leaves_tiles_to_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vision, "FAILED", [])
-    monkeypatch.setattr(vision_kernels, "why_not", lambda vision, pixels: None)
+    monkeypatch.setattr(vision_kernels, "unsupported_reason", lambda vision, pixels: None)
 
     def broken(*args: Any) -> torch.Tensor:
         raise RuntimeError("no such instruction")
@@ -173,7 +173,9 @@ def test_a_kernel_that_fails_leaves_tiles_to_the_modules(monkeypatch: pytest.Mon
 def test_tiles_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     ways: list[str] = []
     monkeypatch.setattr(vision, "FAILED", [])
-    monkeypatch.setattr(vision_kernels, "why_not", lambda vision, pixels: vision_kernels.why_not_tower(vision))
+    monkeypatch.setattr(
+        vision_kernels, "unsupported_reason", lambda vision, pixels: vision_kernels.unsupported_tower(vision)
+    )
     monkeypatch.setattr(vision_kernels, "encode", lambda vision, pixels: ways.append("kernels") or vision(pixels))
     tower, given = small_tower(depth=1), draw(1, 3, 42, 42)
     vision.features_of(tower, given)

@@ -307,7 +307,7 @@ _reason: list[str] = []
 
 @cache
 def row_kernels() -> RowKernels | None:
-    """Return the compiled functions, or ``None`` where they cannot be had; `why_not` then says why."""
+    """Return the compiled functions, or ``None`` where they cannot be had; `unsupported_reason` then says why."""
     try:
         return RowKernels()
     except Unavailable as error:
@@ -316,7 +316,7 @@ def row_kernels() -> RowKernels | None:
         return None
 
 
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """Return why there are no compiled functions here, in a few words; ``None`` where there are."""
     if turned_off():
         return f"{SWITCH} turns it off"

@@ -13,10 +13,10 @@ try:
     from triton.backends.nvidia.compiler import CUDAOptions
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    STARTS_EARLY = "launch_pdl" in CUDAOptions.__dataclass_fields__
+    PDL_SUPPORTED = "launch_pdl" in CUDAOptions.__dataclass_fields__
 except ImportError:  # releases of Triton that know no dependent launch, or have no part for NVIDIA
     gdc_launch_dependents = gdc_wait = None
-    STARTS_EARLY = False
+    PDL_SUPPORTED = False
 
 # Under TRITON_INTERPRET=1 kernels run on a CPU, in NumPy, which knows no bfloat16: products are of float32 there.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -43,19 +43,19 @@ def rounded(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def let_next_start(EARLY: tl.constexpr) -> None:
-    """Let the next kernel start, as far as there is room, once all programs of this one have come here."""
-    if EARLY:
+def launch_dependents(PDL: tl.constexpr) -> None:
+    """Programmatic dependent launch: let the next kernel start once all programs of this one have come here."""
+    if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
-def wait_for_inputs(EARLY: tl.constexpr) -> None:
+def grid_wait(PDL: tl.constexpr) -> None:
     """Wait until the kernel before, and so all before it, have ended and what they wrote can be read.
 
     Before this a kernel may read weights alone, and may write nothing. Every program must come here.
     """
-    if EARLY:
+    if PDL:
         gdc_wait()
 
 
@@ -96,17 +96,17 @@ def prefetch(start_ptr: tl.tensor, numbers: tl.tensor, part: tl.tensor, PARTS: t
         )  # fmt: skip
 
 
-def early_start(device: torch.device) -> dict[str, Any]:
-    """Return the options with which a kernel starts while the one before it still runs; none where it cannot.
+def pdl_options(device: torch.device) -> dict[str, Any]:
+    """Return the launch options of programmatic dependent launch (PDL); none where the device has none.
 
-    This is programmatic dependent launch, of compute capability 9.0 and later. A kernel started so reads its weights
+    It needs compute capability 9.0. A kernel launched so reads its weights
     before it waits for the one before: it must not follow one that writes them.
     """
-    if INTERPRETED.value or not STARTS_EARLY or device.type != "cuda":
+    if INTERPRETED.value or not PDL_SUPPORTED or device.type != "cuda":
         return {}
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
         return {}
-    return {"EARLY": True, "launch_pdl": True}
+    return {"PDL": True, "launch_pdl": True}
 
 
 @cache

@@ -2,8 +2,8 @@
 
 A dense MLP is a layer with shared experts alone.
 
-Shape suffixes: B rows, H hidden size, E routed experts, K experts of a row, I inner width of a routed expert, S inner
-width of the shared experts.
+Shape suffixes: B rows, H hidden size, E routed experts, K experts of a row, I intermediate size of a routed expert, S
+that of the shared experts.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ class ExpertWeights:
         return some
 
     @property
-    def experts(self) -> int:
-        """How many routed experts there are."""
+    def num_experts(self) -> int:
+        """Number of routed experts."""
         return 0 if self.gate_up is None else self.gate_up.shape[0]
 
     @property
-    def inner(self) -> int:
-        """The inner width of a routed expert."""
+    def intermediate_size(self) -> int:
+        """Intermediate size of a routed expert."""
         return 0 if self.down is None else self.down.shape[2]
 
     @property
-    def shared_inner(self) -> int:
-        """The inner width of the shared experts."""
+    def shared_intermediate_size(self) -> int:
+        """Intermediate size of the shared experts."""
         return 0 if self.shared_gate is None else self.shared_gate.shape[0]
 
     def check(self) -> None:
@@ -64,13 +64,13 @@ class ExpertWeights:
             raise ValueError(f"The kernels need contiguous weights; these are not: {any_gap}.")
 
 
-def inner_plain(
-    x_BH: torch.Tensor, weights: ExpertWeights, ids_BK: torch.Tensor | None
+def gate_up_plain(
+    x_BH: torch.Tensor, weights: ExpertWeights, topk_ids_BK: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return silu(gate) * up of the routed experts, [B, K, I], and of the shared ones, [B, S]."""
     routed = shared = None
-    if weights.gate_up is not None and ids_BK is not None:
-        gate, up = torch.einsum("bh,bkih->bki", x_BH, weights.gate_up[ids_BK.long()]).chunk(2, dim=-1)
+    if weights.gate_up is not None and topk_ids_BK is not None:
+        gate, up = torch.einsum("bh,bkih->bki", x_BH, weights.gate_up[topk_ids_BK.long()]).chunk(2, dim=-1)
         routed = F.silu(gate) * up
     if weights.shared_gate is not None and weights.shared_up is not None:
         shared = F.silu(F.linear(x_BH, weights.shared_gate)) * F.linear(x_BH, weights.shared_up)
@@ -81,18 +81,18 @@ def down_plain(
     routed_BKI: torch.Tensor | None,
     shared_BS: torch.Tensor | None,
     weights: ExpertWeights,
-    ids_BK: torch.Tensor | None,
+    topk_ids_BK: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return the outputs of the routed experts, [B, K, H], unweighted, and of the shared ones, [B, H]."""
     routed = shared = None
-    if routed_BKI is not None and weights.down is not None and ids_BK is not None:
-        routed = torch.einsum("bki,bkhi->bkh", routed_BKI, weights.down[ids_BK.long()])
+    if routed_BKI is not None and weights.down is not None and topk_ids_BK is not None:
+        routed = torch.einsum("bki,bkhi->bkh", routed_BKI, weights.down[topk_ids_BK.long()])
     if shared_BS is not None and weights.shared_down is not None:
         shared = F.linear(shared_BS, weights.shared_down)
     return routed, shared
 
 
 @triton.jit
-def silu_product(gate: tl.tensor, up: tl.tensor) -> tl.tensor:
+def silu_mul(gate: tl.tensor, up: tl.tensor) -> tl.tensor:
     """Return silu(gate) * up, in float32."""
     return gate / (1.0 + tl.exp(-gate)) * up

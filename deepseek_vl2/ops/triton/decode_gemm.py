@@ -1,4 +1,4 @@
-"""Products of weights with a few rows (small GEMM), bound by reading the weights.
+"""Linear layers of a small batch (GEMM with 2 to 64 rows), bound by reading the weights.
 
 Shape suffixes: B rows, K inputs, N outputs, G groups with weights of their own (attention heads).
 """
@@ -12,12 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_rows, dot, let_next_start, power_of_two, wait_for_inputs
+from .common import check_rows, dot, grid_wait, launch_dependents, power_of_two
 from .decode_gemv import MAX_WEIGHTS
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _few_rows_kernel(
+def _gemm_kernel(
     x_ptr: tl.tensor,
     first_ptr: tl.tensor,
     second_ptr: tl.tensor,
@@ -42,10 +42,10 @@ def _few_rows_kernel(
     STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROUNDED: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    PDL: tl.constexpr = False,
 ) -> None:
-    let_next_start(EARLY)
-    wait_for_inputs(EARLY)
+    launch_dependents(PDL)
+    grid_wait(PDL)
     program = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
     blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
@@ -80,7 +80,7 @@ def _few_rows_kernel(
     tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=held)
 
 
-def few_rows_blocks(rows: int, outputs: int, inputs: int) -> dict[str, int]:
+def gemm_blocks(rows: int, outputs: int, inputs: int) -> dict[str, int]:
     """Return the block sizes for a product of that shape: enough programs to fill the device, 64 rows at most."""
     block_n = 64 if outputs >= 64 * 132 else 32 if outputs > 1280 or rows > 16 else 16
     return {
@@ -92,7 +92,7 @@ def few_rows_blocks(rows: int, outputs: int, inputs: int) -> dict[str, int]:
     }
 
 
-def few_rows_linear(
+def linear_gemm(
     x_BK: torch.Tensor,
     weights: Sequence[torch.Tensor],
     out_BN: torch.Tensor,
@@ -100,7 +100,7 @@ def few_rows_linear(
     rounded: bool = False,
     **blocks: Any,
 ) -> None:
-    """Write the products of a few rows with one to three matrices side by side, plus a residual.
+    """Write the outputs of one to three linear layers side by side, plus a residual.
 
     Args:
         x_BK: the rows.
@@ -108,31 +108,31 @@ def few_rows_linear(
         out_BN: of any floating dtype; may be the residual itself.
         residual_BN: added to the result; laid out like ``out_BN``.
         rounded: round the product to the dtype of ``x_BK`` although ``out_BN`` is wider.
-        blocks: block sizes instead of those of `few_rows_blocks`.
+        blocks: block sizes instead of those of `gemm_blocks`.
     """
     if not 1 <= len(weights) <= MAX_WEIGHTS:
-        raise ValueError(f"few_rows_linear takes one to {MAX_WEIGHTS} weights, got {len(weights)}.")
+        raise ValueError(f"linear_gemm takes one to {MAX_WEIGHTS} weights, got {len(weights)}.")
     check_rows(*weights)
     if residual_BN is not None and residual_BN.stride() != out_BN.stride():
-        raise ValueError("few_rows_linear needs a residual laid out like its output.")
+        raise ValueError("linear_gemm needs a residual laid out like its output.")
     grouped = [weight.unsqueeze(0) for weight in weights]
     residual = None if residual_BN is None else residual_BN.unsqueeze(1)
-    _launch_few_rows(x_BK.unsqueeze(1), grouped, out_BN.unsqueeze(1), residual, rounded, blocks)
+    _launch_gemm(x_BK.unsqueeze(1), grouped, out_BN.unsqueeze(1), residual, rounded, blocks)
 
 
-def few_rows_of_groups(x_BGK: torch.Tensor, weight_GNK: torch.Tensor, out_BGN: torch.Tensor, **blocks: Any) -> None:
-    """Write the products of a few rows with a matrix for each group (head), [B, G, N].
+def batched_gemm(x_BGK: torch.Tensor, weight_GNK: torch.Tensor, out_BGN: torch.Tensor, **blocks: Any) -> None:
+    """Write the batched products of rows with a matrix for each group (head), [B, G, N].
 
     Args:
         x_BGK: rows of any strides but the last.
         weight_GNK: of any strides: a transposed view will do.
         out_BGN: of any strides but the last.
-        blocks: block sizes instead of those of `few_rows_blocks`.
+        blocks: block sizes instead of those of `gemm_blocks`.
     """
-    _launch_few_rows(x_BGK, [weight_GNK], out_BGN, None, False, blocks)
+    _launch_gemm(x_BGK, [weight_GNK], out_BGN, None, False, blocks)
 
 
-def _launch_few_rows(
+def _launch_gemm(
     x_BGK: torch.Tensor,
     weights: Sequence[torch.Tensor],
     out_BGN: torch.Tensor,
@@ -144,9 +144,9 @@ def _launch_few_rows(
     rows, groups, inputs = x_BGK.shape
     outputs = [weight.shape[1] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
     first, second, third = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
-    sizes = {**few_rows_blocks(rows, groups * sum(outputs), inputs), **blocks}
+    sizes = {**gemm_blocks(rows, groups * sum(outputs), inputs), **blocks}
     programs = sum(triton.cdiv(size, sizes["BLOCK_N"]) for size in outputs)
-    _few_rows_kernel[(programs, groups, triton.cdiv(rows, sizes["BLOCK_B"]))](
+    _gemm_kernel[(programs, groups, triton.cdiv(rows, sizes["BLOCK_B"]))](
         x_BGK,
         first,
         second,

@@ -1,4 +1,4 @@
-"""Products of weights with one row (GEMV), bound by reading the weights, and the index of a row's largest output.
+"""Linear layers of a single token (GEMV), bound by reading the weights, and the argmax of logits.
 
 Shape suffixes: B rows, K inputs, N outputs, V vocabulary.
 """
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .common import check_rows, let_next_start, load_row, load_rows, power_of_two, wait_for_inputs
+from .common import check_rows, grid_wait, launch_dependents, load_row, load_rows, power_of_two
 
 MAX_WEIGHTS = 3
 
@@ -34,7 +34,7 @@ def norm_linear_plain(
 
 
 @triton.jit
-def _one_row_kernel(
+def _gemv_kernel(
     x_ptr: tl.tensor,
     norm_ptr: tl.tensor,
     first_ptr: tl.tensor,
@@ -42,8 +42,8 @@ def _one_row_kernel(
     third_ptr: tl.tensor,
     residual_ptr: tl.tensor,
     out_ptr: tl.tensor,
-    best_ptr: tl.tensor,
-    best_id_ptr: tl.tensor,
+    max_ptr: tl.tensor,
+    argmax_ptr: tl.tensor,
     eps: tl.tensor,
     N1: tl.constexpr,
     N2: tl.constexpr,
@@ -54,10 +54,10 @@ def _one_row_kernel(
     NORMED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROUNDED: tl.constexpr,
-    BEST: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    ARGMAX: tl.constexpr,
+    PDL: tl.constexpr = False,
 ) -> None:
-    let_next_start(EARLY)
+    launch_dependents(PDL)
     program = tl.program_id(0)
     blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
     blocks2: tl.constexpr = (N2 + BLOCK_N - 1) // BLOCK_N
@@ -76,7 +76,7 @@ def _one_row_kernel(
     parts = load_rows(weight_ptr, rows, size, K, K, BLOCK_K)
     if NORMED:
         norms = load_row(norm_ptr, K, BLOCK_K)
-    wait_for_inputs(EARLY)
+    grid_wait(PDL)
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
     for part in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
@@ -95,14 +95,14 @@ def _one_row_kernel(
     if RESIDUAL:
         out += tl.load(residual_ptr + shift + rows, mask=rows < size, other=0.0).to(tl.float32)
     tl.store(out_ptr + shift + rows, out.to(out_ptr.dtype.element_ty), mask=rows < size)
-    if BEST:
+    if ARGMAX:
         shown = tl.where(rows < size, out, float("-inf"))
-        best = tl.max(shown, axis=0)
-        tl.store(best_ptr + program, best)
-        tl.store(best_id_ptr + program, tl.min(tl.where((shown == best) & (rows < size), rows, 2147483647), axis=0))
+        partials = tl.max(shown, axis=0)
+        tl.store(max_ptr + program, partials)
+        tl.store(argmax_ptr + program, tl.min(tl.where((shown == partials) & (rows < size), rows, 2147483647), axis=0))
 
 
-def one_row_blocks(width: int, rows: int) -> dict[str, int]:
+def gemv_blocks(width: int, rows: int) -> dict[str, int]:
     """Return rows a program, columns a step and warps for ``rows`` of weights that are ``width`` wide.
 
     Measured on an H200 (benchmarks/gpu_tune.py).
@@ -112,7 +112,7 @@ def one_row_blocks(width: int, rows: int) -> dict[str, int]:
     return {"BLOCK_N": 8, "BLOCK_K": min(power_of_two(width, 16), 512), "num_warps": 4}
 
 
-def one_row_linear(
+def linear_gemv(
     x_K: torch.Tensor,
     weights: Sequence[torch.Tensor],
     out_N: torch.Tensor,
@@ -120,7 +120,7 @@ def one_row_linear(
     eps: float = 0.0,
     residual_N: torch.Tensor | None = None,
     rounded: bool = False,
-    best: tuple[torch.Tensor, torch.Tensor] | None = None,
+    partials: tuple[torch.Tensor, torch.Tensor] | None = None,
     **blocks: Any,
 ) -> None:
     """Write `norm_linear_plain` of one row into ``out_N``, which may be the residual itself.
@@ -135,16 +135,16 @@ def one_row_linear(
         eps: the norm's epsilon.
         residual_N: added to the result.
         rounded: round the product to the dtype of ``x_K`` although ``out_N`` is wider, as the plain form does.
-        best: where to write each program's largest output, float32, and its index, int32 (one weight only).
-        blocks: block sizes instead of those of `one_row_blocks`, and options of the launch (`early_start`).
+        partials: where to write each program's largest output, float32, and its index, int32 (one weight only).
+        blocks: block sizes instead of those of `gemv_blocks`, and options of the launch (`pdl_options`).
     """
     check_rows(x_K, out_N, *weights)
-    if not 1 <= len(weights) <= MAX_WEIGHTS or (best is not None and len(weights) > 1):
-        raise ValueError(f"one_row_linear takes one to {MAX_WEIGHTS} weights, and one where the best is asked for.")
+    if not 1 <= len(weights) <= MAX_WEIGHTS or (partials is not None and len(weights) > 1):
+        raise ValueError(f"linear_gemv takes one to {MAX_WEIGHTS} weights, and one where the argmax is asked for.")
     sizes = [weight.shape[0] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
     first, second, third = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
-    cut = {**one_row_blocks(x_K.shape[-1], sum(sizes)), **blocks}
-    _one_row_kernel[(sum(triton.cdiv(size, cut["BLOCK_N"]) for size in sizes),)](
+    cut = {**gemv_blocks(x_K.shape[-1], sum(sizes)), **blocks}
+    _gemv_kernel[(sum(triton.cdiv(size, cut["BLOCK_N"]) for size in sizes),)](
         x_K,
         x_K if norm_K is None else norm_K,
         first,
@@ -152,92 +152,96 @@ def one_row_linear(
         third,
         x_K if residual_N is None else residual_N,
         out_N,
-        *((out_N, out_N) if best is None else best),
+        *((out_N, out_N) if partials is None else partials),
         eps,
         *sizes,
         K=x_K.shape[-1],
         NORMED=norm_K is not None,
         RESIDUAL=residual_N is not None,
         ROUNDED=rounded,
-        BEST=best is not None,
+        ARGMAX=partials is not None,
         **cut,
     )
 
 
 @triton.jit(do_not_specialize=["N"])
-def _best_kernel(
-    best_ptr: tl.tensor,
-    best_id_ptr: tl.tensor,
+def _reduce_argmax_kernel(
+    max_ptr: tl.tensor,
+    argmax_ptr: tl.tensor,
     out_ptr: tl.tensor,
     N: tl.tensor,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    PDL: tl.constexpr = False,
 ) -> None:
-    let_next_start(EARLY)
-    wait_for_inputs(EARLY)
-    best_ptr += tl.program_id(0) * N
-    best_id_ptr += tl.program_id(0) * N
+    launch_dependents(PDL)
+    grid_wait(PDL)
+    max_ptr += tl.program_id(0) * N
+    argmax_ptr += tl.program_id(0) * N
     index = tl.arange(0, BLOCK)
     value = tl.full([BLOCK], float("-inf"), tl.float32)
     winner = tl.full([BLOCK], 2147483647, tl.int32)
     for start in range(0, N, BLOCK):
         held = start + index < N
-        new = tl.load(best_ptr + start + index, mask=held, other=float("-inf"))
-        new_id = tl.load(best_id_ptr + start + index, mask=held, other=2147483647)
+        new = tl.load(max_ptr + start + index, mask=held, other=float("-inf"))
+        new_id = tl.load(argmax_ptr + start + index, mask=held, other=2147483647)
         better = (new > value) | ((new == value) & (new_id < winner))
         value = tl.where(better, new, value)
         winner = tl.where(better, new_id, winner)
     top = tl.max(value, axis=0)
-    chosen = tl.min(tl.where(value == top, winner, 2147483647), axis=0)
-    chosen = tl.where(chosen == 2147483647, 0, chosen)  # of what is not a number none is largest: any id of the table
-    tl.store(out_ptr + tl.program_id(0), chosen.to(tl.int64))
+    winning = tl.min(tl.where(value == top, winner, 2147483647), axis=0)
+    winning = tl.where(
+        winning == 2147483647, 0, winning
+    )  # of what is not a number none is largest: any id of the table
+    tl.store(out_ptr + tl.program_id(0), winning.to(tl.int64))
 
 
-def pick_best(best: tuple[torch.Tensor, torch.Tensor], out_B: torch.Tensor, **options: Any) -> None:
-    """Write the index of each row's largest output, the first one of equals; 0 where no output is a number.
+def reduce_argmax(partials: tuple[torch.Tensor, torch.Tensor], out_B: torch.Tensor, **options: Any) -> None:
+    """Write the argmax of each row, the first one of equals; 0 where no output is a number.
 
     Args:
-        best: the largest output of each part and its index, as `one_row_linear` or `best_of_parts` noted them.
+        partials: the maximum of each part and its index, as `linear_gemv` or `partial_argmax` wrote them.
         out_B: written, int64.
-        options: of the launch, see `primitives.early_start`.
+        options: of the launch, see `common.pdl_options`.
     """
-    values, ids = best
-    _best_kernel[(out_B.shape[0],)](values, ids, out_B, values.shape[-1], BLOCK=2048, num_warps=8, **options)
+    values, ids = partials
+    _reduce_argmax_kernel[(out_B.shape[0],)](values, ids, out_B, values.shape[-1], BLOCK=2048, num_warps=8, **options)
 
 
-PART = 4096
+ARGMAX_BLOCK = 4096
 
 
 @triton.jit(do_not_specialize=["V"])
-def _best_of_part_kernel(
+def _partial_argmax_kernel(
     logits_ptr: tl.tensor,
-    best_ptr: tl.tensor,
-    best_id_ptr: tl.tensor,
+    max_ptr: tl.tensor,
+    argmax_ptr: tl.tensor,
     V: tl.tensor,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    PDL: tl.constexpr = False,
 ) -> None:
-    let_next_start(EARLY)
-    wait_for_inputs(EARLY)
+    launch_dependents(PDL)
+    grid_wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     shown = tl.load(logits_ptr + row * V + index, mask=index < V, other=float("-inf"))
-    best = tl.max(shown, axis=0)
+    partials = tl.max(shown, axis=0)
     place = row * tl.num_programs(1) + tl.program_id(1)
-    tl.store(best_ptr + place, best)
-    tl.store(best_id_ptr + place, tl.min(tl.where((shown == best) & (index < V), index, 2147483647), axis=0))
+    tl.store(max_ptr + place, partials)
+    tl.store(argmax_ptr + place, tl.min(tl.where((shown == partials) & (index < V), index, 2147483647), axis=0))
 
 
-def best_of_parts(logits_BV: torch.Tensor, best: tuple[torch.Tensor, torch.Tensor], **options: Any) -> None:
-    """Note the largest of every `PART` numbers of a row, [B, parts], and its index in the row, for `pick_best`.
+def partial_argmax(logits_BV: torch.Tensor, partials: tuple[torch.Tensor, torch.Tensor], **options: Any) -> None:
+    """Write the maximum of each `ARGMAX_BLOCK` logits of a row, [B, parts], and its index, for `reduce_argmax`.
 
     PyTorch's own argmax has one program for a row, which takes longer than a layer's attention.
 
     Args:
         logits_BV: contiguous, float32.
-        best: written; float32 and int32.
-        options: of the launch, see `primitives.early_start`.
+        partials: written; float32 and int32.
+        options: of the launch, see `common.pdl_options`.
     """
     check_rows(logits_BV)
     rows, vocabulary = logits_BV.shape
-    _best_of_part_kernel[(rows, best[0].shape[1])](logits_BV, *best, vocabulary, BLOCK=PART, num_warps=4, **options)
+    _partial_argmax_kernel[(rows, partials[0].shape[1])](
+        logits_BV, *partials, vocabulary, BLOCK=ARGMAX_BLOCK, num_warps=4, **options
+    )

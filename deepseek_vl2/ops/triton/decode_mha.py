@@ -1,7 +1,7 @@
 """Plain multi-head attention of one new token a row, over a cache of keys and values.
 
-Shape suffixes: B rows, N attention heads, M key/value heads, D head size, C room of the cache in tokens, W splits of
-the keys. The caches are [B, M, C, D]; row b's tokens stand at 0 .. positions[b], its new one last.
+Shape suffixes: B rows, N attention heads, M key/value heads, D head size, C capacity of the cache in tokens, W splits
+of the keys. The caches are [B, M, C, D]; row b's tokens stand at 0 .. positions[b], its new one last.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_rows, let_next_start, power_of_two, wait_for_inputs
-from .decode_mla import live_splits, load_angles
+from .common import check_rows, grid_wait, launch_dependents, power_of_two
+from .decode_mla import live_splits, load_cos_sin
 
 
-def keys_a_step(rows: int) -> int:
+def kv_block(rows: int) -> int:
     """Return how many keys a program reads at a time.
 
     One row has few programs, so each keeps many loads under way; with several rows programs of a single warp do that.
@@ -60,14 +60,14 @@ def _rotate_and_write_kernel(
     M: tl.constexpr,
     D: tl.constexpr,
     HALF_PAD: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    PDL: tl.constexpr = False,
 ) -> None:
-    let_next_start(EARLY)
+    launch_dependents(PDL)
     row = tl.program_id(0)
     head = tl.program_id(1)
     position = tl.load(positions_ptr + row)
-    cos, sin = load_angles(cos_ptr, sin_ptr, position, D, HALF_PAD)
-    wait_for_inputs(EARLY)
+    cos, sin = load_cos_sin(cos_ptr, sin_ptr, position, D, HALF_PAD)
+    grid_wait(PDL)
     half: tl.constexpr = D // 2
     i = tl.arange(0, HALF_PAD)
     held = i < half
@@ -108,11 +108,11 @@ def rotate_and_write(
         query_BND: written.
         keys_BMCD: written at the positions.
         values_BMCD: likewise. All tensors are contiguous.
-        options: of the launch, see `primitives.early_start`.
+        options: of the launch, see `common.pdl_options`.
     """
     check_rows(projected_BX, cos_CD, sin_CD, keys_BMCD)
     rows, heads, size = query_BND.shape
-    key_heads, room = keys_BMCD.shape[1], keys_BMCD.shape[2]
+    key_heads, capacity = keys_BMCD.shape[1], keys_BMCD.shape[2]
     _rotate_and_write_kernel[(rows, heads + 2 * key_heads)](
         projected_BX,
         cos_CD,
@@ -121,7 +121,7 @@ def rotate_and_write(
         query_BND,
         keys_BMCD,
         values_BMCD,
-        room,
+        capacity,
         N=heads,
         M=key_heads,
         D=size,
@@ -165,7 +165,7 @@ def _attend_keys(
 
 
 @triton.jit
-def _split_kernel(
+def _attend_split_kernel(
     query_ptr: tl.tensor,
     keys_ptr: tl.tensor,
     values_ptr: tl.tensor,
@@ -181,9 +181,9 @@ def _split_kernel(
     SPLITS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     AHEAD: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    PDL: tl.constexpr = False,
 ) -> None:
-    let_next_start(EARLY)
+    launch_dependents(PDL)
     row = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -196,7 +196,7 @@ def _split_kernel(
     if AHEAD:  # the first keys but the new one are on their way before the wait: earlier steps wrote them
         c = first + tl.arange(0, BLOCK_C)
         key, value = _load_keys(keys_ptr + base, values_ptr + base, c, tl.minimum(last, position), D, D_PAD)
-    wait_for_inputs(EARLY)
+    grid_wait(PDL)
     if split < live:
         query = tl.load(query_ptr + (row * N + head) * D + d, mask=d < D, other=0.0).to(tl.float32)
         total = tl.zeros([D_PAD], tl.float32)
@@ -225,20 +225,20 @@ def attend_splits(
     positions_B: torch.Tensor,
     scaling: float,
     partial_BWND: torch.Tensor,
-    weight_BWN: torch.Tensor,
+    lse_BWN: torch.Tensor,
     **options: Any,
 ) -> None:
-    """Attend over each split of the keys; as in `latent.attend_splits`, whose `join_splits` joins the splits."""
+    """Attend over each split of the keys; as in `latent.attend_splits`, whose `reduce_splits` reduces the splits."""
     check_rows(query_BND, keys_BMCD, values_BMCD)
     rows, heads, size = query_BND.shape
     splits = partial_BWND.shape[1]
-    _split_kernel[(rows, heads, splits)](
+    _attend_split_kernel[(rows, heads, splits)](
         query_BND,
         keys_BMCD,
         values_BMCD,
         positions_B,
         partial_BWND,
-        weight_BWN,
+        lse_BWN,
         keys_BMCD.shape[2],
         scaling,
         N=heads,
@@ -246,7 +246,7 @@ def attend_splits(
         D=size,
         D_PAD=power_of_two(size, 16),
         SPLITS=splits,
-        BLOCK_C=keys_a_step(rows),
+        BLOCK_C=kv_block(rows),
         AHEAD=rows == 1,
         num_warps=4 if rows == 1 else 1,
         **options,

@@ -1,7 +1,7 @@
 """Multi-head latent attention of one new token a row, over a cache of latents.
 
 Shape suffixes: B rows, N attention heads, R rank of the latent, P rotated part of a head, D unrotated part, V size of
-a head's value, C room of the cache in tokens, W splits of the keys.
+a head's value, C capacity of the cache in tokens, W splits of the keys.
 
 The cache is [B, C, R + P]: a latent and its rotated key side by side. Row b's tokens stand at 0 .. positions[b], its
 new one last; there is no padding in it.
@@ -15,12 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_rows, dot, let_next_start, power_of_two, prefetch, shared_memory, wait_for_inputs
+from .common import check_rows, dot, grid_wait, launch_dependents, power_of_two, prefetch, shared_memory
 
 MAX_SPLITS = 32
 
 
-def split_blocks(rows: int, heads: int, device: torch.device) -> dict[str, int]:
+def split_options(rows: int, heads: int, device: torch.device) -> dict[str, int]:
     """Return the block sizes of `attend_splits`; a split takes a multiple of GRAIN keys.
 
     Measured on an H100. Two blocks of 64 keys take 164 kB of shared memory, so one program is all that a multiprocessor
@@ -28,13 +28,20 @@ def split_blocks(rows: int, heads: int, device: torch.device) -> dict[str, int]:
     """
     block = 64 if shared_memory(device) >= 200_000 else 32
     if rows == 1:
-        return {"GRAIN": block, "BLOCK_C": block, "BLOCK_N": 16, "STAGES": 2, "num_warps": 4, "NEXT_LATE": heads <= 16}
+        return {
+            "GRAIN": block,
+            "BLOCK_C": block,
+            "BLOCK_N": 16,
+            "STAGES": 2,
+            "num_warps": 4,
+            "LAUNCH_LATE": heads <= 16,
+        }
     heads_each = min(power_of_two(heads, 16), 32)
-    return {"GRAIN": 16, "BLOCK_C": block, "BLOCK_N": heads_each, "STAGES": 2, "num_warps": 4, "NEXT_LATE": False}
+    return {"GRAIN": 16, "BLOCK_C": block, "BLOCK_N": heads_each, "STAGES": 2, "num_warps": 4, "LAUNCH_LATE": False}
 
 
-def splits_of(rows: int, heads: int, programs: int) -> int:
-    """Return into how many parts to cut each row's keys, for a device that runs that many programs at a time.
+def num_kv_splits(rows: int, heads: int, programs: int) -> int:
+    """Return the number of KV splits of each row, for a device that runs that many programs at a time.
 
     A single row's keys are cut further: its programs have one block of them each. Few different numbers are returned:
     kernels are compiled for each.
@@ -45,7 +52,7 @@ def splits_of(rows: int, heads: int, programs: int) -> int:
     return max(number for number in (1, 2, 3, 4, 6, 8, 12, 16, 24, MAX_SPLITS) if number <= max(most, 1))
 
 
-def rotate_pairs_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate_interleaved_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate [..., P] of interleaved pairs; even members go to the first half of the result, odd ones to the second."""
     even, odd = x[..., 0::2], x[..., 1::2]
     half = even.shape[-1]
@@ -76,10 +83,10 @@ def prepare_plain(
     rank, rotated = norm_R.shape[0], cos_BP.shape[-1]
     nope, rope = query_BNQ.split([query_BNQ.shape[-1] - rotated, rotated], dim=-1)
     absorbed = torch.einsum("bnd,ndr->bnr", nope, kv_b_NER[:, : nope.shape[-1]])
-    query = torch.cat((absorbed, rotate_pairs_plain(rope, cos_BP[:, None], sin_BP[:, None])), dim=-1)
+    query = torch.cat((absorbed, rotate_interleaved_plain(rope, cos_BP[:, None], sin_BP[:, None])), dim=-1)
     wide = compressed_BL[:, :rank].float()
     latent = norm_R * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(compressed_BL.dtype)
-    return query, torch.cat((latent, rotate_pairs_plain(compressed_BL[:, rank:], cos_BP, sin_BP)), dim=-1)
+    return query, torch.cat((latent, rotate_interleaved_plain(compressed_BL[:, rank:], cos_BP, sin_BP)), dim=-1)
 
 
 def attend_plain(
@@ -94,7 +101,7 @@ def attend_plain(
 
 
 @triton.jit
-def load_angles(
+def load_cos_sin(
     cos_ptr: tl.tensor, sin_ptr: tl.tensor, position: tl.tensor, SIZE: tl.constexpr, HALF_PAD: tl.constexpr
 ) -> tl.tensor:
     """Return cosines and sines at a position: half a row of each table, whose other half is the same."""
@@ -106,7 +113,7 @@ def load_angles(
 
 
 @triton.jit
-def _rotate_pairs(
+def _rotate_interleaved(
     x_ptr: tl.tensor,
     out_ptr: tl.tensor,
     angles: tl.tensor,
@@ -145,23 +152,23 @@ def _prepare_kernel(
     BLOCK_R: tl.constexpr,
     ABSORB: tl.constexpr,
     PARTS: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    PDL: tl.constexpr = False,
 ) -> None:
-    let_next_start(EARLY)
+    launch_dependents(PDL)
     row = tl.program_id(0)
     head = tl.program_id(1)
     part = tl.program_id(2)
     width: tl.constexpr = N * (D + P) + R + P
     query_row = query_ptr + (row * N + head) * (R + P)
     position = tl.load(positions_ptr + row)
-    if EARLY:
-        # Before the weights of the kernels that start early have filled the queue: attention waits for these.
+    if PDL:
+        # Before the weights of the kernels launched ahead have filled the queue: attention waits for these.
         prefetch(cache_ptr + row * cache_row, position * (R + P), head * PARTS + part, (N + 1) * PARTS)
-    angles = load_angles(cos_ptr, sin_ptr, position, P, HALF_PAD)
+    angles = load_cos_sin(cos_ptr, sin_ptr, position, P, HALF_PAD)
     if head == N:  # behind the heads: the latent
         place = tl.arange(0, R_PAD)
         norm = tl.load(norm_ptr + place, mask=place < R, other=0.0)
-        wait_for_inputs(EARLY)
+        grid_wait(PDL)
         if part == 0:
             compressed = projected_ptr + row * width + N * (D + P)
             out_ptr = cache_ptr + row * cache_row + position.to(tl.int64) * (R + P)
@@ -169,7 +176,7 @@ def _prepare_kernel(
             x *= tl.rsqrt(tl.sum(x * x, axis=0) / R + eps)
             dtype = cache_ptr.dtype.element_ty
             tl.store(out_ptr + place, (x.to(dtype).to(tl.float32) * norm.to(tl.float32)).to(dtype), mask=place < R)
-            _rotate_pairs(compressed + R, out_ptr + R, angles, P, HALF_PAD)
+            _rotate_interleaved(compressed + R, out_ptr + R, angles, P, HALF_PAD)
     else:
         query = projected_ptr + row * width + head * (D + P)
         if ABSORB:
@@ -178,14 +185,14 @@ def _prepare_kernel(
             matrix = kv_b_ptr + head * ((D + V) * R)
             mask = (d < D)[:, None] & (r < R)[None, :]
             weight = tl.load(matrix + d[:, None] * R + r[None, :], mask=mask, other=0.0)
-            wait_for_inputs(EARLY)
+            grid_wait(PDL)
             x = tl.load(query + d, mask=d < D, other=0.0).to(tl.float32)
             out = tl.sum(weight.to(tl.float32) * x[:, None], axis=0)
             tl.store(query_row + r, out.to(query_ptr.dtype.element_ty), mask=r < R)
         else:
-            wait_for_inputs(EARLY)
+            grid_wait(PDL)
         if part == 0:
-            _rotate_pairs(query + D, query_row + R, angles, P, HALF_PAD)
+            _rotate_interleaved(query + D, query_row + R, angles, P, HALF_PAD)
 
 
 def prepare(
@@ -214,7 +221,7 @@ def prepare(
         query_BNL: written, [B, N, R + P], contiguous; only the rotated part without ``absorb``.
         cache_BCL: written at the positions.
         absorb: take the unrotated part through kv_b_proj here, which reads that weight once for each row.
-        options: of the launch, see `primitives.early_start`.
+        options: of the launch, see `common.pdl_options`.
     """
     check_rows(projected_BX, kv_b_NER, cache_BCL)
     rows, heads = query_BNL.shape[:2]
@@ -258,7 +265,7 @@ def live_splits(position: tl.tensor, GRAIN: tl.constexpr, SPLITS: tl.constexpr) 
 
 
 @triton.jit
-def _split_kernel(
+def _attend_split_kernel(
     query_ptr: tl.tensor,
     cache_ptr: tl.tensor,
     positions_ptr: tl.tensor,
@@ -276,10 +283,10 @@ def _split_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    NEXT_LATE: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    LAUNCH_LATE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ) -> None:
-    let_next_start(EARLY and not NEXT_LATE)
+    launch_dependents(PDL and not LAUNCH_LATE)
     row = tl.program_id(0)
     split = tl.program_id(2)
     head = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -290,7 +297,7 @@ def _split_kernel(
     r = tl.arange(0, R_PAD)
     p = tl.arange(0, P_PAD)
     base = cache_ptr + row.to(tl.int64) * cache_row
-    wait_for_inputs(EARLY)
+    grid_wait(PDL)
     if split < live:
         query_rows = query_ptr + (row * N + head)[:, None] * (R + P)
         in_heads = (head < N)[:, None]
@@ -315,7 +322,7 @@ def _split_kernel(
             weight = weight * shrink + tl.sum(power, axis=0)
             total = dot(tl.trans(latent), power.to(latent.dtype), total * shrink[None, :])
             highest = new_highest
-        let_next_start(EARLY and NEXT_LATE)  # whose weights would come before the keys
+        launch_dependents(PDL and LAUNCH_LATE)  # whose weights would come before the keys
         place = (row * SPLITS + split) * N + head
         mask = (head < N)[None, :] & (r < R)[:, None]
         tl.store(partial_ptr + place[None, :] * R + r[:, None], total / weight[None, :], mask=mask)
@@ -328,25 +335,25 @@ def attend_splits(
     positions_B: torch.Tensor,
     scaling: float,
     partial_BWNR: torch.Tensor,
-    weight_BWN: torch.Tensor,
+    lse_BWN: torch.Tensor,
     **options: Any,
 ) -> None:
-    """Attend over each split of the keys: `attend_plain` of it, and the base-2 logarithm of its softmax's weight.
+    """Split-KV attention: `attend_plain` of each split of the keys, and its log-sum-exp, base 2.
 
     The keys up to a row's position are cut evenly into at most W splits; those without keys are left unwritten.
-    All but the cache is contiguous; the results are float32. Options: of the launch, see `primitives.early_start`.
+    All but the cache is contiguous; the results are float32. Options: of the launch, see `common.pdl_options`.
     """
     check_rows(query_BNL, cache_BCL)
     rows, heads, width = query_BNL.shape
     splits, rank = partial_BWNR.shape[1], partial_BWNR.shape[3]
     rotated = width - rank
-    sizes = {**split_blocks(rows, heads, query_BNL.device), **options}
-    _split_kernel[(rows, triton.cdiv(heads, sizes["BLOCK_N"]), splits)](
+    sizes = {**split_options(rows, heads, query_BNL.device), **options}
+    _attend_split_kernel[(rows, triton.cdiv(heads, sizes["BLOCK_N"]), splits)](
         query_BNL,
         cache_BCL,
         positions_B,
         partial_BWNR,
-        weight_BWN,
+        lse_BWN,
         cache_BCL.stride(0),
         scaling,
         N=heads,
@@ -360,7 +367,7 @@ def attend_splits(
 
 
 @triton.jit
-def _join_kernel(
+def _reduce_splits_kernel(
     partial_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     positions_ptr: tl.tensor,
@@ -376,9 +383,9 @@ def _join_kernel(
     GRAIN: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PROJECT: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    PDL: tl.constexpr = False,
 ) -> None:
-    let_next_start(EARLY)
+    launch_dependents(PDL)
     row = tl.program_id(0)
     head = tl.program_id(1)
     r = tl.arange(0, R_PAD)
@@ -388,7 +395,7 @@ def _join_kernel(
         mask = (v < V)[:, None] & (r < R)[None, :]
         weight = tl.load(matrix + v[:, None] * R + r[None, :], mask=mask, other=0.0)
     _, live = live_splits(tl.load(positions_ptr + row), GRAIN, SPLITS)
-    wait_for_inputs(EARLY)
+    grid_wait(PDL)
     mixed = tl.zeros([R_PAD], tl.float32)
     highest = float("-inf")
     total = 0.0
@@ -413,29 +420,29 @@ def _join_kernel(
         tl.store(out_ptr + (row * N + head) * R + r, mixed.to(dtype), mask=r < R)
 
 
-def join_splits(
+def reduce_splits(
     partial_BWNR: torch.Tensor,
-    weight_BWN: torch.Tensor,
+    lse_BWN: torch.Tensor,
     positions_B: torch.Tensor,
     out_BNV: torch.Tensor,
     kv_b_NER: torch.Tensor | None = None,
     step: int | None = None,
     **options: Any,
 ) -> None:
-    """Join what `attend_splits` wrote, and take it through the value's rows of kv_b_proj where that is given.
+    """Reduce the splits of `attend_splits`, and project by the value rows of kv_b_proj where that is given.
 
     Without it ``out_BNV`` is the mixture of latents itself, [B, N, R]. All tensors are contiguous. ``step`` is the
-    number of keys of which splits took multiples, that of `split_blocks` unless it is given. Options: of the
-    launch, see `primitives.early_start`.
+    number of keys of which splits took multiples, that of `split_options` unless it is given. Options: of the
+    launch, see `common.pdl_options`.
     """
     rows, splits, heads, rank = partial_BWNR.shape
     value = out_BNV.shape[-1]
     projects = kv_b_NER is not None
     block = min(power_of_two(value, 16), 16)
     warps = 8 if projects or rank > 128 else 2 if rows == 1 else 4
-    _join_kernel[(rows, heads, triton.cdiv(value, block) if projects else 1)](
+    _reduce_splits_kernel[(rows, heads, triton.cdiv(value, block) if projects else 1)](
         partial_BWNR,
-        weight_BWN,
+        lse_BWN,
         positions_B,
         out_BNV if kv_b_NER is None else kv_b_NER,
         out_BNV,
@@ -446,7 +453,7 @@ def join_splits(
         V=value,
         SPLITS=splits,
         BLOCK_W=min(power_of_two(splits), 32),
-        GRAIN=step or split_blocks(rows, heads, out_BNV.device)["GRAIN"],
+        GRAIN=step or split_options(rows, heads, out_BNV.device)["GRAIN"],
         BLOCK_V=block,
         PROJECT=projects,
         num_warps=warps,

@@ -1,12 +1,12 @@
-"""Products of pairs with the weights of their experts, on GPUs that fetch blocks by themselves (compute capability 9).
+"""Grouped GEMM: routed tokens times the weights of their experts, by TMA descriptors (compute capability 9).
 
-Pairs stand in the order of their experts. A program takes up to 128 pairs of one expert and 128 or 256 columns;
-programs that share weights start one after the other, so that memory is read once. An expert has some 130 pairs of a
-usual prompt; PyTorch's grouped product, which runs elsewhere, is made for more of them.
+Routed tokens are sorted by expert. A program takes up to 128 of one expert and 128 or 256 columns;
+programs that share weights start one after the other, so that memory is read once. An expert has some 130
+of a usual prompt; PyTorch's grouped product, which runs elsewhere, is made for more of them.
 
 The plain form is `torch.nn.functional.grouped_mm`, and between the two products silu(gate) * up.
 
-Shape suffixes: P pairs, E experts, H hidden size, I inner width, J = 2 * I.
+Shape suffixes: P routed tokens, E experts, H hidden size, I intermediate size, J = 2 * I.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ except ImportError:  # releases of Triton that have none
 BLOCK_K = 64
 
 
-def takes(weights: torch.Tensor, hidden: int, inner: int) -> bool:
+def is_supported(weights: torch.Tensor, hidden: int, inner: int) -> bool:
     """Whether the kernels are for weights on this device, of these sizes."""
     if TensorDescriptor is None or hidden % 128 or inner % 128:
         return False
@@ -60,7 +60,7 @@ def _find_tile(
 
 
 @triton.jit
-def _inner_kernel(
+def _gate_up_kernel(
     rows_desc: tl.tensor,
     weights_desc: tl.tensor,
     ends_ptr: tl.tensor,
@@ -127,10 +127,10 @@ def _launch(
     block_n: int,
 ) -> None:
     check_rows(rows, weights_EML)
-    (experts, _, width), pairs, columns = weights_EML.shape, len(rows), out.shape[1] // block_n
-    few = pairs <= 64 * experts
+    (experts, _, width), routed_tokens, columns = weights_EML.shape, len(rows), out.shape[1] // block_n
+    few = routed_tokens <= 64 * experts
     block = 64 if few else 128
-    kernel[((experts + pairs // block) * columns,)](
+    kernel[((experts + routed_tokens // block) * columns,)](
         TensorDescriptor.from_tensor(rows, [block, BLOCK_K]),
         TensorDescriptor.from_tensor(weights_EML.view(-1, width), [block_n, BLOCK_K]),
         ends_E, out,
@@ -139,23 +139,23 @@ def _launch(
     )  # fmt: skip
 
 
-def inner_of_pairs(rows_PH: torch.Tensor, gate_up_EJH: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up of each pair by its expert, [P, I], rounded where the model's modules round.
+def grouped_gate_up(rows_PH: torch.Tensor, gate_up_EJH: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up of each routed token by its expert, [P, I], rounded where the model's modules round.
 
     Args:
-        rows_PH: the pairs in the order of their experts, contiguous; those behind the last expert's are not read.
+        rows_PH: the routed tokens sorted by expert, contiguous; those behind the last expert's are not read.
         gate_up_EJH: the experts' weights, I rows of gates and then I of ups, contiguous.
-        ends_E: behind which pair each expert's end, int32.
+        ends_E: the end of each expert's rows, int32.
     """
     hidden, inner = rows_PH.shape[1], gate_up_EJH.shape[1] // 2
     out = rows_PH.new_empty(len(rows_PH), inner)
-    _launch(_inner_kernel, rows_PH, gate_up_EJH, ends_E, out, hidden, inner, 128)
+    _launch(_gate_up_kernel, rows_PH, gate_up_EJH, ends_E, out, hidden, inner, 128)
     return out
 
 
-def down_of_pairs(inner_PI: torch.Tensor, down_EHI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """Return each pair's product with its expert's weights, [P, H]; see `inner_of_pairs`."""
+def grouped_down(intermediate_PI: torch.Tensor, down_EHI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """Return each routed token's product with its expert's weights, [P, H]; see `grouped_gate_up`."""
     hidden, inner = down_EHI.shape[1:]
-    out = inner_PI.new_empty(len(inner_PI), hidden)
-    _launch(_down_kernel, inner_PI, down_EHI, ends_E, out, hidden, inner, 128 if hidden % 256 else 256)
+    out = intermediate_PI.new_empty(len(intermediate_PI), hidden)
+    _launch(_down_kernel, intermediate_PI, down_EHI, ends_E, out, hidden, inner, 128 if hidden % 256 else 256)
     return out

@@ -32,7 +32,7 @@ BLOCK = 1024
 
 
 @lru_cache(maxsize=64)
-def weights_of(size: int, scaled: int) -> NDArray[np.int32]:
+def filter_weights(size: int, scaled: int) -> NDArray[np.int32]:
     """Return how each pixel of a scaled side is made: the first pixel that it is made of, and then their weights.
 
     Args:
@@ -60,13 +60,13 @@ def weights_of(size: int, scaled: int) -> NDArray[np.int32]:
     return np.concatenate((first[:, None], rounded), axis=1).astype(np.int32)
 
 
-def scale_plainly(pixels: NDArray[np.uint8], size: Size, height_first: bool) -> NDArray[np.uint8]:
+def resize_plain(pixels: NDArray[np.uint8], size: Size, height_first: bool) -> NDArray[np.uint8]:
     """Scale an image, uint8 [H, W, C], to (width, height) in NumPy: what the kernel does, slowly."""
     for axis in (0, 1) if height_first else (1, 0):
         scaled = size[1 - axis]
         if scaled == pixels.shape[axis]:
             continue
-        table = weights_of(pixels.shape[axis], scaled)
+        table = filter_weights(pixels.shape[axis], scaled)
         places = np.minimum(table[:, :1] + np.arange(table.shape[1] - 1), pixels.shape[axis] - 1)
         taken = pixels.take(places, axis=axis).astype(np.int32)
         weights = table[:, 1:].reshape(*table[:, 1:].shape, *[1] * (pixels.ndim - 1 - axis))
@@ -85,7 +85,7 @@ def may_scale_height_first() -> bool | None:
 
     def matches(size: Size, height_first: bool) -> bool:
         scaled = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
-        return np.array_equal(np.asarray(scaled), scale_plainly(noise, size, height_first))
+        return np.array_equal(np.asarray(scaled), resize_plain(noise, size, height_first))
 
     if not matches((7, 23), False):
         return None
@@ -99,7 +99,7 @@ def is_height_first(image_size: Size, size: Size) -> bool:
 
 
 @triton.jit(do_not_specialize=["numbers", "N", "M", "R", "taps", "out_row", "out_step"])
-def _scale_kernel(
+def _resize_kernel(
     pixels_ptr: tl.tensor,
     table_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -129,22 +129,22 @@ def _scale_kernel(
 @lru_cache(maxsize=64)
 def _table(size: int, scaled: int, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):  # kept for calls of any mode
-        return torch.from_numpy(weights_of(size, scaled)).to(device)
+        return torch.from_numpy(filter_weights(size, scaled)).to(device)
 
 
-def scale_side(pixels_ANR: torch.Tensor, out_AMR: torch.Tensor) -> None:
+def resize_axis(pixels_ANR: torch.Tensor, out_AMR: torch.Tensor) -> None:
     """Scale the middle dimension of bytes, laid out without gaps, to the length that it has in ``out_AMR``."""
     (rows, size, rest), scaled = pixels_ANR.shape, out_AMR.shape[1]
     if not pixels_ANR.is_contiguous() or out_AMR.stride(2) != 1:
         raise ValueError(f"Bytes with gaps cannot be scaled: {pixels_ANR.stride()}, {out_AMR.stride()}.")
     table, numbers = _table(size, scaled, pixels_ANR.device), rows * scaled * rest
-    _scale_kernel[(triton.cdiv(numbers, BLOCK),)](
+    _resize_kernel[(triton.cdiv(numbers, BLOCK),)](
         pixels_ANR, table, out_AMR, numbers, size, scaled, rest, table.shape[1] - 1, *out_AMR.stride()[:2],
         BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
 
-def scale_into(pixels_HWC: torch.Tensor, out_HWC: torch.Tensor) -> None:
+def resize_into(pixels_HWC: torch.Tensor, out_HWC: torch.Tensor) -> None:
     """Scale an image of bytes to the size of ``out_HWC``, whose rows may have gaps between them."""
     (height, width, channels), (new_height, new_width) = pixels_HWC.shape, out_HWC.shape[:2]
     sides = [side for side, changes in (("width", new_width != width), ("height", new_height != height)) if changes]
@@ -157,7 +157,7 @@ def scale_into(pixels_HWC: torch.Tensor, out_HWC: torch.Tensor) -> None:
         shape = (new_height, width) if side == "height" else (height, new_width)
         out = out_HWC if side == sides[-1] else pixels_HWC.new_empty(*shape, channels)
         if side == "height":
-            scale_side(pixels_HWC.flatten(1)[None], out.flatten(1)[None])
+            resize_axis(pixels_HWC.flatten(1)[None], out.flatten(1)[None])
         else:
-            scale_side(pixels_HWC, out)
+            resize_axis(pixels_HWC, out)
         pixels_HWC = out

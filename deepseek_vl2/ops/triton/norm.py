@@ -1,4 +1,7 @@
-"""Norms of rows, and the sums before them. Shape suffixes: B rows, H hidden size, K experts of a row."""
+"""RMS norm and layer norm fused with the residual addition before them.
+
+Shape suffixes: B rows, H hidden size, K experts of a row, P = B * K routed tokens.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .common import check_rows, let_next_start, power_of_two, rounded, wait_for_inputs
+from .common import check_rows, grid_wait, launch_dependents, power_of_two, rounded
 
 
 def rms_norm_plain(x_BH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
@@ -18,22 +21,22 @@ def rms_norm_plain(x_BH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> to
     return weight_H * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x_BH.dtype)
 
 
-def finish_layer_plain(
+def fused_add_rms_norm_plain(
     residual_BH: torch.Tensor,
     routed_BKH: torch.Tensor,
-    weights_BK: torch.Tensor,
+    topk_weights_BK: torch.Tensor,
     shared_BH: torch.Tensor,
     norm_H: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a layer's output, [B, H]: residual + weighted experts + shared experts; and its norm."""
-    routed = (routed_BKH.float() * weights_BK.unsqueeze(-1)).sum(dim=1).to(residual_BH.dtype)
+    """Return residual + weighted experts + shared experts, [B, H], and the RMS norm of that sum."""
+    routed = (routed_BKH.float() * topk_weights_BK.unsqueeze(-1)).sum(dim=1).to(residual_BH.dtype)
     out = residual_BH + (routed + shared_BH)
     return out, rms_norm_plain(out, norm_H, eps)
 
 
 @triton.jit
-def _finish_layer_kernel(
+def _fused_add_rms_norm_kernel(
     residual_ptr: tl.tensor,
     routed_ptr: tl.tensor,
     weights_ptr: tl.tensor,
@@ -41,17 +44,17 @@ def _finish_layer_kernel(
     norm_ptr: tl.tensor,
     out_ptr: tl.tensor,
     normed_ptr: tl.tensor,
-    places_ptr: tl.tensor,
+    row_map_ptr: tl.tensor,
     eps: tl.tensor,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     K: tl.constexpr,
     SHARED: tl.constexpr,
-    PLACED: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    MAPPED: tl.constexpr,
+    PDL: tl.constexpr = False,
 ) -> None:
-    let_next_start(EARLY)
-    wait_for_inputs(EARLY)
+    launch_dependents(PDL)
+    grid_wait(PDL)
     row = tl.program_id(0)
     dtype = out_ptr.dtype.element_ty
     h = tl.arange(0, BLOCK_H)
@@ -63,8 +66,8 @@ def _finish_layer_kernel(
         for slot in tl.static_range(K):
             weight = tl.load(weights_ptr + row * K + slot)
             place = (row * K + slot).to(tl.int64)
-            if PLACED:
-                place = tl.load(places_ptr + place).to(tl.int64)
+            if MAPPED:
+                place = tl.load(row_map_ptr + place).to(tl.int64)
             part = tl.load(routed_ptr + place * H + h, mask=h < tl.where(place >= 0, H, 0), other=0.0)
             total += weight * part.to(tl.float32)
         total = rounded(total, dtype)
@@ -79,41 +82,42 @@ def _finish_layer_kernel(
     tl.store(normed_ptr + row * H + h, (rounded(wide * inverse, dtype) * norm).to(dtype), mask=held)
 
 
-def finish_layer(
+def fused_add_rms_norm(
     residual_BH: torch.Tensor,
     routed_BKH: torch.Tensor | None,
-    weights_BK: torch.Tensor | None,
+    topk_weights_BK: torch.Tensor | None,
     shared_BH: torch.Tensor | None,
     norm_H: torch.Tensor,
     eps: float,
     out_BH: torch.Tensor,
     normed_BH: torch.Tensor,
-    places_P: torch.Tensor | None = None,
+    row_map_P: torch.Tensor | None = None,
     **options: Any,
 ) -> None:
-    """Write `finish_layer_plain`; without routed and shared experts, the norm alone.
+    """Write `fused_add_rms_norm_plain`; without routed and shared experts, the norm alone.
 
     ``out_BH`` may be the residual itself. Rounds where the plain form rounds. All tensors are contiguous. With
-    ``places_P`` the routed experts' outputs are rows, [P, H], of which pair p's is row ``places_P[p]``; below 0: none.
-    Options: of the launch, see `primitives.early_start`.
+    ``row_map_P`` the outputs are rows in the order of experts, [P, H], and routed token p's is ``row_map_P[p]``; below
+    0: none.
+    Options: of the launch, see `common.pdl_options`.
     """
     check_rows(residual_BH, out_BH, normed_BH)
     rows, hidden = residual_BH.shape
-    _finish_layer_kernel[(rows,)](
+    _fused_add_rms_norm_kernel[(rows,)](
         residual_BH,
         residual_BH if routed_BKH is None else routed_BKH,
-        residual_BH if weights_BK is None else weights_BK,
+        residual_BH if topk_weights_BK is None else topk_weights_BK,
         residual_BH if shared_BH is None else shared_BH,
         norm_H,
         out_BH,
         normed_BH,
-        residual_BH if places_P is None else places_P,
+        residual_BH if row_map_P is None else row_map_P,
         eps,
         H=hidden,
         BLOCK_H=power_of_two(hidden, 16),
-        K=0 if weights_BK is None else weights_BK.shape[1],
+        K=0 if topk_weights_BK is None else topk_weights_BK.shape[1],
         SHARED=shared_BH is not None,
-        PLACED=places_P is not None,
+        MAPPED=row_map_P is not None,
         num_warps=8,
         **options,
     )
@@ -146,10 +150,10 @@ def _add_layer_norm_kernel(
     H: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    EARLY: tl.constexpr = False,
+    PDL: tl.constexpr = False,
 ) -> None:
-    let_next_start(EARLY)
-    wait_for_inputs(EARLY)
+    launch_dependents(PDL)
+    grid_wait(PDL)
     dtype = out_ptr.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
     start = rows.to(tl.int64) * H
@@ -193,7 +197,7 @@ def add_layer_norm(
 
     The sum has the bits of PyTorch's. The norm is that of the rounded sum, in float32, and rounded once. Options:
     BLOCK_B and BLOCK_H, rows of a program and how many numbers of each are read at once; num_warps; and those of the
-    launch, see `primitives.early_start`.
+    launch, see `common.pdl_options`.
     """
     rows = (hidden_BH, new_BH, out_BH, normed_BH)
     if {tensor.shape for tensor in rows} != {hidden_BH.shape} or not all(tensor.is_contiguous() for tensor in rows):

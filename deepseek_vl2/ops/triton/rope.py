@@ -1,4 +1,4 @@
-"""What stands before a whole prompt's attention: queries rotated, latents normed and cached, keys put together.
+"""What precedes the attention of a prefill: rotary embedding, latents normed and cached, keys concatenated.
 
 Rotations and keys have the bits of the plain forms.
 
@@ -15,12 +15,12 @@ from .common import check_rows, power_of_two, rounded
 
 
 def rotate_heads_plain(
-    x_RND: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor, pairs: bool = True
+    x_RND: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor, interleaved: bool = True
 ) -> torch.Tensor:
     """Return the heads with their last P numbers rotated; row r stands at position r modulo T."""
     kept, rotated = x_RND.split([x_RND.shape[-1] - cos_TP.shape[-1], cos_TP.shape[-1]], dim=-1)
     rotated = rotated.unflatten(0, (-1, len(cos_TP))).transpose(1, 2)
-    if pairs:
+    if interleaved:
         rotated = rotated.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
     first, second = rotated.chunk(2, dim=-1)
     out = rotated * cos_TP + torch.cat((-second, first), dim=-1) * sin_TP
@@ -36,7 +36,7 @@ def _rotate_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
-    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ) -> None:
@@ -46,7 +46,7 @@ def _rotate_kernel(
     f = tl.arange(0, BLOCK_F)[None, :]
     held = (n < N) & (f < HALF)
     start = x_ptr + row * N * D + n * D + D - 2 * HALF
-    if PAIRS:
+    if INTERLEAVED:
         first = tl.load(start + 2 * f, mask=held, other=0.0).to(tl.float32)
         second = tl.load(start + 2 * f + 1, mask=held, other=0.0).to(tl.float32)
     else:
@@ -65,34 +65,34 @@ def _rotate_kernel(
     tl.store(start + HALF + f, new_second.to(dtype), mask=held)
 
 
-def rotate_heads_(x_RND: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor, pairs: bool = True) -> None:
+def rotate_heads_(x_RND: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor, interleaved: bool = True) -> None:
     """Rotate the last P numbers of each head in place; see `rotate_heads_plain`.
 
     Args:
         x_RND: heads, contiguous.
         cos_TP: cosines, in the dtype of the heads.
         sin_TP: sines.
-        pairs: numbers of a pair lie side by side, as latent attention has them; else half of P apart. They come out
-            half of P apart.
+        interleaved: numbers of a pair lie side by side, as latent attention has them; else half of P apart. They
+            come out half of P apart.
     """
     check_rows(x_RND, cos_TP, sin_TP)
     (rows, heads, size), (positions, part) = x_RND.shape, cos_TP.shape
     block = min(power_of_two(heads), 16)
     _rotate_kernel[(rows, triton.cdiv(heads, block))](
         x_RND, cos_TP, sin_TP, positions,
-        N=heads, D=size, HALF=part // 2, PAIRS=pairs, BLOCK_N=block, BLOCK_F=power_of_two(part // 2),
+        N=heads, D=size, HALF=part // 2, INTERLEAVED=interleaved, BLOCK_N=block, BLOCK_F=power_of_two(part // 2),
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def keys_of_heads_plain(expanded_RNE: torch.Tensor, rotated_RP: torch.Tensor, nope: int) -> torch.Tensor:
+def concat_keys_plain(expanded_RNE: torch.Tensor, rotated_RP: torch.Tensor, nope: int) -> torch.Tensor:
     """Return each head's own part of the key, the first ``nope`` numbers, with the part that all heads share behind."""
     shared = rotated_RP[:, None].expand(-1, expanded_RNE.shape[1], -1)
     return torch.cat((expanded_RNE[..., :nope], shared), dim=-1)
 
 
 @triton.jit
-def _keys_kernel(
+def _concat_keys_kernel(
     expanded_ptr: tl.tensor,
     rotated_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -111,8 +111,8 @@ def _keys_kernel(
     tl.store(out_ptr + (row * N + n) * (NOPE + P) + d, tl.where(d < NOPE, own, shared), mask=(n < N) & (d < NOPE + P))
 
 
-def keys_of_heads(expanded_RNE: torch.Tensor, rotated_RP: torch.Tensor, nope: int) -> torch.Tensor:
-    """Return the keys of all heads, [R, N, nope + P]; see `keys_of_heads_plain`.
+def concat_keys(expanded_RNE: torch.Tensor, rotated_RP: torch.Tensor, nope: int) -> torch.Tensor:
+    """Return the keys of all heads, [R, N, nope + P]; see `concat_keys_plain`.
 
     Args:
         expanded_RNE: what latents expand to, contiguous: of each head ``nope`` numbers of its key, then its value.
@@ -123,7 +123,7 @@ def keys_of_heads(expanded_RNE: torch.Tensor, rotated_RP: torch.Tensor, nope: in
     (rows, heads, width), part = expanded_RNE.shape, rotated_RP.shape[1]
     out = expanded_RNE.new_empty(rows, heads, nope + part)
     block = min(power_of_two(heads), 8)
-    _keys_kernel[(rows, triton.cdiv(heads, block))](
+    _concat_keys_kernel[(rows, triton.cdiv(heads, block))](
         expanded_RNE, rotated_RP, out,
         N=heads, E=width, NOPE=nope, P=part, BLOCK_N=block, BLOCK_D=power_of_two(nope + part), num_warps=4,
     )  # fmt: skip
