@@ -8,6 +8,7 @@ from urllib.request import url2pathname
 
 Message = Mapping[str, Any]
 
+IMAGE_TOKEN = "<image>"
 IMAGE_PLACEHOLDER = "<image_placeholder>"  # what older examples of the model card write instead of <image>
 GROUNDING_TOKENS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
 CHAT_TOKENS = ("<|User|>", "<|Assistant|>")
