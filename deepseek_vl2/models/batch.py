@@ -14,7 +14,7 @@ HELD = (ByteTiles, Pictures)
 
 
 class OutputWithTiles(BatchFeature):
-    """Fields, each an item and an attribute. Images held as bytes become the tensor that users see when it is first read.
+    """Fields that are items and attributes; images held as bytes become the tensor that users see when it is read.
 
     Until then copying to a device, pickling and batching handle a quarter of the memory, and the tensor is made on the
     device that the bytes are on by then. Where there is a GPU that scales images, even that waits until they are moved.

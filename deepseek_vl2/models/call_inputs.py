@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
+from .image_modes import Background
 from .messages import IMAGE_PLACEHOLDER, messages_to_conversation
 from .prompt_encoding import check_tags
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How the images of a call are read and cut.
+
+    Fields:
+        cropping: cut images into tiles; ``None``: while there are at most two images.
+        candidate_resolutions: (width, height) pairs, in pixels, instead of the processor's own.
+        max_pixels: refuse larger images.
+        background: the colour under transparent pixels, or ``None`` to drop their alpha; ``...``: the processor's own.
+    """
+
+    cropping: bool | None = None
+    candidate_resolutions: Sequence[Sequence[int]] | None = None
+    max_pixels: int | None = None
+    background: Background | EllipsisType = ...
 
 
 def as_list(text: Any, prompt: Any, conversations: Any) -> tuple[list[Any], bool]:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 
 from .conversation import Conversation, get_conv_template
+from .image_modes import WHITE, Background, check_background
 from .image_processing import ImageTransform
 from .messages import CHAT_TEMPLATE, CHAT_TOKENS, GROUNDING_TOKENS
 from .tiling import Size, tile_grid
@@ -35,6 +36,7 @@ class BaseProcessor(ProcessorMixin):
         mask_prompt: bool = True,
         ignore_id: int = -100,
         chat_template: str | None = None,
+        background: Background = WHITE,
         **kwargs: Any,
     ) -> None:
         get_conv_template(sft_format)  # an unknown name is an error here, not at the first call
@@ -53,6 +55,7 @@ class BaseProcessor(ProcessorMixin):
         self.sft_format = sft_format
         self.mask_prompt = mask_prompt
         self.ignore_id = ignore_id
+        self.background = check_background(background)
         self._prepare_tokenizer(tokenizer)
         super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         tokenizer.chat_template = self.chat_template
