@@ -21,12 +21,12 @@ from .messages import (
     CHAT_TEMPLATE,
     SYSTEM_ROLES,
     Message,
-    message_role,
     messages_to_conversation,
 )
 from .processing_base import BaseProcessor
 from .prompt_encoding import PromptEncoder, TokenSequence
 from .tiling import MAX_TILED_IMAGES, TileGrid, select_best_resolution, tokens_per_side
+from .turns import Turn, print_turns, render_turns, walk_turns
 
 __all__ = [
     "BatchCollateOutput",
@@ -73,23 +73,27 @@ class DeepseekVLV2Processor(BaseProcessor):
         sft_format: str = "deepseek",
         system_prompt: str = "",
     ) -> str:
-        """Return a conversation as a person reads it.
+        """Return a conversation as a person reads it: as it is tokenized, with a space in front of each answer.
 
-        A conversation that ends with the user's turn is shown with the assistant's tag that asks for the answer.
+        A conversation that ends with the user's turn is shown with the assistant's tag that asks for the answer. What
+        is returned gives, as ``text=``, the same ids, unless a message of the conversation is the system's.
         """
-        conv = get_conv_template(sft_format)
-        for message in conversations:
-            conv.append_message(message["role"], str(message["content"]).strip())
-        if conversations and message_role(conversations[-1], conv.roles) == "user":
-            conv.append_message(conv.roles[1], "")
-        return (system_prompt.strip() + conv.get_prompt()).strip()
+        turns = self._walk(self._flatten(conversations), template=sft_format)
+        return system_prompt.strip() + print_turns(turns, sft_format, self.tokenizer.eos_token)
 
     def format_prompts(self, prompts: str, sft_format: str = "deepseek", system_prompt: str = "") -> str:
         """Return a bare prompt wrapped as one user turn."""
-        conv = get_conv_template(sft_format)
-        conv.append_message(conv.roles[0], prompts.strip())
-        conv.append_message(conv.roles[1], "")
-        return (system_prompt.strip() + conv.get_prompt()).strip()
+        message = {"role": get_conv_template(sft_format).roles[0], "content": prompts}
+        return (system_prompt.strip() + self._walk([message], template=sft_format)[0].text).strip()
+
+    def _walk(
+        self, conversation: Sequence[Message], add_generation_prompt: bool = True, template: str | None = None
+    ) -> list[Turn]:
+        return walk_turns(conversation, template or self.sft_format, self.image_token, add_generation_prompt)
+
+    def _flatten(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Return messages with texts as contents, without their images."""
+        return messages_to_conversation(messages, self.image_token, lambda part: None)
 
     # ---------------------------------------------------------------- images
 
@@ -121,7 +125,8 @@ class DeepseekVLV2Processor(BaseProcessor):
         """
         cropping = len(pil_images) <= MAX_TILED_IMAGES
         loaded = load_images(pil_images, background=self.background)
-        sample = self._encoder(cropping).encode_conversation(messages, loaded, self.mask_prompt)
+        turns = self._walk(self._flatten(messages))
+        sample = self._encoder(cropping).encode_turns(turns, loaded, self.mask_prompt)
         tiles = list(self._make_tiles(sample).numbers()) if sample.images else []
         grids = [list(grid) for grid in sample.grids]
         return sample.ids, sample.labels, tiles, sample.image_mask, grids, sample.num_image_tokens
@@ -136,8 +141,8 @@ class DeepseekVLV2Processor(BaseProcessor):
             self._check_resolutions(resolutions)
         return PromptEncoder(
             self.tokenizer,
-            template=self.sft_format,
             image_token=self.image_token,
+            literals=self._literals,
             image_token_id=self.image_token_id,
             ignore_id=self.ignore_id,
             tile_size=self.image_size,
@@ -220,11 +225,11 @@ class DeepseekVLV2Processor(BaseProcessor):
         options = ImageOptions(cropping, candidate_resolutions, max_pixels, background)
         loaded, encoder = self._read_images(images, options)
         if conversations is not None:
-            conversations = self._with_system_prompt(conversations, system_prompt)
+            turns = self._walk(self._with_system_prompt(conversations, system_prompt))
             mask_prompt = self.mask_prompt if mask_prompt is None else mask_prompt
-            sample = encoder.encode_conversation(conversations, loaded, mask_prompt)
-            skip = 1 if system_prompt else 0
-            sft_format = self.format_messages(conversations[skip:], self.sft_format, system_prompt)
+            sample = encoder.encode_turns(turns, loaded, mask_prompt)
+            printed = turns[1:] if system_prompt else turns
+            sft_format = system_prompt.strip() + print_turns(printed, self.sft_format, self.tokenizer.eos_token)
         else:
             assert prompt is not None
             if apply_sft_format:
@@ -242,7 +247,7 @@ class DeepseekVLV2Processor(BaseProcessor):
             raise ValueError("The conversation has no messages.")
         if not system_prompt:
             return conversations
-        if conversations[0]["role"] in SYSTEM_ROLES:
+        if conversations[0].get("role") in SYSTEM_ROLES:
             raise ValueError("Give system_prompt or a system message in the conversation, not both.")
         return [{"role": "system", "content": system_prompt}, *conversations]
 
@@ -297,10 +302,10 @@ class DeepseekVLV2Processor(BaseProcessor):
             images = [images]
         sources, single = as_list(text, prompt, conversations)
         samples = []
-        distributed = distribute_images(images, sources, single, self.image_token)
+        distributed = distribute_images(images, sources, single, self.sft_format, self.image_token)
         for source, source_images in zip(sources, distributed, strict=True):
             if text is not None:
-                samples.append(self._process_rendered(source, source_images, options))
+                samples.append(self._process_rendered(source, source_images, options, inference_mode))
                 continue
             kind: dict[str, Any] = {"prompt": source} if prompt is not None else {"conversations": source}
             samples.append(
@@ -322,9 +327,10 @@ class DeepseekVLV2Processor(BaseProcessor):
         text: str,
         images: Sequence[Any] | None,
         options: ImageOptions,
+        inference_mode: bool = True,
     ) -> VLChatProcessorOutput:
         loaded, encoder = self._read_images(images, options)
-        sample = encoder.encode_rendered(text, loaded)
+        sample = encoder.encode_rendered(text, loaded, inference_mode)
         return self._finish(sample, text)
 
     def batchify(
@@ -394,7 +400,8 @@ class DeepseekVLV2Processor(BaseProcessor):
         for name in ("padding", "return_tensors", "truncation", "tools", "documents", "load_audio_from_video"):
             options.pop(name, None)
         custom = chat_template is not None or self.chat_template != CHAT_TEMPLATE
-        if not tokenize or custom:
+        unfinished = add_generation_prompt or continue_final_message
+        if custom:
             settings = {
                 "chat_template": chat_template or self.chat_template,
                 "add_generation_prompt": add_generation_prompt,
@@ -402,8 +409,12 @@ class DeepseekVLV2Processor(BaseProcessor):
                 **options,
             }
             rendered = [self._render(messages, settings) for messages in batch]
-            if not tokenize:
-                return rendered[0] if single else rendered
+        elif not tokenize:
+            walked = [self._walk(self._flatten(messages), add_generation_prompt) for messages in batch]
+            bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
+            rendered = [bos + render_turns(turns, eos, unfinished) for turns in walked]
+        if not tokenize:
+            return rendered[0] if single else rendered
         samples = []
         for index, messages in enumerate(batch):
             turns = self.messages_to_conversation(messages)
@@ -411,9 +422,7 @@ class DeepseekVLV2Processor(BaseProcessor):
             if custom:
                 samples.append(self._process_rendered(rendered[index], images, image_options))
             else:
-                samples.append(
-                    self._process_messages(turns, images, add_generation_prompt, continue_final_message, image_options)
-                )
+                samples.append(self._process_messages(turns, images, add_generation_prompt, unfinished, image_options))
         out = self.batchify(samples)
         return out if return_dict else out["input_ids"]
 
@@ -425,18 +434,17 @@ class DeepseekVLV2Processor(BaseProcessor):
 
     def _process_messages(
         self,
-        turns: Sequence[Message],
+        conversation: Sequence[Message],
         images: Sequence[Any],
         add_generation_prompt: bool,
-        continue_final_message: bool,
+        unfinished: bool,
         options: ImageOptions,
     ) -> VLChatProcessorOutput:
-        if not turns:
+        if not conversation:
             raise ValueError("The conversation has no messages.")
         loaded, encoder = self._read_images(images, options)
-        sample = encoder.encode_conversation(turns, loaded, self.mask_prompt, add_generation_prompt)
-        answering = message_role(turns[-1], self.new_chat_template().roles) == "assistant"
-        unfinished = add_generation_prompt or continue_final_message or not str(turns[-1]["content"]).strip()
-        if answering and unfinished:
+        turns = self._walk(conversation, add_generation_prompt)
+        sample = encoder.encode_turns(turns, loaded, self.mask_prompt)
+        if turns[-1].role == "assistant" and (unfinished or not turns[-1].content):
             sample.drop_last(self.eos_id)
-        return self._finish(sample, self.format_messages(turns, self.sft_format))
+        return self._finish(sample, print_turns(turns, self.sft_format, self.tokenizer.eos_token))
