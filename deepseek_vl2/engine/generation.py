@@ -38,7 +38,7 @@ PROCESSORS: dict[type, tuple[str, str]] = {
 # What a call may bring for the model beside its prompt.
 KNOWN = {
     "attention_mask", "cache_position", "images", "images_seq_mask", "images_spatial_crop", "inputs_embeds",
-    "logits_to_keep", "past_key_values", "cache", "position_ids", "use_cache",
+    "logits_to_keep", "past_key_values", "cache", "position_ids", "use_cache", "image_tokens_checked",
 }  # fmt: skip
 
 
@@ -162,7 +162,13 @@ class CallPrompts:
         self.seq_mask: torch.Tensor | None = kwargs.get("images_seq_mask")
         self.grids: list[list[Any]] = []
         if self.embeds is None and hasattr(self.model, "image_grids"):
-            self.grids = self.model.image_grids(self.ids, self.images, self.seq_mask, kwargs.get("images_spatial_crop"))
+            self.grids = self.model.image_grids(
+                self.ids,
+                self.images,
+                self.seq_mask,
+                kwargs.get("images_spatial_crop"),
+                ids_checked=bool(kwargs.get("image_tokens_checked")),
+            )
 
     def all(self) -> list[Prompt]:
         """Return the prompts."""

@@ -14,11 +14,13 @@ HELD = (ByteTiles, Pictures)
 
 
 class OutputWithTiles(BatchFeature):
-    """Fields of which the images may be held as bytes: they become the tensor that users see when it is first read.
+    """Fields that are items and attributes; images held as bytes become the tensor that users see when it is read.
 
     Until then copying to a device, pickling and batching handle a quarter of the memory, and the tensor is made on the
     device that the bytes are on by then. Where there is a GPU that scales images, even that waits until they are moved.
     """
+
+    skip_tensor_conversion = None  # a copy or an unpickled one has it too
 
     def __init__(self, data: dict[str, Any] | None = None, **fields: Any) -> None:
         super().__init__({**(data or {}), **fields})
@@ -51,8 +53,26 @@ class OutputWithTiles(BatchFeature):
         except KeyError:
             raise AttributeError(f"There is no field {item!r}.") from None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or name in ("data", "skip_tensor_conversion"):
+            super().__setattr__(name, value)
+        elif hasattr(type(self), name):
+            raise AttributeError(
+                f"{name!r} is a method of {type(self).__name__}: a field of that name is an item only."
+            )
+        else:
+            self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        if name not in self.held():
+            raise AttributeError(f"There is no field {name!r}.")
+        del self[name]
+
     def __setitem__(self, item: str, value: Any) -> None:
         self.held()[item] = value
+
+    def __delitem__(self, item: str) -> None:
+        del self.held()[item]
 
     def __contains__(self, item: object) -> bool:
         return item in self.held()
@@ -76,13 +96,21 @@ class OutputWithTiles(BatchFeature):
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+
+        def move(value: Any) -> Any:
+            if isinstance(value, HELD):
+                return value.to(device, dtype, **kwargs)
+            if isinstance(value, torch.Tensor):
+                return value.to(device=device, dtype=dtype if value.is_floating_point() else None, **kwargs)
+            if type(value) in (list, tuple):
+                return type(value)(move(item) for item in value)
+            if isinstance(value, dict):
+                return {key: move(item) for key, item in value.items()}
+            return value
+
         fields = self.held()
         for name, value in fields.items():
-            if isinstance(value, HELD):
-                fields[name] = value.to(device, dtype, **kwargs)
-            elif isinstance(value, torch.Tensor):
-                cast = dtype if value.is_floating_point() else None
-                fields[name] = value.to(device=device, dtype=cast, **kwargs)
+            fields[name] = move(value)
         return self
 
 

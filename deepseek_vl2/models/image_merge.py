@@ -147,22 +147,86 @@ def check_image_tokens(marked: list[int], consistent: bool, grids: list[list[Til
         raise ValueError("input_ids and images_seq_mask disagree: image tokens stand where the mask is false, or not.")
 
 
-def read_image_mask(input_ids: torch.Tensor, images_seq_mask: torch.Tensor) -> tuple[list[int], bool]:
-    """Return how many tokens the mask marks in each row, and whether they are one id that stands nowhere else.
+def read_image_mask(
+    input_ids: torch.Tensor, images_seq_mask: torch.Tensor, image_token_id: int | None
+) -> tuple[list[int], bool]:
+    """Return how many tokens the mask marks in each row, and whether they are the image id and it stands nowhere else.
 
-    All numbers come from the device at once: each transfer on its own would wait for the device again.
+    Where the id is not known, it is the one that the mask marks. All numbers come from the device at once: each
+    transfer on its own would wait for the device again.
     """
     mask = images_seq_mask.bool()
-    image_id = input_ids.masked_fill(~mask, torch.iinfo(input_ids.dtype).max).amin()
+    image_id: torch.Tensor | int | None = image_token_id
+    if image_id is None:
+        image_id = input_ids.masked_fill(~mask, torch.iinfo(input_ids.dtype).max).amin()
     consistent = ((input_ids == image_id) == mask).all()
     *marked, agrees = torch.cat((mask.sum(dim=1), consistent[None])).tolist()
     return marked, bool(agrees)
 
 
-def check_no_image_tokens(images_seq_mask: torch.Tensor | None) -> None:
-    """Raise ``ValueError`` for a mask that marks image tokens where there are no images."""
-    if images_seq_mask is not None and bool(images_seq_mask.any()):
-        raise ValueError("images_seq_mask marks image tokens, but there are no images (images_spatial_crop).")
+def count_prompt_image_tokens(
+    input_ids: torch.Tensor, images_seq_mask: torch.Tensor | None, image_token_id: int | None
+) -> int:
+    """Return how many image tokens a prompt has, by its ids or its mask, whichever knows of more; 0 where none can."""
+    if input_ids.device.type == "meta" or torch.compiler.is_compiling():
+        return 0  # there are no numbers to look at
+    counts = [] if images_seq_mask is None else [images_seq_mask.bool().sum().to(input_ids.device)]
+    if image_token_id is not None:
+        counts.append((input_ids == image_token_id).sum())
+    return int(torch.stack(counts).amax()) if counts else 0
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([*filter(None, [", ".join(names[:-1])]), names[-1]])
+
+
+def check_image_inputs(
+    input_ids: torch.Tensor,
+    images: torch.Tensor | None,
+    images_seq_mask: torch.Tensor | None,
+    images_spatial_crop: torch.Tensor | None,
+    image_token_id: int | None,
+) -> None:
+    """Check that a prompt with image tokens comes with all that describes its images.
+
+    Args:
+        input_ids: [B, T]; without those whose images a cache holds.
+        image_token_id: id of the image tokens, where it is known.
+        others: see ``DeepseekVLV2ForCausalLM.prepare_inputs_embeds``.
+
+    Raises:
+        ValueError: a part of the three is missing, or all; what is missing is named.
+    """
+    given = {
+        "images": images,
+        "images_seq_mask": images_seq_mask,
+        "images_spatial_crop": images_spatial_crop,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if not missing:
+        return
+    tokens = count_prompt_image_tokens(input_ids, images_seq_mask, image_token_id)
+    if tokens:
+        found = f"The prompt has {tokens} image tokens"
+    elif images is not None and images_spatial_crop is None:
+        found = "images were given"
+    elif images is None and images_spatial_crop is not None and bool(images_spatial_crop.any()):
+        found = "images_spatial_crop was given"
+    else:
+        return
+    raise ValueError(
+        f"{found}, but {_listed(missing)} {'are' if len(missing) > 1 else 'is'} missing: pass images, "
+        "images_seq_mask and images_spatial_crop together, as the processor returns them."
+    )
+
+
+def check_no_image_tokens(
+    input_ids: torch.Tensor, images_seq_mask: torch.Tensor | None, image_token_id: int | None
+) -> None:
+    """Raise ``ValueError`` for a prompt with image tokens where there are no images."""
+    tokens = count_prompt_image_tokens(input_ids, images_seq_mask, image_token_id)
+    if tokens:
+        raise ValueError(f"The prompt has {tokens} image tokens, but there are no images (images_spatial_crop).")
 
 
 def select_tiles(images: torch.Tensor, grids: list[list[TileGrid]]) -> torch.Tensor:

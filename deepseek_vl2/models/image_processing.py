@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from .image_loading import check_image_size, read_image, to_rgb
+from .image_modes import WHITE, Background
 from .tiling import TileGrid
 from .views import ByteTiles, Picture, Pictures, are_kept, map_in_threads
 
@@ -56,20 +57,22 @@ class ImageTransform:
         return values
 
 
-def load_images(images: Iterable[Any] | None, max_pixels: int | None) -> list[Image.Image]:
-    """Read images, as `read_image` does; those that are PIL images already are converted alone."""
+def load_images(
+    images: Iterable[Any] | None, max_pixels: int | None = None, background: Background = WHITE
+) -> list[Image.Image]:
+    """Read images, as `read_image` does; those that are PIL images already are turned upright and converted alone."""
     limit: dict[str, int] = {} if max_pixels is None else {"max_pixels": max_pixels}
     sources = list(images or [])
     if not any(isinstance(source, Image.Image) for source in sources):
-        return map_in_threads(lambda source: read_image(source, **limit), sources)
+        return map_in_threads(lambda source: read_image(source, background=background, **limit), sources)
     # A PIL image may stand in several places, and is not to be decoded in two threads at once.
     loaded = []
     for index, source in enumerate(sources):
         if isinstance(source, Image.Image):
             check_image_size(source, f"Image {index + 1}", **limit)
-            loaded.append(to_rgb(source, f"Image {index + 1}"))
+            loaded.append(to_rgb(source, f"Image {index + 1}", background))
         else:
-            loaded.append(read_image(source, **limit))
+            loaded.append(read_image(source, background=background, **limit))
     return loaded
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .checkpoint import OPTIONAL_TENSORS
+from .checkpoint import OPTIONAL_TENSORS, find_token_id
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
+from .messages import IMAGE_TOKEN
 from .modeling_deepseek import DeepseekV2ForCausalLM, DeepseekV2PreTrainedModel
 from .siglip_vit import VisionTransformer
+
+# What a processor's batch carries beside the model's inputs: `generate(**batch)` and `forward(**batch)` accept it.
+PROCESSOR_ONLY = ("sft_format", "seq_lens", "num_image_tokens", "target_ids")
 
 
 @dataclass
@@ -31,6 +39,16 @@ class DeepSeekVLV2CausalLMOutputWithPast(CausalLMOutputWithPast):
 
     rope_deltas: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
+
+
+def check_keywords(unknown: dict[str, Any]) -> None:
+    """Raise ``TypeError`` for keywords that are neither inputs of the model nor parts of a processor's batch."""
+    names = [name for name in unknown if name not in PROCESSOR_ONLY]
+    if names:
+        raise TypeError(
+            f"forward() takes no {', '.join(names)}: images come as images, images_seq_mask and images_spatial_crop, "
+            "as the processor returns them."
+        )
 
 
 class DeepseekVLV2PreTrainedModel(DeepseekV2PreTrainedModel):
@@ -60,6 +78,27 @@ class DeepseekVLV2PreTrainedModel(DeepseekV2PreTrainedModel):
             std = module.image_newline.numel() ** -0.5
             init.normal_(module.image_newline, std=std)
             init.normal_(module.view_seperator, std=std)
+
+    @classmethod
+    def complete_config(cls, config: PretrainedConfig, source: Any, hub: dict[str, Any]) -> None:
+        """Fill in the id of the image token as the checkpoint's tokenizer knows it, where the config lacks it."""
+        if getattr(config, "image_token_id", 0) is None:
+            config.image_token_id = find_token_id(source, IMAGE_TOKEN, **hub)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save in the released layout; arguments as in transformers.
+
+        After ``register_for_auto_class`` the code is saved too, for both Auto classes that know the model.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        config_file = Path(save_directory) / "config.json"
+        if self._auto_class is None or not config_file.is_file():
+            return
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        reference = config["auto_map"][self._auto_class]
+        config["auto_map"].update(dict.fromkeys(("AutoModelForCausalLM", "AutoModelForImageTextToText"), reference))
+        config["auto_map"].setdefault("AutoConfig", "configuration_deepseek_vl_v2.DeepseekVLV2Config")
+        config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @property
     def language_model(self) -> DeepseekV2ForCausalLM:

@@ -6,9 +6,7 @@ L image tokens of a tile, W image tokens along a tile's side.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +21,16 @@ from .backend import backend
 from .cache import CACHE_NAME, one_cache
 from .checkpoint import register_conversion
 from .configuration_deepseek import DeepseekV2Config
-from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
+from .configuration_deepseek_vl_v2 import (
+    RELEASED_IMAGE_TOKEN_IDS,
+    DeepseekVLV2Config,
+    MlpProjectorConfig,
+    VisionEncoderConfig,
+)
 from .generation import ChunkedGenerationMixin, set_generation_ids
 from .image_merge import (
     arrange_images,
+    check_image_inputs,
     check_image_shapes,
     check_image_tokens,
     check_no_image_tokens,
@@ -36,7 +40,12 @@ from .image_merge import (
     select_tiles,
 )
 from .loss import Targets, drop_unseen_labels, find_targets
-from .modeling_base import DeepSeekVLV2CausalLMOutputWithPast, DeepseekVLV2PreTrainedModel
+from .modeling_base import (
+    PROCESSOR_ONLY,
+    DeepSeekVLV2CausalLMOutputWithPast,
+    DeepseekVLV2PreTrainedModel,
+    check_keywords,
+)
 from .modeling_deepseek import DeepseekV2ForCausalLM, split_training_mask
 from .projector import MlpProjector, output_side
 from .siglip_vit import VisionTransformer
@@ -57,8 +66,6 @@ __all__ = [
 
 register_conversion(DeepseekVLV2Config.model_type)
 
-# What a processor's batch carries beside the model's inputs; `generate(**batch)` and `forward(**batch)` ignore it.
-PROCESSOR_ONLY = ("sft_format", "seq_lens", "num_image_tokens", "target_ids")
 IMAGE_INPUTS = ("images", "images_seq_mask", "images_spatial_crop")
 
 
@@ -109,27 +116,14 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         self.language = DeepseekV2ForCausalLM(language)
         self.tile_tag = config.tile_tag
         self.global_view_pos = config.global_view_pos
+        if config.image_token_id is None:
+            config.image_token_id = RELEASED_IMAGE_TOKEN_IDS.get(language.vocab_size)
         self.post_init()
         set_generation_ids(self, language)
 
     def freeze_unused(self) -> None:
         """Take the gradient from the vision tower's pooling head, which never runs."""
         self.vision.freeze_unused()
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save in the released layout; arguments as in transformers.
-
-        After ``register_for_auto_class`` the code is saved too, for both Auto classes that know the model.
-        """
-        super().save_pretrained(save_directory, *args, **kwargs)
-        config_file = Path(save_directory) / "config.json"
-        if self._auto_class is None or not config_file.is_file():
-            return
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        reference = config["auto_map"][self._auto_class]
-        config["auto_map"].update(dict.fromkeys(("AutoModelForCausalLM", "AutoModelForImageTextToText"), reference))
-        config["auto_map"].setdefault("AutoConfig", "configuration_deepseek_vl_v2.DeepseekVLV2Config")
-        config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     # ---------------------------------------------------------------- images into the sequence
 
@@ -205,20 +199,23 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         images: torch.Tensor | None,
         images_seq_mask: torch.Tensor | None,
         images_spatial_crop: torch.Tensor | None,
+        ids_checked: bool = False,
     ) -> list[list[TileGrid]]:
         """Return the tile grids of each row's images, none where there are no images; see `prepare_inputs_embeds`.
 
         Raises:
             ValueError: ids, mask and images disagree.
         """
+        image_id = None if ids_checked else self.config.image_token_id
         grids = [] if images is None or images_spatial_crop is None else real_grids(images_spatial_crop.tolist())
         if images is None or not any(grids):
-            check_no_image_tokens(images_seq_mask)
+            if images is not None and not ids_checked:
+                check_no_image_tokens(input_ids, images_seq_mask, image_id)
             return []
         check_image_shapes(input_ids, images, images_seq_mask, self.config.vision_config.image_size)
         assert images_seq_mask is not None
-        marked, consistent = read_image_mask(input_ids, images_seq_mask.to(input_ids.device))
-        check_image_tokens(marked, consistent, grids, self.image_token_side, images.shape[1])
+        marked, consistent = read_image_mask(input_ids, images_seq_mask.to(input_ids.device), image_id)
+        check_image_tokens(marked, consistent or ids_checked, grids, self.image_token_side, images.shape[1])
         return grids
 
     def prepare_inputs_embeds(
@@ -238,9 +235,21 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             images_spatial_crop: tiles across and down for each image, [B, images, 2]; rows end in [0, 0].
 
         Raises:
-            ValueError: ids, mask and images disagree.
+            ValueError: ids, mask and images disagree, or a prompt with image tokens lacks one of the three.
         """
-        grids = self.image_grids(input_ids, images, images_seq_mask, images_spatial_crop)
+        check_image_inputs(input_ids, images, images_seq_mask, images_spatial_crop, self.config.image_token_id)
+        return self._embed(input_ids, images, images_seq_mask, images_spatial_crop)
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor,
+        images: torch.Tensor | None,
+        images_seq_mask: torch.Tensor | None,
+        images_spatial_crop: torch.Tensor | None,
+        ids_checked: bool = False,
+    ) -> torch.Tensor:
+        """Do what `prepare_inputs_embeds` does; ``ids_checked``: ids beside the mask may be the image token's."""
+        grids = self.image_grids(input_ids, images, images_seq_mask, images_spatial_crop, ids_checked)
         if images is None or images_seq_mask is None or not any(grids):
             embeds = self.get_input_embeddings()(input_ids)
             if images is not None and self.training and is_one_of_several_processes():
@@ -275,18 +284,26 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
         cache: Any = None,
+        num_items_in_batch: Any = None,
+        image_tokens_checked: bool = False,
         **kwargs: Any,
     ) -> DeepSeekVLV2CausalLMOutputWithPast:
         """Predict the next token at each position of a prompt with images.
 
         Args:
             images, images_seq_mask, images_spatial_crop: see `prepare_inputs_embeds`; unused with ``inputs_embeds``.
+            image_tokens_checked: the ids are generated or were checked before, so that one of them may be the image
+                token's without an image.
             others: see `DeepseekV2ForCausalLM.forward`. In training, with labels, no logits are returned unless
                 ``skip_logits=False``.
+            **kwargs: what else a processor's batch carries.
 
         Raises:
-            ValueError: ids, mask and images disagree, or neither ids nor embeddings are given.
+            ValueError: ids, mask and images disagree, a prompt with image tokens lacks one of the three, or neither ids
+                nor embeddings are given.
+            TypeError: an unknown keyword.
         """
+        check_keywords(kwargs)
         past_key_values = one_cache(past_key_values, cache)
         # What reads numbers back from the device comes first, while the device has nothing else to finish.
         if skip_logits is None:
@@ -304,7 +321,12 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
                 raise ValueError("Give either input_ids or inputs_embeds.")
             if images is not None and not self.training and is_whole_prompt(attention_mask, past_key_values):
                 attention_mask = None
-            inputs_embeds = self.prepare_inputs_embeds(input_ids, images, images_seq_mask, images_spatial_crop)
+            image_inputs = (images, images_seq_mask, images_spatial_crop)
+            # A token behind a cache is most often generated, and looking at it would wait for the device.
+            checked = image_tokens_checked or (past_key_values is not None and input_ids.shape[1] == 1)
+            if not checked:
+                check_image_inputs(input_ids, *image_inputs, self.config.image_token_id)
+            inputs_embeds = self._embed(input_ids, *image_inputs, ids_checked=checked)
         if attention_mask is not None:
             attention_mask = attention_mask.to(inputs_embeds.device)
         outputs = self.language(
@@ -320,7 +342,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             routing=routing,
             skip_logits=skip_logits,
             return_dict=True,
-            num_items_in_batch=kwargs.get("num_items_in_batch"),
+            num_items_in_batch=num_items_in_batch,
         )
         return DeepSeekVLV2CausalLMOutputWithPast(
             loss=outputs.loss,
@@ -355,6 +377,8 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             use_cache=use_cache,
             **kwargs,
         )
+        # `generate` looked at a prompt without images; one with images is looked at where they are merged.
+        model_inputs["image_tokens_checked"] = images is None or not is_first_iteration
         if images is not None and (is_first_iteration or not use_cache) and model_inputs.get("inputs_embeds") is None:
             length = model_inputs["input_ids"].shape[1]
             mask = images_seq_mask
@@ -408,7 +432,8 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             Token ids, [B, T + new], the prompt's ids first; only the new ones when just ``inputs_embeds`` is given.
 
         Raises:
-            ValueError: ids, mask and images disagree, or assisted decoding of embeddings without ids.
+            ValueError: ids, mask and images disagree, a prompt with image tokens lacks one of the three, or assisted
+                decoding of embeddings without ids.
         """
         for name in (*PROCESSOR_ONLY, "labels"):
             kwargs.pop(name, None)
@@ -437,8 +462,9 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             "prompt_lookup_num_tokens", generation_config, kwargs
         )
         images = {name: kwargs.get(name) for name in IMAGE_INPUTS}
-        if kwargs.get("inputs_embeds") is None and images["images"] is None:
-            check_no_image_tokens(images["images_seq_mask"])
+        if kwargs.get("inputs_embeds") is None and kwargs.get("input_ids") is not None:
+            held = 0 if cache is None or images["images"] is not None else int(cache.get_seq_length())
+            check_image_inputs(kwargs["input_ids"][:, held:], **images, image_token_id=self.config.image_token_id)
         embed = chunk_size is not None or copies > 1 or assisted or (cache is not None and cache.get_seq_length() > 0)
         if kwargs.get("inputs_embeds") is None and images["images"] is not None and embed:
             kwargs["inputs_embeds"] = self.prepare_inputs_embeds(kwargs["input_ids"], **images)

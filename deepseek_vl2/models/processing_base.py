@@ -9,8 +9,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 
 from .conversation import Conversation, get_conv_template
+from .image_modes import WHITE, Background, check_background
 from .image_processing import ImageTransform
 from .messages import CHAT_TEMPLATE, CHAT_TOKENS, GROUNDING_TOKENS
+from .prompt_encoding import encode_with_literals, literal_ids
 from .tiling import Size, tile_grid
 
 
@@ -35,6 +37,7 @@ class BaseProcessor(ProcessorMixin):
         mask_prompt: bool = True,
         ignore_id: int = -100,
         chat_template: str | None = None,
+        background: Background = WHITE,
         **kwargs: Any,
     ) -> None:
         get_conv_template(sft_format)  # an unknown name is an error here, not at the first call
@@ -53,6 +56,7 @@ class BaseProcessor(ProcessorMixin):
         self.sft_format = sft_format
         self.mask_prompt = mask_prompt
         self.ignore_id = ignore_id
+        self.background = check_background(background)
         self._prepare_tokenizer(tokenizer)
         super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         tokenizer.chat_template = self.chat_template
@@ -80,6 +84,7 @@ class BaseProcessor(ProcessorMixin):
         if missing:
             tokenizer.add_tokens(missing, special_tokens=True)
         self.image_token_id = int(tokenizer.convert_tokens_to_ids(self.image_token))
+        self._literals = literal_ids(tokenizer, self.image_token)
 
     @classmethod
     def _get_arguments_from_pretrained(
@@ -127,7 +132,7 @@ class BaseProcessor(ProcessorMixin):
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Return the ids of a text, with bos in front and eos behind where asked for."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = encode_with_literals(self.tokenizer, text, self._literals)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, t: Any, **kwargs: Any) -> str:

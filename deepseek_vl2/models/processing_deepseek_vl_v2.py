@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from types import EllipsisType
 from typing import Any, Literal
 
 import torch
@@ -11,19 +13,20 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from .batch import BatchCollateOutput, VLChatProcessorOutput, collate
-from .call_inputs import as_list, distribute_images
+from .call_inputs import ImageOptions, as_list, distribute_images
 from .conversation import get_conv_template
+from .image_modes import Background, check_background
 from .image_processing import ImageTransform, load_images, make_tiles
 from .messages import (
     CHAT_TEMPLATE,
     SYSTEM_ROLES,
     Message,
-    message_role,
     messages_to_conversation,
 )
 from .processing_base import BaseProcessor
 from .prompt_encoding import PromptEncoder, TokenSequence
 from .tiling import MAX_TILED_IMAGES, TileGrid, select_best_resolution, tokens_per_side
+from .turns import Turn, print_turns, render_turns, walk_turns
 
 __all__ = [
     "BatchCollateOutput",
@@ -51,9 +54,11 @@ class DeepseekVLV2Processor(BaseProcessor):
         mask_prompt: take no loss on system and user turns.
         ignore_id: label where no loss is taken.
         chat_template: a Jinja template instead of the one that equals the "deepseek" prompt format.
+        background: the colour under transparent pixels; ``None`` drops their alpha, as the original package does.
 
     Raises:
-        ValueError: an unknown prompt template, resolutions that are not whole tiles, or a tokenizer that loses spaces.
+        ValueError: an unknown prompt template, resolutions that are not whole tiles, a background that is no colour, or
+            a tokenizer that loses spaces.
 
     Source: ``processing_deepseek_vl_v2.py`` of the original package.
     """
@@ -68,23 +73,27 @@ class DeepseekVLV2Processor(BaseProcessor):
         sft_format: str = "deepseek",
         system_prompt: str = "",
     ) -> str:
-        """Return a conversation as a person reads it.
+        """Return a conversation as a person reads it: as it is tokenized, with a space in front of each answer.
 
-        A conversation that ends with the user's turn is shown with the assistant's tag that asks for the answer.
+        A conversation that ends with the user's turn is shown with the assistant's tag that asks for the answer. What
+        is returned gives, as ``text=``, the same ids, unless a message of the conversation is the system's.
         """
-        conv = get_conv_template(sft_format)
-        for message in conversations:
-            conv.append_message(message["role"], str(message["content"]).strip())
-        if conversations and message_role(conversations[-1], conv.roles) == "user":
-            conv.append_message(conv.roles[1], "")
-        return (system_prompt.strip() + conv.get_prompt()).strip()
+        turns = self._walk(self._flatten(conversations), template=sft_format)
+        return system_prompt.strip() + print_turns(turns, sft_format, self.tokenizer.eos_token)
 
     def format_prompts(self, prompts: str, sft_format: str = "deepseek", system_prompt: str = "") -> str:
         """Return a bare prompt wrapped as one user turn."""
-        conv = get_conv_template(sft_format)
-        conv.append_message(conv.roles[0], prompts.strip())
-        conv.append_message(conv.roles[1], "")
-        return (system_prompt.strip() + conv.get_prompt()).strip()
+        message = {"role": get_conv_template(sft_format).roles[0], "content": prompts}
+        return (system_prompt.strip() + self._walk([message], template=sft_format)[0].text).strip()
+
+    def _walk(
+        self, conversation: Sequence[Message], add_generation_prompt: bool = True, template: str | None = None
+    ) -> list[Turn]:
+        return walk_turns(conversation, template or self.sft_format, self.image_token, add_generation_prompt)
+
+    def _flatten(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Return messages with texts as contents, without their images."""
+        return messages_to_conversation(messages, self.image_token, lambda part: None)
 
     # ---------------------------------------------------------------- images
 
@@ -101,7 +110,9 @@ class DeepseekVLV2Processor(BaseProcessor):
         Returns ids, tiles ([3, S, S] each), the mask of image tokens, [across, down] and the token count of each image.
         Raises ``ValueError`` when tags and images differ in number.
         """
-        sample = self._encoder(cropping).encode_prompt(conversation, images, bos=bos, eos=eos)
+        sample = self._encoder(cropping).encode_prompt(
+            conversation, load_images(images, background=self.background), bos=bos, eos=eos
+        )
         tiles = list(self._make_tiles(sample).numbers()) if sample.images else []
         return sample.ids, tiles, sample.image_mask, [list(grid) for grid in sample.grids], sample.num_image_tokens
 
@@ -113,7 +124,9 @@ class DeepseekVLV2Processor(BaseProcessor):
         Returns ids, labels, tiles, the mask of image tokens, [across, down] and the token count of each image.
         """
         cropping = len(pil_images) <= MAX_TILED_IMAGES
-        sample = self._encoder(cropping).encode_conversation(messages, pil_images, self.mask_prompt)
+        loaded = load_images(pil_images, background=self.background)
+        turns = self._walk(self._flatten(messages))
+        sample = self._encoder(cropping).encode_turns(turns, loaded, self.mask_prompt)
         tiles = list(self._make_tiles(sample).numbers()) if sample.images else []
         grids = [list(grid) for grid in sample.grids]
         return sample.ids, sample.labels, tiles, sample.image_mask, grids, sample.num_image_tokens
@@ -128,8 +141,8 @@ class DeepseekVLV2Processor(BaseProcessor):
             self._check_resolutions(resolutions)
         return PromptEncoder(
             self.tokenizer,
-            template=self.sft_format,
             image_token=self.image_token,
+            literals=self._literals,
             image_token_id=self.image_token_id,
             ignore_id=self.ignore_id,
             tile_size=self.image_size,
@@ -137,6 +150,15 @@ class DeepseekVLV2Processor(BaseProcessor):
             cropping=cropping,
             resolutions=resolutions,
         )
+
+    def _read_images(
+        self, images: Sequence[Any] | None, options: ImageOptions
+    ) -> tuple[list[Image.Image], PromptEncoder]:
+        """Return the images of a sample, and what encodes its prompt."""
+        background = self.background if options.background is ... else check_background(options.background)
+        loaded = load_images(images, options.max_pixels, background)
+        cropping = len(loaded) <= MAX_TILED_IMAGES if options.cropping is None else options.cropping
+        return loaded, self._encoder(cropping, options.candidate_resolutions)
 
     def _make_tiles(self, sample: TokenSequence) -> Any:
         return make_tiles(sample.images, sample.grids, self.image_size, self.image_transform)
@@ -167,6 +189,7 @@ class DeepseekVLV2Processor(BaseProcessor):
         cropping: bool | None = None,
         candidate_resolutions: Sequence[Sequence[int]] | None = None,
         max_pixels: int | None = None,
+        background: Background | EllipsisType = ...,
         mask_prompt: bool | None = None,
         **kwargs: Any,
     ) -> VLChatProcessorOutput:
@@ -183,6 +206,7 @@ class DeepseekVLV2Processor(BaseProcessor):
             cropping: cut images into tiles; by default while there are at most two images.
             candidate_resolutions: (width, height) pairs, in pixels, instead of the processor's own.
             max_pixels: refuse larger images.
+            background: the colour under transparent pixels, ``None`` to drop their alpha; by default the processor's.
             mask_prompt: take no loss on the system and user turns of a conversation; by default the processor's own.
 
         Raises:
@@ -198,15 +222,14 @@ class DeepseekVLV2Processor(BaseProcessor):
             conversations = self.messages_to_conversation(conversations)
         if conversations is not None and images is None:
             images = [image for message in conversations for image in message.get("images") or []]
-        loaded = load_images(images, max_pixels)
-        cropping = len(loaded) <= MAX_TILED_IMAGES if cropping is None else cropping
-        encoder = self._encoder(cropping, candidate_resolutions)
+        options = ImageOptions(cropping, candidate_resolutions, max_pixels, background)
+        loaded, encoder = self._read_images(images, options)
         if conversations is not None:
-            conversations = self._with_system_prompt(conversations, system_prompt)
+            turns = self._walk(self._with_system_prompt(conversations, system_prompt))
             mask_prompt = self.mask_prompt if mask_prompt is None else mask_prompt
-            sample = encoder.encode_conversation(conversations, loaded, mask_prompt)
-            skip = 1 if system_prompt else 0
-            sft_format = self.format_messages(conversations[skip:], self.sft_format, system_prompt)
+            sample = encoder.encode_turns(turns, loaded, mask_prompt)
+            printed = turns[1:] if system_prompt else turns
+            sft_format = system_prompt.strip() + print_turns(printed, self.sft_format, self.tokenizer.eos_token)
         else:
             assert prompt is not None
             if apply_sft_format:
@@ -224,7 +247,7 @@ class DeepseekVLV2Processor(BaseProcessor):
             raise ValueError("The conversation has no messages.")
         if not system_prompt:
             return conversations
-        if conversations[0]["role"] in SYSTEM_ROLES:
+        if conversations[0].get("role") in SYSTEM_ROLES:
             raise ValueError("Give system_prompt or a system message in the conversation, not both.")
         return [{"role": "system", "content": system_prompt}, *conversations]
 
@@ -242,6 +265,7 @@ class DeepseekVLV2Processor(BaseProcessor):
         cropping: bool | None = None,
         candidate_resolutions: Sequence[Sequence[int]] | None = None,
         max_pixels: int | None = None,
+        background: Background | EllipsisType = ...,
         padding: bool | str = True,
         return_tensors: str = "pt",
         **kwargs: Any,
@@ -256,7 +280,7 @@ class DeepseekVLV2Processor(BaseProcessor):
             force_batchify: return a batch of one, rather than a bare sample, for a single input.
             padding: "left" or "right"; True means left.
             return_tensors: only "pt".
-            apply_sft_format, inference_mode, system_prompt, cropping, candidate_resolutions, max_pixels:
+            apply_sft_format, inference_mode, system_prompt, cropping, candidate_resolutions, max_pixels, background:
                 see `process_one`.
             **kwargs: not known here; a warning names them.
 
@@ -273,19 +297,15 @@ class DeepseekVLV2Processor(BaseProcessor):
             raise ValueError(f"Only return_tensors='pt' is supported, got {return_tensors!r}.")
         if sum(source is not None for source in (text, prompt, conversations)) != 1:
             raise ValueError("Give exactly one of text, prompt and conversations.")
-        tiling: dict[str, Any] = {
-            "cropping": cropping,
-            "candidate_resolutions": candidate_resolutions,
-            "max_pixels": max_pixels,
-        }
+        options = ImageOptions(cropping, candidate_resolutions, max_pixels, background)
         if isinstance(images, (Image.Image, str, bytes)):
             images = [images]
         sources, single = as_list(text, prompt, conversations)
         samples = []
-        distributed = distribute_images(images, sources, single, self.image_token)
+        distributed = distribute_images(images, sources, single, self.sft_format, self.image_token)
         for source, source_images in zip(sources, distributed, strict=True):
             if text is not None:
-                samples.append(self._process_rendered(source, source_images, **tiling))
+                samples.append(self._process_rendered(source, source_images, options, inference_mode))
                 continue
             kind: dict[str, Any] = {"prompt": source} if prompt is not None else {"conversations": source}
             samples.append(
@@ -295,7 +315,7 @@ class DeepseekVLV2Processor(BaseProcessor):
                     apply_sft_format=apply_sft_format,
                     inference_mode=inference_mode,
                     system_prompt=system_prompt,
-                    **tiling,
+                    **vars(options),
                 )
             )
         if single and not force_batchify:
@@ -306,13 +326,11 @@ class DeepseekVLV2Processor(BaseProcessor):
         self,
         text: str,
         images: Sequence[Any] | None,
-        cropping: bool | None,
-        candidate_resolutions: Sequence[Sequence[int]] | None,
-        max_pixels: int | None,
+        options: ImageOptions,
+        inference_mode: bool = True,
     ) -> VLChatProcessorOutput:
-        loaded = load_images(images, max_pixels)
-        cropping = len(loaded) <= MAX_TILED_IMAGES if cropping is None else cropping
-        sample = self._encoder(cropping, candidate_resolutions).encode_rendered(text, loaded)
+        loaded, encoder = self._read_images(images, options)
+        sample = encoder.encode_rendered(text, loaded, inference_mode)
         return self._finish(sample, text)
 
     def batchify(
@@ -366,8 +384,8 @@ class DeepseekVLV2Processor(BaseProcessor):
             continue_final_message: leave the last assistant turn open, for the model to go on.
             tokenize: return tensors rather than text.
             return_dict: return all tensors rather than ``input_ids`` alone.
-            processor_kwargs: ``cropping``, ``candidate_resolutions`` and ``max_pixels`` of `process_one`; they may
-                also be given directly. Other names reach the template.
+            processor_kwargs: ``cropping``, ``candidate_resolutions``, ``max_pixels`` and ``background`` of
+                `process_one`; they may also be given directly. Other names reach the template.
 
         Returns:
             The text (a list of texts for several conversations), `BatchCollateOutput`, or ``input_ids`` [B, T].
@@ -378,13 +396,12 @@ class DeepseekVLV2Processor(BaseProcessor):
         single = not conversation or isinstance(conversation[0], Mapping)
         batch = [conversation] if single else list(conversation)
         options = {**(processor_kwargs or {}), **kwargs}
-        tiling: dict[str, Any] = {
-            name: options.pop(name, None) for name in ("cropping", "candidate_resolutions", "max_pixels")
-        }
+        image_options = ImageOptions(**{f.name: options.pop(f.name) for f in fields(ImageOptions) if f.name in options})
         for name in ("padding", "return_tensors", "truncation", "tools", "documents", "load_audio_from_video"):
             options.pop(name, None)
         custom = chat_template is not None or self.chat_template != CHAT_TEMPLATE
-        if not tokenize or custom:
+        unfinished = add_generation_prompt or continue_final_message
+        if custom:
             settings = {
                 "chat_template": chat_template or self.chat_template,
                 "add_generation_prompt": add_generation_prompt,
@@ -392,18 +409,20 @@ class DeepseekVLV2Processor(BaseProcessor):
                 **options,
             }
             rendered = [self._render(messages, settings) for messages in batch]
-            if not tokenize:
-                return rendered[0] if single else rendered
+        elif not tokenize:
+            walked = [self._walk(self._flatten(messages), add_generation_prompt) for messages in batch]
+            bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
+            rendered = [bos + render_turns(turns, eos, unfinished) for turns in walked]
+        if not tokenize:
+            return rendered[0] if single else rendered
         samples = []
         for index, messages in enumerate(batch):
             turns = self.messages_to_conversation(messages)
             images = [image for turn in turns for image in turn["images"]]
             if custom:
-                samples.append(self._process_rendered(rendered[index], images, **tiling))
+                samples.append(self._process_rendered(rendered[index], images, image_options))
             else:
-                samples.append(
-                    self._process_messages(turns, images, add_generation_prompt, continue_final_message, **tiling)
-                )
+                samples.append(self._process_messages(turns, images, add_generation_prompt, unfinished, image_options))
         out = self.batchify(samples)
         return out if return_dict else out["input_ids"]
 
@@ -415,22 +434,17 @@ class DeepseekVLV2Processor(BaseProcessor):
 
     def _process_messages(
         self,
-        turns: Sequence[Message],
+        conversation: Sequence[Message],
         images: Sequence[Any],
         add_generation_prompt: bool,
-        continue_final_message: bool,
-        cropping: bool | None,
-        candidate_resolutions: Sequence[Sequence[int]] | None,
-        max_pixels: int | None,
+        unfinished: bool,
+        options: ImageOptions,
     ) -> VLChatProcessorOutput:
-        if not turns:
+        if not conversation:
             raise ValueError("The conversation has no messages.")
-        loaded = load_images(images, max_pixels)
-        cropping = len(loaded) <= MAX_TILED_IMAGES if cropping is None else cropping
-        encoder = self._encoder(cropping, candidate_resolutions)
-        sample = encoder.encode_conversation(turns, loaded, self.mask_prompt, add_generation_prompt)
-        answering = message_role(turns[-1], self.new_chat_template().roles) == "assistant"
-        unfinished = add_generation_prompt or continue_final_message or not str(turns[-1]["content"]).strip()
-        if answering and unfinished:
+        loaded, encoder = self._read_images(images, options)
+        turns = self._walk(conversation, add_generation_prompt)
+        sample = encoder.encode_turns(turns, loaded, self.mask_prompt)
+        if turns[-1].role == "assistant" and (unfinished or not turns[-1].content):
             sample.drop_last(self.eos_id)
-        return self._finish(sample, self.format_messages(turns, self.sft_format))
+        return self._finish(sample, print_turns(turns, self.sft_format, self.tokenizer.eos_token))

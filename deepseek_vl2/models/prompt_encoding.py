@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from .conversation import get_conv_template
-from .messages import IMAGE_PLACEHOLDER, Message, message_role
+from .messages import ESCAPE, IMAGE_PLACEHOLDER, escaped
 from .tiling import Size, TileGrid, count_image_tokens, select_best_resolution, tile_grid
+from .turns import Turn
 
 
 @dataclass
@@ -55,14 +55,35 @@ def check_tags(tags: int, images: int, image_token: str) -> None:
         )
 
 
+def literal_ids(tokenizer: PreTrainedTokenizerBase, image_token: str) -> dict[str, list[int]]:
+    """Return the ids of image tags that are text, by how they are written: see `escape_tags`."""
+    literals = {}
+    image_id = tokenizer.convert_tokens_to_ids(image_token)
+    for tag in (image_token, IMAGE_PLACEHOLDER):
+        ids = tokenizer.encode(tag, add_special_tokens=False, split_special_tokens=True)
+        if image_id in ids:  # a tag that the tokenizer does not hold to be special is never split
+            ids = [id_ for part in (tag[:1], tag[1:]) for id_ in tokenizer.encode(part, add_special_tokens=False)]
+        literals[escaped(tag)] = ids
+    return literals
+
+
+def encode_with_literals(tokenizer: PreTrainedTokenizerBase, text: str, literals: Mapping[str, list[int]]) -> list[int]:
+    """Return the ids of a text, without bos and eos, in which escaped tags get the ids of their letters."""
+    if ESCAPE not in text:
+        return tokenizer.encode(text, add_special_tokens=False)
+    pieces = re.split("(" + "|".join(map(re.escape, literals)) + ")", text)
+    encoded = (literals.get(p) or tokenizer.encode(p, add_special_tokens=False) for p in pieces if p)
+    return [id_ for ids in encoded for id_ in ids]
+
+
 @dataclass(frozen=True)
 class PromptEncoder:
     """Encodes the prompts of one call.
 
     Fields:
         tokenizer: the checkpoint's.
-        template: name of the prompt template.
         image_token: the tag that stands for an image.
+        literals: ids of the tags that are text, by how they are written.
         image_token_id: the id of each of an image's tokens.
         ignore_id: label where no loss is taken.
         tile_size: side of a tile, in pixels.
@@ -72,8 +93,8 @@ class PromptEncoder:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    template: str
     image_token: str
+    literals: Mapping[str, list[int]]
     image_token_id: int
     ignore_id: int
     tile_size: int
@@ -82,8 +103,8 @@ class PromptEncoder:
     resolutions: Sequence[Size]
 
     def encode_text(self, text: str) -> list[int]:
-        """Return the ids of a text, without bos and eos."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """Return the ids of a text, without bos and eos; see `encode_with_literals`."""
+        return encode_with_literals(self.tokenizer, text, self.literals)
 
     def grid_of(self, image: Image.Image) -> TileGrid:
         """Return how an image is cut into tiles."""
@@ -118,73 +139,49 @@ class PromptEncoder:
             sequence.add_text([self.tokenizer.eos_token_id], [self.tokenizer.eos_token_id])
         return sequence
 
-    def encode_rendered(self, text: str, images: Sequence[Image.Image]) -> TokenSequence:
-        """Encode what the chat template rendered; each answer is encoded on its own, as in a conversation."""
+    def encode_rendered(self, text: str, images: Sequence[Image.Image], inference_mode: bool = True) -> TokenSequence:
+        """Encode what the chat template rendered, or what was printed; each answer is encoded on its own.
+
+        A printed answer has a space in front, which is not tokenized. Where the last one is printed, its end token is
+        dropped in inference, as it is of the conversation.
+        """
         text = text.replace(IMAGE_PLACEHOLDER, self.image_token).removeprefix(self.tokenizer.bos_token)
         check_tags(text.count(self.image_token), len(images), self.image_token)
         sequence = TokenSequence()
         sequence.add_text([self.tokenizer.bos_token_id], [self.tokenizer.bos_token_id])
         remaining = list(images)
-        for piece in re.split(r"(?<=<\|Assistant\|>:)", text):
+        printed = False
+        for index, piece in enumerate(re.split(r"(?<=<\|Assistant\|>:)", text)):
+            printed = index > 0 and piece.startswith(" ")
             tags = piece.count(self.image_token)
-            self.add_text_with_images(sequence, piece, remaining[:tags])
+            self.add_text_with_images(sequence, piece[1:] if printed else piece, remaining[:tags])
             del remaining[:tags]
+        if printed and inference_mode:
+            sequence.drop_last(self.tokenizer.eos_token_id)
         return sequence
 
-    def encode_conversation(
-        self,
-        messages: Sequence[Message],
-        images: Sequence[Image.Image],
-        mask_prompt: bool,
-        add_generation_prompt: bool = True,
-    ) -> TokenSequence:
+    def encode_turns(self, turns: Sequence[Turn], images: Sequence[Image.Image], mask_prompt: bool) -> TokenSequence:
         """Encode a conversation turn by turn.
 
         Args:
-            messages: with texts as contents.
+            turns: what `walk_turns` returned.
             images: in the order of their tags.
             mask_prompt: take no loss on system and user turns.
-            add_generation_prompt: end a last user turn with the assistant's tag.
 
         Raises:
-            ValueError: tags and images that differ in number, an image tag outside a user turn, an unknown role or a
-                system message that is not first.
+            ValueError: tags and images that differ in number.
         """
-        conv = get_conv_template(self.template)
-        texts = [str(message["content"]).replace(IMAGE_PLACEHOLDER, self.image_token) for message in messages]
-        roles = [message_role(message, conv.roles) for message in messages]
-        questions: dict[int, str] = {}
-        for index, (role, text) in enumerate(zip(roles, texts, strict=True)):
-            if role == "system" and index > 0:
-                raise ValueError(f"A system message must come first, but one is message {index + 1} of {len(roles)}.")
-            if role == "user":
-                question = self._render_question(text, first=index == 0)
-                if index == len(roles) - 1 and not add_generation_prompt:
-                    question = question.removesuffix(f"{conv.roles[1]}:")
-                questions[index] = question
-            elif self.image_token in text:
-                raise ValueError(f"There must be no {self.image_token} in a message of role {role}: {text!r}.")
-        check_tags(sum(q.count(self.image_token) for q in questions.values()), len(images), self.image_token)
-
+        check_tags(sum(turn.count_tags(self.image_token) for turn in turns), len(images), self.image_token)
         sequence = TokenSequence()
         sequence.add_text([self.tokenizer.bos_token_id], [self.tokenizer.bos_token_id])
         remaining = list(images)
-        for index, (role, text) in enumerate(zip(roles, texts, strict=True)):
-            if role == "user":
-                tags = questions[index].count(self.image_token)
-                self.add_text_with_images(sequence, questions[index], remaining[:tags], masked=mask_prompt)
+        for turn in turns:
+            if turn.role == "user":
+                tags = turn.count_tags(self.image_token)
+                self.add_text_with_images(sequence, turn.text, remaining[:tags], masked=mask_prompt)
                 del remaining[:tags]
             else:
-                ids = self.encode_text(text.strip()) + [self.tokenizer.eos_token_id] * (role == "assistant")
-                masked = role == "system" and mask_prompt
+                ids = self.encode_text(turn.text) + [self.tokenizer.eos_token_id] * (turn.role == "assistant")
+                masked = turn.role == "system" and mask_prompt
                 sequence.add_text(ids, [self.ignore_id] * len(ids) if masked else ids)
         return sequence
-
-    def _render_question(self, text: str, first: bool) -> str:
-        """Return a user turn with the assistant's tag behind it; the template's own system message goes before it."""
-        conv = get_conv_template(self.template)
-        if not first:
-            conv.set_system_message("")
-        conv.append_message(conv.roles[0], text.strip())
-        conv.append_message(conv.roles[1], "")
-        return conv.get_prompt()
