@@ -25,7 +25,7 @@ from ..ops.triton import (
     norm,
     router,
 )
-from ..ops.triton.common import pdl_options, power_of_two
+from ..ops.triton.common import multiprocessors, pdl_options
 from ..ops.triton.decode_experts import ExpertWeights
 from ..ops.triton.router import RouterConfig
 
@@ -33,8 +33,6 @@ from ..ops.triton.router import RouterConfig
 MAX_ROWS_PER_HEAD = 4
 MAX_ROWS = 64
 MAX_PDL_ROWS = 16
-# An H100 and an H200 have as many.
-MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -106,13 +104,15 @@ class DecodeBuffers:
         positions: where they stand, [B], int32; advanced by one.
         logits: [B, vocabulary], float32.
         cos: table for all positions, [C, rotated], and ``sin``.
-        caches: of each layer: ([B, C, R + P],) or keys and values, [B, M, C, D] each.
+        starts: index in the pools of each row's token 0, [B], int64: row * C.
+        caches: of each layer, pools of S = B * C tokens: ([S, R + P],) or keys and values, [S, M, D] each.
         counters: [B], 0 between the kernels, see `router.route`.
         pdl: the options of launches, see `common.pdl_options`.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
+    starts: torch.Tensor
     logits: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
@@ -133,6 +133,10 @@ class DecodeBuffers:
         """C."""
         return self.cos.shape[0]
 
+    def by_row(self, pool: torch.Tensor) -> torch.Tensor:
+        """Return a pool seen as [B, C, ...]."""
+        return pool.unflatten(0, (self.rows, self.capacity))
+
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return scratch memory of that name and shape; it is made at the first call, and shared between layers."""
         dtype = dtype or self.hidden.dtype
@@ -142,13 +146,12 @@ class DecodeBuffers:
         return self.scratch[key]
 
 
-def new_cache(attention: AttentionWeights, rows: int, cos: torch.Tensor) -> LayerCache:
-    """Return a layer's empty cache."""
-    capacity, rotated = cos.shape
+def new_cache(attention: AttentionWeights, tokens: int, rotated: int) -> LayerCache:
+    """Return a layer's empty pool of that many cached tokens."""
     like = attention.out
     if attention.kv_b is not None:
-        return (like.new_zeros(rows, capacity, attention.kv_b.shape[2] + rotated),)
-    shape = (rows, attention.key_heads, capacity, attention.size)
+        return (like.new_zeros(tokens, attention.kv_b.shape[2] + rotated),)
+    shape = (tokens, attention.key_heads, attention.size)
     return like.new_zeros(shape), like.new_zeros(shape)
 
 
@@ -169,25 +172,16 @@ def new_buffers(
     return DecodeBuffers(
         tokens=torch.zeros(rows, dtype=torch.long, device=device),
         positions=torch.zeros(rows, dtype=torch.int32, device=device),
+        starts=torch.arange(rows, device=device) * len(cos),
         logits=torch.zeros(rows, vocabulary, device=device),
         cos=cos.contiguous(),
         sin=sin.contiguous(),
-        caches=[new_cache(layer.attention, rows, cos) for layer in weights.layers],
+        caches=[new_cache(layer.attention, rows * len(cos), cos.shape[1]) for layer in weights.layers],
         hidden=weights.head.new_zeros(rows, hidden),
         normed=weights.head.new_zeros(rows, hidden),
         counters=torch.zeros(rows, dtype=torch.int32, device=device),
         pdl=pdl_options(device) if pdl and rows <= MAX_PDL_ROWS else {},
     )
-
-
-def mha_kv_splits(rows: int, heads: int) -> int:
-    """Return into how many parts each row's keys are cut for plain multi-head attention.
-
-    Two programs on each multiprocessor keep it busy with a single row's cache; those for several rows are of one warp,
-    so more are wanted.
-    """
-    programs = MULTIPROCESSORS * (2 if rows == 1 else 18)
-    return min(power_of_two(triton.cdiv(programs, rows * heads)), decode_mla.MAX_SPLITS)
 
 
 def project(
@@ -212,17 +206,19 @@ def attend_mla(weights: AttentionWeights, buffers: DecodeBuffers, cache: torch.T
     query = buffers.take("query", rows, heads, rank + rotated)
     alone = rows <= MAX_ROWS_PER_HEAD
     decode_mla.prepare(
-        projected, kv_b, weights.norm, weights.eps, buffers.cos, buffers.sin, buffers.positions, query, cache, alone,
-        **buffers.pdl,
+        projected, kv_b, weights.norm, weights.eps, buffers.cos, buffers.sin, buffers.positions, buffers.starts, query,
+        cache, alone, **buffers.pdl,
     )  # fmt: skip
     if not alone:
         unrotated = weights.unrotated
         heads_query = projected[:, : heads * (unrotated + rotated)].unflatten(1, (heads, -1))[..., :unrotated]
         decode_gemm.batched_gemm(heads_query, kv_b[:, :unrotated].mT, query[..., :rank], **buffers.pdl)
-    splits = decode_mla.num_kv_splits(rows, heads, MULTIPROCESSORS)
+    splits = decode_mla.num_kv_splits(rows, heads, multiprocessors(query.device))
     partial = buffers.take("partial", rows, splits, heads, rank, dtype=torch.float32)
     lse = buffers.take("lse", rows, splits, heads, dtype=torch.float32)
-    decode_mla.attend_splits(query, cache, buffers.positions, weights.scaling, partial, lse, **buffers.pdl)
+    decode_mla.attend_splits(
+        query, cache, buffers.positions, buffers.starts, weights.scaling, partial, lse, **buffers.pdl
+    )
     if alone:
         decode_mla.reduce_splits(partial, lse, buffers.positions, mixed, kv_b, **buffers.pdl)
         return
@@ -237,11 +233,15 @@ def attend_mha(weights: AttentionWeights, buffers: DecodeBuffers, cache: LayerCa
     projected = buffers.take("projected", rows, (heads + 2 * weights.key_heads) * size)
     query = buffers.take("query", rows, heads, size)
     keys, values = cache
-    decode_mha.rotate_and_write(projected, buffers.cos, buffers.sin, buffers.positions, query, keys, values, **pdl)
-    splits = mha_kv_splits(rows, heads)
+    decode_mha.rotate_and_write(
+        projected, buffers.cos, buffers.sin, buffers.positions, buffers.starts, query, keys, values, **pdl
+    )
+    splits = decode_mha.num_kv_splits(rows, heads, multiprocessors(query.device))
     partial = buffers.take("partial", rows, splits, heads, size, dtype=torch.float32)
     lse = buffers.take("lse", rows, splits, heads, dtype=torch.float32)
-    decode_mha.attend_splits(query, keys, values, buffers.positions, weights.scaling, partial, lse, **pdl)
+    decode_mha.attend_splits(
+        query, keys, values, buffers.positions, buffers.starts, weights.scaling, partial, lse, **pdl
+    )
     decode_mla.reduce_splits(partial, lse, buffers.positions, mixed, step=decode_mha.kv_block(rows), **pdl)
 
 

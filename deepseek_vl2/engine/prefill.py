@@ -52,36 +52,43 @@ class PrefillInputs:
 
 
 class PrefillCache:
-    """Takes the place of a model's cache: writes each layer's part into the session's, and hands the prompt's back."""
+    """Takes the place of a model's cache: writes each layer's part into the session's, and hands the prompt's back.
 
-    def __init__(self, buffers: DecodeBuffers) -> None:
+    Fields:
+        caches: pools of each layer.
+        slots: index in the pools for each of N = B * T tokens, int64.
+        cos: cosines at each token's position, [N, P], and ``sin``.
+    """
+
+    def __init__(self, buffers: DecodeBuffers, length: int) -> None:
+        places = torch.arange(length, device=buffers.starts.device)
         self.caches = buffers.caches
+        self.slots = (buffers.starts[:, None] + places).flatten()
+        self.cos, self.sin = (part[:length].repeat(buffers.rows, 1) for part in (buffers.cos, buffers.sin))
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write from token 0 on: rotated keys [B, 1, T, P] and latents [B, 1, T, R]; or keys and values."""
-        static, length = self.caches[index], keys.shape[2]
-        if len(static) == 1:
-            rank = values.shape[-1]
-            static[0][:, :length, :rank] = values[:, 0]
-            static[0][:, :length, rank:] = keys[:, 0]
+        """Write all tokens: rotated keys [B, 1, T, P] and latents [B, 1, T, R]; or keys and values."""
+        pools = self.caches[index]
+        if len(pools) == 1:
+            pools[0].index_copy_(0, self.slots, torch.cat((values, keys), dim=-1).flatten(0, 2))
         else:
-            static[0][:, :, :length] = keys
-            static[1][:, :, :length] = values
+            for pool, part in zip(pools, (keys, values), strict=True):
+                pool.index_copy_(0, self.slots, part.transpose(1, 2).flatten(0, 1))
         return keys, values
 
 
 def attend(module: Any, normed: torch.Tensor, rotation: Any, cache: PrefillCache) -> torch.Tensor:
     """Return a layer's attention output, [B, T, H], as its module computes it."""
     if not isinstance(module, DeepseekV2Attention):
-        return attend_to_heads(module, normed, rotation, cache)
+        return attend_to_heads(module, normed, cache)
     if module.q_lora_rank is not None or module.prefers_absorbed(normed, None):
         return module(normed, rotation, None, cache)[0]
-    shape, cos, sin = normed.shape[:2], rotation[0][0], rotation[1][0]
+    shape, cos, sin = normed.shape[:2], cache.cos, cache.sin
     query = module.q_proj(normed).view(-1, module.num_heads, module.qk_head_dim)
     rope.rotate_heads_(query, cos, sin)
     weights, compressed = module.kv_a_layernorm, module.kv_a_proj_with_mqa(normed).flatten(0, 1)
     latent, key_rope = rope.cache_latents(
-        compressed, weights.weight, weights.variance_epsilon, cos, sin, cache.caches[module.layer_idx][0]
+        compressed, weights.weight, weights.variance_epsilon, cos, sin, cache.slots, cache.caches[module.layer_idx][0]
     )
     expanded = module.kv_b_proj(latent).view(len(query), module.num_heads, -1)
     key = rope.concat_keys(expanded, key_rope, module.qk_nope_head_dim)
@@ -89,9 +96,9 @@ def attend(module: Any, normed: torch.Tensor, rotation: Any, cache: PrefillCache
     return module.o_proj(sdpa(module, *(part.unflatten(0, shape).transpose(1, 2) for part in (query, key, value))))
 
 
-def attend_to_heads(module: Any, normed: torch.Tensor, rotation: Any, cache: PrefillCache) -> torch.Tensor:
+def attend_to_heads(module: Any, normed: torch.Tensor, cache: PrefillCache) -> torch.Tensor:
     """Return the output of plain multi-head attention, [B, T, H]."""
-    shape, cos, sin = normed.shape[:2], rotation[0][0], rotation[1][0]
+    shape, cos, sin = normed.shape[:2], cache.cos, cache.sin
     projections = (module.q_proj, module.k_proj, module.v_proj)
     query, key, value = (linear(normed).view(normed.shape[0] * shape[1], -1, module.head_dim) for linear in projections)
     for part in (query, key):
@@ -161,7 +168,11 @@ def run_prefill(language: Any, buffers: DecodeBuffers, given: PrefillInputs) -> 
     """Run the layers: the session's caches are filled and its logits are those of the last token."""
     length, layers = given.embeds.shape[1], language.model.layers
     rotation = (buffers.cos[None, :length], buffers.sin[None, :length])
-    hidden, normed, cache = torch.empty_like(given.embeds), torch.empty_like(given.embeds), PrefillCache(buffers)
+    hidden, normed, cache = (
+        torch.empty_like(given.embeds),
+        torch.empty_like(given.embeds),
+        PrefillCache(buffers, length),
+    )
     first = layers[0].input_layernorm
     norm.fused_add_rms_norm(
         given.embeds.flatten(0, 1), None, None, None, first.weight, first.variance_epsilon,

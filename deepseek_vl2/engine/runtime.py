@@ -108,11 +108,12 @@ def fill_caches(
             keys, values = (part.take_along_dim(order, dim=2) for part in (keys, values))
         if layer.attention.kv_b is not None:
             rank = values.shape[-1]
-            static[0][:, :length, :rank] = values[:, 0]
-            static[0][:, :length, rank:] = keys[:, 0]
+            pool = buffers.by_row(static[0])
+            pool[:, :length, :rank] = values[:, 0]
+            pool[:, :length, rank:] = keys[:, 0]
         else:
-            static[0][:, :, :length] = keys
-            static[1][:, :, :length] = values
+            for pool, part in zip(static, (keys, values), strict=True):
+                buffers.by_row(pool)[:, :length] = part.transpose(1, 2)
         if release:
             cache.layers[index] = GrowingLayer()
     if mask_BT is None:
@@ -131,10 +132,11 @@ def append_new_tokens(
     for number, (layer, static) in enumerate(zip(weights.layers, buffers.caches, strict=True)):
         if layer.attention.kv_b is not None:
             rank = layer.attention.kv_b.shape[2]
-            held = static[0][:, None].take_along_dim(index, dim=2)
+            held = buffers.by_row(static[0])[:, None].take_along_dim(index, dim=2)
             cache.update(held[..., rank:], held[..., :rank], number)
         else:
-            cache.update(*(part.take_along_dim(index, dim=2) for part in static), number)
+            parts = (buffers.by_row(pool).transpose(1, 2).take_along_dim(index, dim=2) for pool in static)
+            cache.update(*parts, number)
 
 
 class Engine:
@@ -173,8 +175,7 @@ class Engine:
         new = self.session(language, old.rows, 2 * old.capacity)
         for old_layer, new_layer in zip(old.caches, new.buffers.caches, strict=True):
             for source, target in zip(old_layer, new_layer, strict=True):
-                dim = 1 if source.dim() == 3 else 2
-                target.narrow(dim, 0, old.capacity).copy_(source)
+                new.buffers.by_row(target)[:, : old.capacity] = old.by_row(source)
         new.buffers.tokens.copy_(old.tokens)
         new.buffers.positions.copy_(old.positions)
         return new
