@@ -284,9 +284,11 @@ class Bench:
         for number, (layer, held) in enumerate(zip(session.weights.layers, session.buffers.caches, strict=True)):
             if layer.attention.kv_b is not None:
                 rank = layer.attention.kv_b.shape[2]
-                cache.update(held[0][:, None, :CONTEXT, rank:], held[0][:, None, :CONTEXT, :rank], number)
+                part = session.buffers.by_row(held[0])[:, None, :CONTEXT]
+                cache.update(part[..., rank:], part[..., :rank], number)
             else:
-                cache.update(held[0][:, :, :CONTEXT], held[1][:, :, :CONTEXT], number)
+                parts = (session.buffers.by_row(pool)[:, :CONTEXT].transpose(1, 2) for pool in held)
+                cache.update(*parts, number)
         token = session.buffers.tokens[:, None].clone()
         try:
             times = self.milliseconds(lambda: language(token, past_key_values=cache, logits_to_keep=1), 5, warmup=1)

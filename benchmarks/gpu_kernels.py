@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from deepseek_vl2.engine.decode import MULTIPROCESSORS, DecoderWeights, LayerWeights, mha_kv_splits
+from deepseek_vl2.engine.decode import DecoderWeights, LayerWeights
 from deepseek_vl2.ops.triton import (
     decode_experts,
     decode_experts_gemm,
@@ -21,6 +21,7 @@ from deepseek_vl2.ops.triton import (
     norm,
     router,
 )
+from deepseek_vl2.ops.triton.common import multiprocessors
 from deepseek_vl2.ops.triton.decode_experts import ExpertWeights
 
 TOLERANCE = 1.2e-2  # bfloat16: half a step is 2^-9, and a chain of kernels rounds some five times
@@ -90,6 +91,9 @@ class KernelChecks:
     def _positions(self) -> torch.Tensor:
         return torch.randint(POSITION // 2, POSITION, (self.rows,), device=self.device).int()
 
+    def _starts(self) -> torch.Tensor:
+        return torch.arange(self.rows, device=self.device) * POSITION
+
     def _tables(self, rotated: int) -> tuple[torch.Tensor, torch.Tensor]:
         steps = 10000.0 ** (-torch.arange(rotated // 2, device=self.device) / (rotated // 2))
         angles = torch.outer(torch.arange(POSITION, device=self.device), steps).repeat(1, 2)
@@ -102,8 +106,9 @@ class KernelChecks:
         width = sum(weight.shape[0] for weight in a.projections)
         projected, positions = self.draw(rows, width), self._positions()
         (cos, sin), cache = self._tables(rotated), self.draw(rows, POSITION, rank + rotated)
+        starts, pool = self._starts(), cache.flatten(0, 1)
         query = self.poisoned(rows, a.heads, rank + rotated)
-        decode_mla.prepare(projected, a.kv_b, a.norm, a.eps, cos, sin, positions, query, cache, True)
+        decode_mla.prepare(projected, a.kv_b, a.norm, a.eps, cos, sin, positions, starts, query, pool, True)
         at, split = positions.long(), a.heads * (a.unrotated + rotated)
         plain_query, plain_token = decode_mla.prepare_plain(
             projected[:, :split].unflatten(1, (a.heads, -1)).float(), projected[:, split:].float(), a.kv_b.float(),
@@ -111,10 +116,10 @@ class KernelChecks:
         )  # fmt: skip
         token = cache[torch.arange(rows, device=self.device), at]
         worst = max(error(query, plain_query), error(token, plain_token))
-        splits = decode_mla.num_kv_splits(rows, a.heads, MULTIPROCESSORS)
+        splits = decode_mla.num_kv_splits(rows, a.heads, multiprocessors(query.device))
         partial = self.poisoned(rows, splits, a.heads, rank, dtype=torch.float32)
         share = self.poisoned(rows, splits, a.heads, dtype=torch.float32)
-        decode_mla.attend_splits(query, cache, positions, a.scaling, partial, share)
+        decode_mla.attend_splits(query, pool, positions, starts, a.scaling, partial, share)
         out = self.poisoned(rows, a.heads, a.size)
         decode_mla.reduce_splits(partial, share, positions, out, a.kv_b)
         mixed = decode_mla.attend_plain(query.float(), cache.float(), positions, rank, a.scaling)
@@ -137,9 +142,11 @@ class KernelChecks:
         a, rows = self.layer.attention, self.rows
         projected, positions = self.draw(rows, (a.heads + 2 * a.key_heads) * a.size), self._positions()
         cos, sin = self._tables(a.size)
-        keys, values = (self.draw(rows, a.key_heads, POSITION, a.size) for _ in range(2))
+        key_pool, value_pool = (self.draw(rows * POSITION, a.key_heads, a.size) for _ in range(2))
+        keys, values = (pool.unflatten(0, (rows, POSITION)).transpose(1, 2) for pool in (key_pool, value_pool))
+        starts = self._starts()
         query = self.poisoned(rows, a.heads, a.size)
-        decode_mha.rotate_and_write(projected, cos, sin, positions, query, keys, values)
+        decode_mha.rotate_and_write(projected, cos, sin, positions, starts, query, key_pool, value_pool)
         at, index = positions.long(), torch.arange(rows, device=self.device)
         q, k, v = projected.float().unflatten(1, (-1, a.size)).split([a.heads, a.key_heads, a.key_heads], dim=1)
         angles = (cos[at].float()[:, None], sin[at].float()[:, None])
@@ -148,10 +155,10 @@ class KernelChecks:
             error(keys[index, :, at], decode_mha.rotate_halves_plain(k, *angles)),
             error(values[index, :, at], v),
         )
-        splits = mha_kv_splits(rows, a.heads)
+        splits = decode_mha.num_kv_splits(rows, a.heads, multiprocessors(query.device))
         partial = self.poisoned(rows, splits, a.heads, a.size, dtype=torch.float32)
         share = self.poisoned(rows, splits, a.heads, dtype=torch.float32)
-        decode_mha.attend_splits(query, keys, values, positions, a.scaling, partial, share)
+        decode_mha.attend_splits(query, key_pool, value_pool, positions, starts, a.scaling, partial, share)
         out = self.poisoned(rows, a.heads, a.size)
         decode_mla.reduce_splits(partial, share, positions, out, step=decode_mha.kv_block(len(positions)))
         plain = decode_mha.attend_plain(query.float(), keys.float(), values.float(), positions, a.scaling)

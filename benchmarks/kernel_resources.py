@@ -176,8 +176,9 @@ def prompt_resources(size: str, tokens: int) -> list[Resources]:
         if config.use_mla:
             size_of_head, rank, part = attention.qk_head_dim, attention.kv_lora_rank, attention.qk_rope_head_dim
             cos = weights.new_empty(tokens, part)
-            compressed, cache = weights.new_empty(tokens, rank + part), weights.new_empty(1, tokens, rank + part)
-            _, key_rope = rope.cache_latents(compressed, attention.kv_a_layernorm.weight, 1e-6, cos, cos, cache)
+            slots = torch.empty(tokens, dtype=torch.int64, device="meta")
+            compressed, cache = weights.new_empty(tokens, rank + part), weights.new_empty(tokens, rank + part)
+            _, key_rope = rope.cache_latents(compressed, attention.kv_a_layernorm.weight, 1e-6, cos, cos, slots, cache)
             expanded = attention.qk_nope_head_dim + attention.v_head_dim
             heads = weights.new_empty(tokens, attention.num_heads, expanded)
             rope.concat_keys(heads, key_rope, attention.qk_nope_head_dim)

@@ -49,7 +49,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(decode, "MULTIPROCESSORS", 3)  # the interpreter runs them one after the other
+        monkeypatch.setattr(
+            decode, "multiprocessors", lambda device: 3
+        )  # the interpreter runs them one after the other
 
 
 def padded_prompt(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,6 +111,39 @@ def test_a_prompt_without_padding_needs_no_mask(kind: str) -> None:
     for masked, whole in zip(filled[0].caches, filled[1].caches, strict=True):
         assert all(torch.equal(*parts) for parts in zip(masked, whole, strict=True))
         assert masked[0].any()
+
+
+@pytest.mark.parametrize("kind", ["tiny", "small"])
+@torch.no_grad()
+def test_rows_lie_anywhere_in_a_larger_pool(kind: str) -> None:
+    """Extents in another order in a pool that is poisoned elsewhere give the same bits, and no more is touched."""
+    model, rows = mini_language(kind).to(DEVICE), 3
+    ids, mask = padded_prompt(rows)
+    cache = new_cache(model.config)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    weights, tables = read_weights(model), rotary_tables(model, 16)
+    near, far = (new_buffers(weights, rows, *tables) for _ in range(2))
+    fill_caches(weights, near, cache, mask)
+    far.starts.copy_(torch.tensor([71, 3, 40], device=DEVICE))
+    far.positions.copy_(near.positions)
+    own = torch.zeros(100, dtype=torch.bool, device=DEVICE)
+    for row, start in enumerate(far.starts.tolist()):
+        own[start : start + int(near.positions[row]) + STEPS] = True
+    for index, pools in enumerate(near.caches):
+        moved = tuple(torch.full((100, *pool.shape[1:]), float("nan"), device=DEVICE) for pool in pools)
+        for pool, target in zip(pools, moved, strict=True):
+            for row, start in enumerate(far.starts.tolist()):
+                held = int(near.positions[row])
+                target[start : start + held] = near.by_row(pool)[row, :held]
+        far.caches[index] = moved
+    for buffers in (near, far):
+        buffers.tokens.fill_(7)
+        for _ in range(STEPS):
+            decode_step(weights, buffers)
+    assert torch.equal(near.logits, far.logits) and torch.equal(near.tokens, far.tokens)
+    for pools in far.caches:
+        for pool in pools:
+            assert bool(pool[~own].isnan().all()) and bool(pool[own].isfinite().all())
 
 
 def chosen_experts(model: Any, token: torch.Tensor, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:

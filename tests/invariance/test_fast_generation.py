@@ -46,7 +46,9 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> Fast:
     monkeypatch.setattr(runtime, "unsupported_device", lambda weight: None)
     monkeypatch.setattr(generation, "FAST_SAMPLERS", [sampler])
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(decode, "MULTIPROCESSORS", 3)  # the interpreter runs them one after the other
+        monkeypatch.setattr(
+            decode, "multiprocessors", lambda device: 3
+        )  # the interpreter runs them one after the other
         monkeypatch.setattr(runtime, "MIN_CAPACITY", 64)
         monkeypatch.setattr(runtime, "FIRST_CAPACITY", 4)
     return sampler

@@ -22,6 +22,7 @@ from support import mini_language
 from deepseek_vl2.engine import experts
 from deepseek_vl2.models.moe import eager_experts_forward
 from deepseek_vl2.ops.triton import (
+    common,
     decode_experts,
     decode_experts_gemm,
     decode_experts_gemv,
@@ -232,6 +233,43 @@ def test_route_of_one_row(dtype: torch.dtype, routing: RouterConfig, width: int)
     check(weights[0, ids[0].argsort()], plain_weights[0, plain_ids[0].argsort()], torch.float32)
 
 
+@pytest.mark.parametrize("live", [1, 4, 6])
+def test_padding_rows_get_no_expert(live: int) -> None:
+    routing, rows, width = RouterConfig(8, 3), 6, 64
+    x, weight, matrix = draw(rows, width), 1 + 0.1 * draw(width), draw(8, width)
+    x[live:] = float("nan")
+    ids, weights = torch.full((rows, 3), -7, device=DEVICE, dtype=torch.int32), poisoned(rows, 3)
+    counters, normed = torch.zeros(rows, device=DEVICE, dtype=torch.int32), poisoned(rows, width)
+    live_rows = torch.tensor([live], device=DEVICE, dtype=torch.int32)
+    given = (x, weight, 1e-6, matrix, None, routing, poisoned(rows, 8), counters, ids, weights, normed)
+    router.route(*given, live_rows=live_rows)
+    _, plain_ids, _ = router.route_plain(x[:live], weight, 1e-6, matrix, None, routing)
+    assert torch.equal(ids[:live].sort(dim=1).values.long(), plain_ids.sort(dim=1).values)
+    assert bool((ids[live:] == -1).all()) and not counters.any()
+    one = (part[:1] if isinstance(part, torch.Tensor) and len(part) == rows else part for part in given)
+    with pytest.raises(ValueError, match="single row"):
+        router.route(*one, live_rows=live_rows)
+
+
+@pytest.mark.parametrize("rows", [5, 17])
+def test_experts_of_padding_rows_are_not_run(rows: int) -> None:
+    width, count, inner, live = 64, 4, 32, 3
+    weights, x = layer(width, count, inner, 0, torch.float32), draw(rows, width)
+    ids = random_ids(rows, count - 1, 2)  # the last expert is padding's alone
+    ids[live:] = -1
+    for part in (weights.gate_up, weights.down):
+        assert part is not None
+        part[-1] = float("nan")
+    routed, out = poisoned(rows, 2, inner), poisoned(rows, 2, width)
+    decode_experts_gemm.gate_up_gemm(x, weights, routed, None, ids)
+    decode_experts_gemm.down_gemm(routed, None, weights, out, None, ids)
+    part, _ = decode_experts.gate_up_plain(x[:live], weights, ids[:live])
+    plain, _ = decode_experts.down_plain(part, None, weights, ids[:live])
+    assert plain is not None
+    check(out[:live], plain, torch.float32)
+    assert bool(routed[live:].isnan().all()) and bool(out[live:].isnan().all())
+
+
 def test_ties_go_to_the_first_expert() -> None:
     routing = RouterConfig(8, 3)
     weights, ids = poisoned(1, 3), torch.full((1, 3), -1, device=DEVICE, dtype=torch.int32)
@@ -430,18 +468,29 @@ def test_a_layer_ends_with_rows_at_their_places(dtype: torch.dtype, shared: bool
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rank", "part"), [(32, 8), (48, 6)])
 def test_latents_are_normed_rotated_and_cached(dtype: torch.dtype, rank: int, part: int) -> None:
-    prompts, positions, capacity = 2, 3, 5
-    compressed = draw(prompts * positions, rank + part, dtype=dtype)
+    tokens, size = 6, 17
+    compressed = draw(tokens, rank + part, dtype=dtype)
     scale = 1 + 0.1 * draw(rank, dtype=dtype)
-    angles = draw(positions, part // 2).repeat(1, 2)
+    angles = draw(tokens, part // 2).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    cache = poisoned(prompts, capacity, rank + part, dtype=dtype)
-    latents, rotated = rope.cache_latents(compressed, scale, 1e-6, cos, sin, cache)
+    cache, slots = poisoned(size, rank + part, dtype=dtype), torch.randperm(size, device=DEVICE)[:tokens]
+    slots[4] = -1  # padding, which has no place in the pool
+    latents, rotated = rope.cache_latents(compressed, scale, 1e-6, cos, sin, slots, cache)
     plain = rope.rotate_heads_plain(compressed[:, None, rank:], cos, sin)[:, 0]
     check(latents, norm.rms_norm_plain(compressed[:, :rank].float(), scale.float(), 1e-6), dtype)
     check(rotated, plain, dtype)
-    assert torch.equal(cache[:, :positions].flatten(0, 1), torch.cat((latents, rotated), dim=-1))
-    assert bool(cache[:, positions:].isnan().all())
+    kept = slots >= 0
+    assert torch.equal(cache[slots[kept]], torch.cat((latents, rotated), dim=-1)[kept])
+    cache[slots[kept]] = float("nan")
+    assert bool(cache.isnan().all()), "something else in the pool was written"
+
+
+def test_latents_need_an_angle_and_a_slot_each() -> None:
+    angles, slots = draw(3, 8), torch.arange(3, device=DEVICE)
+    with pytest.raises(ValueError, match="as many angles and slots"):
+        rope.cache_latents(draw(4, 24), draw(16), 1e-6, angles, angles, slots, draw(9, 24))
+    with pytest.raises(ValueError, match="contiguous"):
+        rope.cache_latents(draw(3, 24), draw(16), 1e-6, angles, angles, slots, draw(9, 32)[:, :24])
 
 
 @pytest.mark.parametrize(
@@ -500,6 +549,24 @@ def tables(capacity: int, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, 
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+def scattered(rows: int, capacity: int) -> tuple[torch.Tensor, int]:
+    """Return where the extents of rows start in a pool, in scrambled order and apart from each other, and its size."""
+    starts = torch.randperm(rows + 1, device=DEVICE)[:rows] * (capacity + 3) + 2
+    return starts, (rows + 1) * (capacity + 3)
+
+
+def extents(pool: torch.Tensor, starts: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Return a copy of each row's tokens, [B, C, ...]."""
+    return torch.stack([pool[start : start + capacity] for start in starts.tolist()])
+
+
+def fill(pool: torch.Tensor, starts: torch.Tensor, positions: list[int]) -> torch.Tensor:
+    """Draw the cached tokens of each row up to its position, and return the pool: all else in it stays poisoned."""
+    for start, position in zip(starts.tolist(), positions, strict=True):
+        pool[start : start + position + 1] = draw(position + 1, *pool.shape[1:], dtype=pool.dtype)
+    return pool
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", sorted(POSITIONS))
 @pytest.mark.parametrize("absorb", [True, False])
@@ -513,8 +580,9 @@ def test_latent_prepare(
     weight, positions = 1 + 0.1 * draw(rank, dtype=dtype), torch.tensor(POSITIONS[rows], device=DEVICE).int()
     cos, sin = tables(capacity, rotated, dtype)
     query = poisoned(rows, heads, rank + rotated, dtype=dtype)
-    cache = poisoned(rows + 1, capacity, rank + rotated, dtype=dtype)[:rows]
-    decode_mla.prepare(projected, kv_b, weight, 1e-6, cos, sin, positions, query, cache, absorb)
+    starts, tokens = scattered(rows, capacity)
+    cache = poisoned(tokens, rank + rotated, dtype=dtype)
+    decode_mla.prepare(projected, kv_b, weight, 1e-6, cos, sin, positions, starts, query, cache, absorb)
     split = heads * (unrotated + rotated)
     angles = (cos[positions.long()].float(), sin[positions.long()].float())
     plain_query, plain_token = decode_mla.prepare_plain(
@@ -526,9 +594,8 @@ def test_latent_prepare(
     else:
         check(query[..., rank:], plain_query[..., rank:], dtype)
         assert query[..., :rank].isnan().all()
-    index = torch.arange(rows, device=DEVICE)
-    check(cache[index, positions.long()], plain_token, dtype)
-    cache[index, positions.long()] = float("nan")
+    check(cache[starts + positions], plain_token, dtype)
+    cache[starts + positions] = float("nan")
     assert cache.isnan().all(), "something else in the cache was written"
 
 
@@ -539,12 +606,13 @@ def test_latent_prepare(
 def test_latent_attention(dtype: torch.dtype, rows: int, splits: int, heads: int, rank: int, rotated: int) -> None:
     capacity, unrotated, value = 96, 8, 24
     query = draw(rows, heads, rank + rotated, dtype=dtype)
-    cache = draw(rows, capacity, rank + rotated, dtype=dtype)
+    starts, tokens = scattered(rows, capacity)
+    pool = fill(poisoned(tokens, rank + rotated, dtype=dtype), starts, POSITIONS[rows])
+    cache, before = extents(pool, starts, capacity), pool.clone()
     positions = torch.tensor(POSITIONS[rows], device=DEVICE).int()
-    for row, position in enumerate(POSITIONS[rows]):
-        cache[row, position + 1 :] = float("nan")  # nothing behind a row's last token may be read
     partial, weight = poisoned(rows, splits, heads, rank), poisoned(rows, splits, heads)
-    decode_mla.attend_splits(query, cache, positions, 0.2, partial, weight)
+    decode_mla.attend_splits(query, pool, positions, starts, 0.2, partial, weight)
+    assert torch.equal(pool.nan_to_num(9.0), before.nan_to_num(9.0))
     mixed = poisoned(rows, heads, rank, dtype=dtype)
     decode_mla.reduce_splits(partial, weight, positions, mixed)
     plain = decode_mla.attend_plain(query.float(), cache.float().nan_to_num(), positions, rank, 0.2)
@@ -562,15 +630,21 @@ def test_latent_attention_over_several_blocks(
 ) -> None:
     monkeypatch.setattr(decode_mla, "shared_memory", lambda device: memory)
     rows, heads, rank, rotated, capacity, splits, dtype = len(positions), 20, 32, 16, 400, 3, DTYPES[0]
-    query, cache = draw(rows, heads, rank + rotated, dtype=dtype), draw(rows, capacity, rank + rotated, dtype=dtype)
-    for row, position in enumerate(positions):
-        cache[row, position + 1 :] = float("nan")
+    query, (starts, tokens) = draw(rows, heads, rank + rotated, dtype=dtype), scattered(rows, capacity)
+    pool = fill(poisoned(tokens, rank + rotated, dtype=dtype), starts, positions)
+    cache = extents(pool, starts, capacity)
     places = torch.tensor(positions, device=DEVICE).int()
     partial, weight = poisoned(rows, splits, heads, rank), poisoned(rows, splits, heads)
-    decode_mla.attend_splits(query, cache, places, 0.2, partial, weight)
+    decode_mla.attend_splits(query, pool, places, starts, 0.2, partial, weight)
     mixed = poisoned(rows, heads, rank, dtype=dtype)
     decode_mla.reduce_splits(partial, weight, places, mixed)
     check(mixed, decode_mla.attend_plain(query.float(), cache.float().nan_to_num(), places, rank, 0.2), dtype)
+
+
+def test_multiprocessors_are_the_devices() -> None:
+    assert common.multiprocessors(torch.device("cpu")) == 132
+    if ON_GPU:
+        assert common.multiprocessors(DEVICE) == torch.cuda.get_device_properties(DEVICE).multi_processor_count
 
 
 @pytest.mark.parametrize("heads", [16, 20, 32, 128])
@@ -596,22 +670,24 @@ def test_multihead_attention(dtype: torch.dtype, rows: int, splits: int, heads: 
     positions = torch.tensor(POSITIONS[rows], device=DEVICE).int()
     cos, sin = tables(capacity, size, dtype)
     query = poisoned(rows, heads, size, dtype=dtype)
-    keys, values = (
-        draw(rows, key_heads, capacity, size, dtype=dtype),
-        draw(rows, key_heads, capacity, size, dtype=dtype),
-    )
-    for row, position in enumerate(POSITIONS[rows]):
-        keys[row, :, position:] = values[row, :, position:] = float("nan")
-    decode_mha.rotate_and_write(projected, cos, sin, positions, query, keys, values)
+    starts, tokens = scattered(rows, capacity)
+    old = [position - 1 for position in POSITIONS[rows]]
+    pools = [fill(poisoned(tokens, key_heads, size, dtype=dtype), starts, old) for _ in range(2)]
+    before = [pool.clone() for pool in pools]
+    decode_mha.rotate_and_write(projected, cos, sin, positions, starts, query, *pools)
     q, k, v = projected.float().unflatten(1, (-1, size)).split([heads, key_heads, key_heads], dim=1)
     angles = [table[positions.long()].float()[:, None] for table in (cos, sin)]
     check(query, decode_mha.rotate_halves_plain(q, *angles), dtype)
-    index = torch.arange(rows, device=DEVICE)
-    check(keys[index, :, positions.long()], decode_mha.rotate_halves_plain(k, *angles), dtype)
-    assert torch.equal(values[index, :, positions.long()].float(), v)
+    new = starts + positions
+    check(pools[0][new], decode_mha.rotate_halves_plain(k, *angles), dtype)
+    assert torch.equal(pools[1][new].float(), v)
+    for pool, was in zip(pools, before, strict=True):
+        was[new] = pool[new]
+        assert torch.equal(pool.nan_to_num(9.0), was.nan_to_num(9.0)), "something else in the pool was written"
+    keys, values = (extents(pool, starts, capacity).transpose(1, 2) for pool in pools)
 
     partial, weight = poisoned(rows, splits, heads, size), poisoned(rows, splits, heads)
-    decode_mha.attend_splits(query, keys, values, positions, 0.3, partial, weight)
+    decode_mha.attend_splits(query, *pools, positions, starts, 0.3, partial, weight)
     out = poisoned(rows, heads, size, dtype=dtype)
     decode_mla.reduce_splits(partial, weight, positions, out, step=decode_mha.kv_block(len(positions)))
     plain = decode_mha.attend_plain(

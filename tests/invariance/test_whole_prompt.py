@@ -102,9 +102,10 @@ def check_lengths(model: Any, capture: Capture, lengths: tuple[int, ...], capaci
             for held, layer in zip(buffers.caches, cache.layers, strict=True):
                 parts = (layer.keys, layer.values)
                 if len(held) == 1:
-                    parts, held = (torch.cat((layer.values, layer.keys), dim=-1)[:, 0],), (held[0][:, :length],)
+                    parts = (torch.cat((layer.values, layer.keys), dim=-1)[:, 0],)
                 else:
-                    held = tuple(part[:, :, :length] for part in held)
+                    parts = tuple(part.transpose(1, 2) for part in parts)
+                held = tuple(buffers.by_row(pool)[:, :length] for pool in held)
                 for ours, theirs in zip(held, parts, strict=True):
                     assert torch.allclose(ours, theirs, atol=error * float(theirs.abs().max()), rtol=0)
 
@@ -133,7 +134,9 @@ def test_a_layer_with_experts_and_padding(kind: str) -> None:
         layer, plain = model.model.layers[index], exact.model.layers[index]
         rotation = (buffers.cos[None, :tokens], buffers.sin[None, :tokens])
         hidden, normed = given.clone(), layer.input_layernorm(given)
-        prefill.prefill_layer(layer, hidden, normed, rotation, prefill.PrefillCache(buffers), model.model.norm, last)
+        prefill.prefill_layer(
+            layer, hidden, normed, rotation, prefill.PrefillCache(buffers, tokens), model.model.norm, last
+        )
         assert torch.isfinite(hidden).all() and torch.isfinite(normed).all()  # padding's keys stay in the cache
         wide = (rotation[0].float(), rotation[1].float())
         mask = torch.ones(tokens, tokens, dtype=torch.bool, device=DEVICE).tril()[None, None]
@@ -174,7 +177,8 @@ def test_replays_on_a_gpu_answer_the_same(kind: str) -> None:
         poison(logits, *(part for layer in session.buffers.caches for part in layer))
         with torch.no_grad():
             run()
-        held = [part[..., : embeds.shape[1], :].clone() for layer in session.buffers.caches for part in layer]
+        pools = [session.buffers.by_row(pool) for layer in session.buffers.caches for pool in layer]
+        held = [part[:, : embeds.shape[1]].clone() for part in pools]
         results.append([logits.clone(), *held])
     assert all(torch.equal(*parts) for parts in zip(*results, strict=True))
 
@@ -236,7 +240,9 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
     monkeypatch.setattr(cuda_graphs, "capture_for", lambda device: None if ON_GPU else made)
     monkeypatch.setattr(generation, "FAST_SAMPLERS", [runtime.sample])
     if not ON_GPU:
-        monkeypatch.setattr(decode, "MULTIPROCESSORS", 3)  # the interpreter runs them one after the other
+        monkeypatch.setattr(
+            decode, "multiprocessors", lambda device: 3
+        )  # the interpreter runs them one after the other
         monkeypatch.setattr(runtime, "MIN_CAPACITY", 64)
         monkeypatch.setattr(runtime, "FIRST_CAPACITY", 4)
     return made

@@ -96,6 +96,26 @@ def prefetch(start_ptr: tl.tensor, numbers: tl.tensor, part: tl.tensor, PARTS: t
         )  # fmt: skip
 
 
+@triton.jit
+def load_cos_sin(
+    cos_ptr: tl.tensor, sin_ptr: tl.tensor, position: tl.tensor, SIZE: tl.constexpr, HALF_PAD: tl.constexpr
+) -> tl.tensor:
+    """Return cosines and sines at a position: half a row of each table, whose other half is the same."""
+    pair = tl.arange(0, HALF_PAD)
+    held = pair < SIZE // 2
+    cos = tl.load(cos_ptr + position * SIZE + pair, mask=held, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + position * SIZE + pair, mask=held, other=0.0).to(tl.float32)
+    return cos, sin
+
+
+@triton.jit
+def live_splits(position: tl.tensor, GRAIN: tl.constexpr, SPLITS: tl.constexpr) -> tl.tensor:
+    """Return how many keys each split takes, a multiple of GRAIN, and how many splits have any."""
+    tiles = (position + GRAIN) // GRAIN  # of position + 1 keys, rounded up
+    tiles_each = (tiles + SPLITS - 1) // SPLITS
+    return tiles_each * GRAIN, (tiles + tiles_each - 1) // tiles_each
+
+
 def pdl_options(device: torch.device) -> dict[str, Any]:
     """Return the launch options of programmatic dependent launch (PDL); none where the device has none.
 
@@ -117,6 +137,14 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors; without a CUDA device, that of an H100."""
+    if INTERPRETED.value or device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def power_of_two(number: int, least: int = 1) -> int:
     """Return the smallest power of two that is at least ``number`` and ``least``."""
     return max(triton.next_power_of_2(number), least)
@@ -127,3 +155,10 @@ def check_rows(*tensors: torch.Tensor) -> None:
     for tensor in tensors:
         if tensor.stride(-1) != 1:
             raise ValueError(f"The kernels read rows without gaps; got shape {list(tensor.shape)}, {tensor.stride()}.")
+
+
+def check_pools(*pools: torch.Tensor) -> None:
+    """Raise ``ValueError`` for a pool of cached tokens that is not contiguous."""
+    for pool in pools:
+        if not pool.is_contiguous():
+            raise ValueError(f"A pool of cached tokens must be contiguous; got {list(pool.shape)}, {pool.stride()}.")

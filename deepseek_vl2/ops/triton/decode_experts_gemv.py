@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_rows, grid_wait, launch_dependents, load_row, load_rows, power_of_two
+from .common import check_rows, grid_wait, launch_dependents, load_row, load_rows, multiprocessors, power_of_two
 from .decode_experts import ExpertWeights, silu_mul
 
 
@@ -198,10 +198,11 @@ def down_gemv(
     weights.check()
     hidden, some = out_H.shape[-1], weights.any
     widest = power_of_two(max(weights.intermediate_size, weights.shared_intermediate_size), 16)
-    # Measured on an H200 (benchmarks/gpu_tune.py), where 64 registers a thread let 1,056 programs of four warps run at
-    # once, or twice as many of two. Rows of small's width just fit as the former, and wide loads are faster then.
+    # Measured on an H200 (benchmarks/gpu_tune.py), where 64 registers a thread let 8 programs of four warps run on a
+    # multiprocessor at once, or twice as many of two. Rows of small's width just fit as the former, and wide loads are
+    # faster then.
     cut = {"BLOCK_H": 2, "BLOCK_I": min(widest, 512), "AHEAD": 6, "num_warps": 2}
-    if 2048 <= hidden <= 2 * 1056:
+    if 2048 <= hidden <= 2 * 8 * multiprocessors(out_H.device):
         cut = {"BLOCK_H": 2, "BLOCK_I": min(widest, 1024), "AHEAD": 3, "num_warps": 4}
     sizes = {**cut, **blocks}
     _down_gemv_kernel[(triton.cdiv(hidden, sizes["BLOCK_H"]),)](

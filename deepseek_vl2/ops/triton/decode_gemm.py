@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_rows, dot, grid_wait, launch_dependents, power_of_two
+from .common import check_rows, dot, grid_wait, launch_dependents, multiprocessors, power_of_two
 from .decode_gemv import MAX_WEIGHTS
 
 
@@ -80,9 +80,9 @@ def _gemm_kernel(
     tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=held)
 
 
-def gemm_blocks(rows: int, outputs: int, inputs: int) -> dict[str, int]:
-    """Return the block sizes for a product of that shape: enough programs to fill the device, 64 rows at most."""
-    block_n = 64 if outputs >= 64 * 132 else 32 if outputs > 1280 or rows > 16 else 16
+def gemm_blocks(rows: int, outputs: int, inputs: int, programs: int) -> dict[str, int]:
+    """Return the block sizes of a GEMM: enough programs for that many multiprocessors, 64 rows at most."""
+    block_n = 64 if outputs >= 64 * programs else 32 if outputs > 1280 or rows > 16 else 16
     return {
         "BLOCK_N": min(block_n, power_of_two(outputs, 16)),
         "BLOCK_K": min(power_of_two(inputs, 16), 128),
@@ -144,7 +144,7 @@ def _launch_gemm(
     rows, groups, inputs = x_BGK.shape
     outputs = [weight.shape[1] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
     first, second, third = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
-    sizes = {**gemm_blocks(rows, groups * sum(outputs), inputs), **blocks}
+    sizes = {**gemm_blocks(rows, groups * sum(outputs), inputs, multiprocessors(x_BGK.device)), **blocks}
     programs = sum(triton.cdiv(size, sizes["BLOCK_N"]) for size in outputs)
     _gemm_kernel[(programs, groups, triton.cdiv(rows, sizes["BLOCK_B"]))](
         x_BGK,

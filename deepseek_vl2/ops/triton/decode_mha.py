@@ -1,7 +1,8 @@
 """Plain multi-head attention of one new token a row, over a cache of keys and values.
 
-Shape suffixes: B rows, N attention heads, M key/value heads, D head size, C capacity of the cache in tokens, W splits
-of the keys. The caches are [B, M, C, D]; row b's tokens stand at 0 .. positions[b], its new one last.
+Shape suffixes: B rows, N attention heads, M key/value heads, D head size, S tokens of the pool, C tokens of a row, W
+splits of the keys. The caches are pools of tokens, [S, M, D]; row b's tokens are contiguous, from starts[b] to
+starts[b] + positions[b], its new one last.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_rows, grid_wait, launch_dependents, power_of_two
-from .decode_mla import live_splits, load_cos_sin
+from .common import check_pools, check_rows, grid_wait, launch_dependents, live_splits, load_cos_sin, power_of_two
+from .decode_mla import MAX_SPLITS
 
 
 def kv_block(rows: int) -> int:
@@ -22,6 +23,16 @@ def kv_block(rows: int) -> int:
     One row has few programs, so each keeps many loads under way; with several rows programs of a single warp do that.
     """
     return 64 if rows == 1 else 16
+
+
+def num_kv_splits(rows: int, heads: int, multiprocessors: int) -> int:
+    """Return the number of KV splits of each row.
+
+    Two programs on each multiprocessor keep it busy with a single row's cache; those for several rows are of one warp,
+    so more are wanted.
+    """
+    programs = multiprocessors * (2 if rows == 1 else 18)
+    return min(power_of_two(triton.cdiv(programs, rows * heads)), MAX_SPLITS)
 
 
 def rotate_halves_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -52,10 +63,10 @@ def _rotate_and_write_kernel(
     cos_ptr: tl.tensor,
     sin_ptr: tl.tensor,
     positions_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
     query_ptr: tl.tensor,
     keys_ptr: tl.tensor,
     values_ptr: tl.tensor,
-    C: tl.tensor,
     N: tl.constexpr,
     M: tl.constexpr,
     D: tl.constexpr,
@@ -66,6 +77,7 @@ def _rotate_and_write_kernel(
     row = tl.program_id(0)
     head = tl.program_id(1)
     position = tl.load(positions_ptr + row)
+    slot = tl.load(starts_ptr + row) + position
     cos, sin = load_cos_sin(cos_ptr, sin_ptr, position, D, HALF_PAD)
     grid_wait(PDL)
     half: tl.constexpr = D // 2
@@ -76,9 +88,9 @@ def _rotate_and_write_kernel(
     second = tl.load(source + half + i, mask=held, other=0.0).to(tl.float32)
     target = query_ptr + (row * N + head) * D
     if head >= N + M:
-        target = values_ptr + ((row * M + head - N - M).to(tl.int64) * C + position) * D
+        target = values_ptr + (slot * M + head - N - M) * D
     elif head >= N:
-        target = keys_ptr + ((row * M + head - N).to(tl.int64) * C + position) * D
+        target = keys_ptr + (slot * M + head - N) * D
     if head < N + M:
         turned = first * cos - second * sin
         second = second * cos + first * sin
@@ -93,35 +105,38 @@ def rotate_and_write(
     cos_CD: torch.Tensor,
     sin_CD: torch.Tensor,
     positions_B: torch.Tensor,
+    starts_B: torch.Tensor,
     query_BND: torch.Tensor,
-    keys_BMCD: torch.Tensor,
-    values_BMCD: torch.Tensor,
+    keys_SMD: torch.Tensor,
+    values_SMD: torch.Tensor,
     **options: Any,
 ) -> None:
-    """Rotate queries and keys, and write keys and values into the caches at each row's position.
+    """Rotate queries and keys, and write keys and values into the pools at each row's start + position.
 
     Args:
         projected_BX: queries, keys and values side by side, (N + 2M) * D numbers.
-        cos_CD: table of cosines for all positions of the caches.
+        cos_CD: table of cosines for all positions.
         sin_CD: of sines.
         positions_B: int32.
+        starts_B: index in the pools of each row's token 0, int64.
         query_BND: written.
-        keys_BMCD: written at the positions.
-        values_BMCD: likewise. All tensors are contiguous.
+        keys_SMD: the pool, written at start + position.
+        values_SMD: likewise. All tensors are contiguous.
         options: of the launch, see `common.pdl_options`.
     """
-    check_rows(projected_BX, cos_CD, sin_CD, keys_BMCD)
+    check_rows(projected_BX, cos_CD, sin_CD)
+    check_pools(keys_SMD, values_SMD)
     rows, heads, size = query_BND.shape
-    key_heads, capacity = keys_BMCD.shape[1], keys_BMCD.shape[2]
+    key_heads = keys_SMD.shape[1]
     _rotate_and_write_kernel[(rows, heads + 2 * key_heads)](
         projected_BX,
         cos_CD,
         sin_CD,
         positions_B,
+        starts_B,
         query_BND,
-        keys_BMCD,
-        values_BMCD,
-        capacity,
+        keys_SMD,
+        values_SMD,
         N=heads,
         M=key_heads,
         D=size,
@@ -133,10 +148,16 @@ def rotate_and_write(
 
 @triton.jit
 def _load_keys(
-    keys_ptr: tl.tensor, values_ptr: tl.tensor, c: tl.tensor, end: tl.tensor, D: tl.constexpr, D_PAD: tl.constexpr
+    keys_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    c: tl.tensor,
+    end: tl.tensor,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
 ) -> tl.tensor:
     d = tl.arange(0, D_PAD)
-    offsets = c[:, None] * D + d[None, :]
+    offsets = c[:, None] * (M * D) + d[None, :]
     mask = (c < end)[:, None] & (d < D)[None, :]
     key = tl.load(keys_ptr + offsets, mask=mask, other=0.0)
     value = tl.load(values_ptr + offsets, mask=mask, other=0.0)
@@ -170,9 +191,9 @@ def _attend_split_kernel(
     keys_ptr: tl.tensor,
     values_ptr: tl.tensor,
     positions_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
     partial_ptr: tl.tensor,
-    weight_ptr: tl.tensor,
-    C: tl.tensor,
+    lse_ptr: tl.tensor,
     scaling: tl.tensor,
     N: tl.constexpr,
     M: tl.constexpr,
@@ -192,10 +213,10 @@ def _attend_split_kernel(
     first = split * keys_each
     last = tl.minimum(first + keys_each, position + 1)
     d = tl.arange(0, D_PAD)
-    base = (row * M + head // (N // M)).to(tl.int64) * C * D
+    base = (tl.load(starts_ptr + row) * M + head // (N // M)) * D
     if AHEAD:  # the first keys but the new one are on their way before the wait: earlier steps wrote them
         c = first + tl.arange(0, BLOCK_C)
-        key, value = _load_keys(keys_ptr + base, values_ptr + base, c, tl.minimum(last, position), D, D_PAD)
+        key, value = _load_keys(keys_ptr + base, values_ptr + base, c, tl.minimum(last, position), M, D, D_PAD)
     grid_wait(PDL)
     if split < live:
         query = tl.load(query_ptr + (row * N + head) * D + d, mask=d < D, other=0.0).to(tl.float32)
@@ -204,45 +225,47 @@ def _attend_split_kernel(
         weight = 0.0
         if AHEAD:
             new = (c == position)[:, None]
-            newest = base + position.to(tl.int64) * D + d
+            newest = base + position.to(tl.int64) * (M * D) + d
             key = tl.where(new, tl.load(keys_ptr + newest, mask=d < D, other=0.0)[None, :], key)
             value = tl.where(new, tl.load(values_ptr + newest, mask=d < D, other=0.0)[None, :], value)
             total, highest, weight = _attend_keys(query, key, value, c < last, scaling, total, highest, weight)
             first += BLOCK_C
         for start in range(first, last, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
-            key, value = _load_keys(keys_ptr + base, values_ptr + base, c, last, D, D_PAD)
+            key, value = _load_keys(keys_ptr + base, values_ptr + base, c, last, M, D, D_PAD)
             total, highest, weight = _attend_keys(query, key, value, c < last, scaling, total, highest, weight)
         place = (row * SPLITS + split) * N + head
         tl.store(partial_ptr + place * D + d, total / weight, mask=d < D)
-        tl.store(weight_ptr + place, highest + tl.log2(weight))
+        tl.store(lse_ptr + place, highest + tl.log2(weight))
 
 
 def attend_splits(
     query_BND: torch.Tensor,
-    keys_BMCD: torch.Tensor,
-    values_BMCD: torch.Tensor,
+    keys_SMD: torch.Tensor,
+    values_SMD: torch.Tensor,
     positions_B: torch.Tensor,
+    starts_B: torch.Tensor,
     scaling: float,
     partial_BWND: torch.Tensor,
     lse_BWN: torch.Tensor,
     **options: Any,
 ) -> None:
-    """Attend over each split of the keys; as in `latent.attend_splits`, whose `reduce_splits` reduces the splits."""
-    check_rows(query_BND, keys_BMCD, values_BMCD)
+    """Split-KV attention, as in `decode_mla.attend_splits`, whose `reduce_splits` reduces the splits here too."""
+    check_rows(query_BND)
+    check_pools(keys_SMD, values_SMD)
     rows, heads, size = query_BND.shape
     splits = partial_BWND.shape[1]
     _attend_split_kernel[(rows, heads, splits)](
         query_BND,
-        keys_BMCD,
-        values_BMCD,
+        keys_SMD,
+        values_SMD,
         positions_B,
+        starts_B,
         partial_BWND,
         lse_BWN,
-        keys_BMCD.shape[2],
         scaling,
         N=heads,
-        M=keys_BMCD.shape[1],
+        M=keys_SMD.shape[1],
         D=size,
         D_PAD=power_of_two(size, 16),
         SPLITS=splits,

@@ -1,10 +1,10 @@
 """Multi-head latent attention of one new token a row, over a cache of latents.
 
-Shape suffixes: B rows, N attention heads, R rank of the latent, P rotated part of a head, D unrotated part, V size of
-a head's value, C capacity of the cache in tokens, W splits of the keys.
+Shape suffixes: B rows, N attention heads, R rank of the latent, P rotated part of a head, D unrotated part, V size of a
+head's value, S tokens of the pool, C tokens of a row, W splits of the keys.
 
-The cache is [B, C, R + P]: a latent and its rotated key side by side. Row b's tokens stand at 0 .. positions[b], its
-new one last; there is no padding in it.
+The cache is a pool of tokens, [S, R + P]: a latent and its rotated key side by side. Row b's tokens are contiguous,
+from starts[b] to starts[b] + positions[b], its new one last; there is no padding among them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_rows, dot, grid_wait, launch_dependents, power_of_two, prefetch, shared_memory
+from .common import (
+    check_pools,
+    check_rows,
+    dot,
+    grid_wait,
+    launch_dependents,
+    live_splits,
+    load_cos_sin,
+    power_of_two,
+    prefetch,
+    shared_memory,
+)
+from .rope import rotate_interleaved_plain
 
 MAX_SPLITS = 32
 
@@ -50,14 +62,6 @@ def num_kv_splits(rows: int, heads: int, programs: int) -> int:
         return min(power_of_two(2 * programs // triton.cdiv(heads, 16)), MAX_SPLITS)
     most = programs // (rows * triton.cdiv(heads, 32))
     return max(number for number in (1, 2, 3, 4, 6, 8, 12, 16, 24, MAX_SPLITS) if number <= max(most, 1))
-
-
-def rotate_interleaved_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate [..., P] of interleaved pairs; even members go to the first half of the result, odd ones to the second."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    half = even.shape[-1]
-    first = even * cos[..., :half] - odd * sin[..., :half]
-    return torch.cat((first, odd * cos[..., half:] + even * sin[..., half:]), dim=-1)
 
 
 def prepare_plain(
@@ -101,24 +105,8 @@ def attend_plain(
 
 
 @triton.jit
-def load_cos_sin(
-    cos_ptr: tl.tensor, sin_ptr: tl.tensor, position: tl.tensor, SIZE: tl.constexpr, HALF_PAD: tl.constexpr
-) -> tl.tensor:
-    """Return cosines and sines at a position: half a row of each table, whose other half is the same."""
-    pair = tl.arange(0, HALF_PAD)
-    held = pair < SIZE // 2
-    cos = tl.load(cos_ptr + position * SIZE + pair, mask=held, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + position * SIZE + pair, mask=held, other=0.0).to(tl.float32)
-    return cos, sin
-
-
-@triton.jit
 def _rotate_interleaved(
-    x_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    angles: tl.tensor,
-    P: tl.constexpr,
-    HALF_PAD: tl.constexpr,
+    x_ptr: tl.tensor, out_ptr: tl.tensor, angles: tl.tensor, P: tl.constexpr, HALF_PAD: tl.constexpr
 ) -> None:
     pair = tl.arange(0, HALF_PAD)
     held = pair < P // 2
@@ -137,9 +125,9 @@ def _prepare_kernel(
     cos_ptr: tl.tensor,
     sin_ptr: tl.tensor,
     positions_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
     query_ptr: tl.tensor,
     cache_ptr: tl.tensor,
-    cache_row: tl.tensor,
     eps: tl.tensor,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -161,9 +149,10 @@ def _prepare_kernel(
     width: tl.constexpr = N * (D + P) + R + P
     query_row = query_ptr + (row * N + head) * (R + P)
     position = tl.load(positions_ptr + row)
+    extent_ptr = cache_ptr + tl.load(starts_ptr + row) * (R + P)
     if PDL:
         # Before the weights of the kernels launched ahead have filled the queue: attention waits for these.
-        prefetch(cache_ptr + row * cache_row, position * (R + P), head * PARTS + part, (N + 1) * PARTS)
+        prefetch(extent_ptr, position * (R + P), head * PARTS + part, (N + 1) * PARTS)
     angles = load_cos_sin(cos_ptr, sin_ptr, position, P, HALF_PAD)
     if head == N:  # behind the heads: the latent
         place = tl.arange(0, R_PAD)
@@ -171,7 +160,7 @@ def _prepare_kernel(
         grid_wait(PDL)
         if part == 0:
             compressed = projected_ptr + row * width + N * (D + P)
-            out_ptr = cache_ptr + row * cache_row + position.to(tl.int64) * (R + P)
+            out_ptr = extent_ptr + position.to(tl.int64) * (R + P)
             x = tl.load(compressed + place, mask=place < R, other=0.0).to(tl.float32)
             x *= tl.rsqrt(tl.sum(x * x, axis=0) / R + eps)
             dtype = cache_ptr.dtype.element_ty
@@ -203,8 +192,9 @@ def prepare(
     cos_CP: torch.Tensor,
     sin_CP: torch.Tensor,
     positions_B: torch.Tensor,
+    starts_B: torch.Tensor,
     query_BNL: torch.Tensor,
-    cache_BCL: torch.Tensor,
+    cache_SL: torch.Tensor,
     absorb: bool = True,
     **options: Any,
 ) -> None:
@@ -215,15 +205,17 @@ def prepare(
         kv_b_NER: kv_b_proj's weight, contiguous.
         norm_R: the latent's norm.
         eps: its epsilon.
-        cos_CP: table of cosines for all positions of the cache, contiguous.
+        cos_CP: table of cosines for all positions, contiguous.
         sin_CP: of sines.
         positions_B: each row's position, int32.
+        starts_B: index in the pool of each row's token 0, int64.
         query_BNL: written, [B, N, R + P], contiguous; only the rotated part without ``absorb``.
-        cache_BCL: written at the positions.
+        cache_SL: the pool, contiguous; written at each row's start + position.
         absorb: take the unrotated part through kv_b_proj here, which reads that weight once for each row.
         options: of the launch, see `common.pdl_options`.
     """
-    check_rows(projected_BX, kv_b_NER, cache_BCL)
+    check_rows(projected_BX, kv_b_NER)
+    check_pools(cache_SL)
     rows, heads = query_BNL.shape[:2]
     rank, rotated = norm_R.shape[0], cos_CP.shape[-1]
     unrotated = (projected_BX.shape[1] - rank - rotated) // heads - rotated
@@ -236,9 +228,9 @@ def prepare(
         cos_CP,
         sin_CP,
         positions_B,
+        starts_B,
         query_BNL,
-        cache_BCL,
-        cache_BCL.stride(0),
+        cache_SL,
         eps,
         N=heads,
         D=unrotated,
@@ -257,21 +249,13 @@ def prepare(
 
 
 @triton.jit
-def live_splits(position: tl.tensor, GRAIN: tl.constexpr, SPLITS: tl.constexpr) -> tl.tensor:
-    """Return how many keys each split takes, a multiple of GRAIN, and how many splits have any."""
-    tiles = (position + GRAIN) // GRAIN  # of position + 1 keys, rounded up
-    tiles_each = (tiles + SPLITS - 1) // SPLITS
-    return tiles_each * GRAIN, (tiles + tiles_each - 1) // tiles_each
-
-
-@triton.jit
 def _attend_split_kernel(
     query_ptr: tl.tensor,
     cache_ptr: tl.tensor,
     positions_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
     partial_ptr: tl.tensor,
-    weight_ptr: tl.tensor,
-    cache_row: tl.tensor,
+    lse_ptr: tl.tensor,
     scaling: tl.tensor,
     N: tl.constexpr,
     R: tl.constexpr,
@@ -296,7 +280,7 @@ def _attend_split_kernel(
     last = tl.minimum(first + keys_each, position + 1)
     r = tl.arange(0, R_PAD)
     p = tl.arange(0, P_PAD)
-    base = cache_ptr + row.to(tl.int64) * cache_row
+    base = cache_ptr + tl.load(starts_ptr + row) * (R + P)
     grid_wait(PDL)
     if split < live:
         query_rows = query_ptr + (row * N + head)[:, None] * (R + P)
@@ -326,13 +310,14 @@ def _attend_split_kernel(
         place = (row * SPLITS + split) * N + head
         mask = (head < N)[None, :] & (r < R)[:, None]
         tl.store(partial_ptr + place[None, :] * R + r[:, None], total / weight[None, :], mask=mask)
-        tl.store(weight_ptr + place, highest + tl.log2(weight), mask=head < N)
+        tl.store(lse_ptr + place, highest + tl.log2(weight), mask=head < N)
 
 
 def attend_splits(
     query_BNL: torch.Tensor,
-    cache_BCL: torch.Tensor,
+    cache_SL: torch.Tensor,
     positions_B: torch.Tensor,
+    starts_B: torch.Tensor,
     scaling: float,
     partial_BWNR: torch.Tensor,
     lse_BWN: torch.Tensor,
@@ -341,20 +326,21 @@ def attend_splits(
     """Split-KV attention: `attend_plain` of each split of the keys, and its log-sum-exp, base 2.
 
     The keys up to a row's position are cut evenly into at most W splits; those without keys are left unwritten.
-    All but the cache is contiguous; the results are float32. Options: of the launch, see `common.pdl_options`.
+    All tensors are contiguous; the results are float32. Options: of the launch, see `common.pdl_options`.
     """
-    check_rows(query_BNL, cache_BCL)
+    check_rows(query_BNL)
+    check_pools(cache_SL)
     rows, heads, width = query_BNL.shape
     splits, rank = partial_BWNR.shape[1], partial_BWNR.shape[3]
     rotated = width - rank
     sizes = {**split_options(rows, heads, query_BNL.device), **options}
     _attend_split_kernel[(rows, triton.cdiv(heads, sizes["BLOCK_N"]), splits)](
         query_BNL,
-        cache_BCL,
+        cache_SL,
         positions_B,
+        starts_B,
         partial_BWNR,
         lse_BWN,
-        cache_BCL.stride(0),
         scaling,
         N=heads,
         R=rank,
@@ -369,7 +355,7 @@ def attend_splits(
 @triton.jit
 def _reduce_splits_kernel(
     partial_ptr: tl.tensor,
-    weight_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
     positions_ptr: tl.tensor,
     kv_b_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -402,12 +388,12 @@ def _reduce_splits_kernel(
     for start in range(0, live, BLOCK_W):
         w = start + tl.arange(0, BLOCK_W)
         place = (row * SPLITS + w) * N + head
-        share = tl.load(weight_ptr + place, mask=w < live, other=float("-inf"))
+        lse = tl.load(lse_ptr + place, mask=w < live, other=float("-inf"))
         mask_part = (w < live)[:, None] & (r < R)[None, :]
         part = tl.load(partial_ptr + place[:, None] * R + r[None, :], mask=mask_part, other=0.0)
-        new_highest = tl.maximum(highest, tl.max(share, axis=0))
+        new_highest = tl.maximum(highest, tl.max(lse, axis=0))
         shrink = tl.exp2(highest - new_highest)
-        power = tl.exp2(share - new_highest)
+        power = tl.exp2(lse - new_highest)
         mixed = mixed * shrink + tl.sum(part * power[:, None], axis=0)
         total = total * shrink + tl.sum(power, axis=0)
         highest = new_highest

@@ -2,7 +2,8 @@
 
 Rotations and keys have the bits of the plain forms.
 
-Shape suffixes: R rows of all prompts together, T positions, N heads, D head size, P rotated part of a head, L latent.
+Shape suffixes: R rows of all prompts together, T positions, N heads (tokens, in `cache_latents`), D head size, P
+rotated part of a head, L latent, S tokens of the pool.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_rows, power_of_two, rounded
+from .common import check_pools, check_rows, power_of_two, rounded
+
+
+def rotate_interleaved_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate [..., P] of interleaved pairs; even members go to the first half of the result, odd ones to the second."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    half = even.shape[-1]
+    first = even * cos[..., :half] - odd * sin[..., :half]
+    return torch.cat((first, odd * cos[..., half:] + even * sin[..., half:]), dim=-1)
 
 
 def rotate_heads_plain(
@@ -137,10 +146,9 @@ def _latent_kernel(
     cos_ptr: tl.tensor,
     sin_ptr: tl.tensor,
     cache_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
     latent_ptr: tl.tensor,
     rope_ptr: tl.tensor,
-    T: tl.tensor,
-    prompt_stride: tl.tensor,
     eps: tl.tensor,
     L: tl.constexpr,
     HALF: tl.constexpr,
@@ -150,58 +158,64 @@ def _latent_kernel(
     row = tl.program_id(0).to(tl.int64)
     dtype = latent_ptr.dtype.element_ty
     source = compressed_ptr + row * (L + 2 * HALF)
-    cached = cache_ptr + row // T * prompt_stride + row % T * (L + 2 * HALF)
+    slot = tl.load(slots_ptr + row)
+    cached = cache_ptr + slot * (L + 2 * HALF)
     i = tl.arange(0, BLOCK_L)
     x = tl.load(source + i, mask=i < L, other=0.0).to(tl.float32)
     norm = tl.load(norm_ptr + i, mask=i < L, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x, axis=0) / L + eps)
     latent = (rounded(x * inverse, dtype) * norm).to(dtype)
-    tl.store(cached + i, latent, mask=i < L)
+    tl.store(cached + i, latent, mask=(i < L) & (slot >= 0))
     tl.store(latent_ptr + row * L + i, latent, mask=i < L)
     f = tl.arange(0, BLOCK_F)
     held = f < HALF
     first = tl.load(source + L + 2 * f, mask=held, other=0.0).to(tl.float32)
     second = tl.load(source + L + 2 * f + 1, mask=held, other=0.0).to(tl.float32)
-    angles = (row % T) * 2 * HALF + f
+    angles = row * 2 * HALF + f
     cos_first = tl.load(cos_ptr + angles, mask=held, other=0.0).to(tl.float32)
     cos_second = tl.load(cos_ptr + angles + HALF, mask=held, other=0.0).to(tl.float32)
     sin_first = tl.load(sin_ptr + angles, mask=held, other=0.0).to(tl.float32)
     sin_second = tl.load(sin_ptr + angles + HALF, mask=held, other=0.0).to(tl.float32)
     new_first = (rounded(first * cos_first, dtype) - rounded(second * sin_first, dtype)).to(dtype)
     new_second = (rounded(second * cos_second, dtype) + rounded(first * sin_second, dtype)).to(dtype)
-    for target in tl.static_range(2):
-        out = cached + L if target == 0 else rope_ptr + row * 2 * HALF
-        tl.store(out + f, new_first, mask=held)
-        tl.store(out + HALF + f, new_second, mask=held)
+    tl.store(rope_ptr + row * 2 * HALF + f, new_first, mask=held)
+    tl.store(rope_ptr + row * 2 * HALF + HALF + f, new_second, mask=held)
+    tl.store(cached + L + f, new_first, mask=held & (slot >= 0))
+    tl.store(cached + L + HALF + f, new_second, mask=held & (slot >= 0))
 
 
 def cache_latents(
-    compressed_RC: torch.Tensor,
+    compressed_NC: torch.Tensor,
     norm_L: torch.Tensor,
     eps: float,
-    cos_TP: torch.Tensor,
-    sin_TP: torch.Tensor,
-    cache_BSC: torch.Tensor,
+    cos_NP: torch.Tensor,
+    sin_NP: torch.Tensor,
+    slots_N: torch.Tensor,
+    cache_SC: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norm the latents and rotate the keys' shared part, and write both into a cache from position 0 on.
+    """Norm the latents and rotate the keys' shared part, and write both into a pool of cached tokens, [S, C].
 
     Args:
-        compressed_RC: latents, and behind each the part that is rotated, C = L + P numbers, contiguous.
+        compressed_NC: latents of N tokens, and behind each the part that is rotated, C = L + P numbers, contiguous.
         norm_L: the norm's weight.
         eps: the norm's epsilon.
-        cos_TP: cosines, in the dtype of the latents.
-        sin_TP: sines.
-        cache_BSC: written for the first T positions of each prompt.
+        cos_NP: cosines at each token's position, in the dtype of the latents.
+        sin_NP: sines.
+        slots_N: index in the pool for each token, int64; a token whose index is below 0 is not written there.
+        cache_SC: the pool, contiguous.
 
     Returns:
-        What was written: the latents, [R, L], and the rotated parts, [R, P].
+        What was written: the latents, [N, L], and the rotated parts, [N, P].
     """
-    check_rows(compressed_RC, cos_TP, sin_TP, cache_BSC)
-    (rows, width), (positions, part) = compressed_RC.shape, cos_TP.shape
+    check_rows(compressed_NC, cos_NP, sin_NP)
+    check_pools(cache_SC)
+    (rows, width), part = compressed_NC.shape, cos_NP.shape[1]
+    if len(cos_NP) != rows or len(slots_N) != rows:
+        raise ValueError(f"{rows} tokens need as many angles and slots; got {len(cos_NP)} and {len(slots_N)}.")
     rank = width - part
-    latent, rope = compressed_RC.new_empty(rows, rank), compressed_RC.new_empty(rows, part)
+    latent, rope = compressed_NC.new_empty(rows, rank), compressed_NC.new_empty(rows, part)
     _latent_kernel[(rows,)](
-        compressed_RC, norm_L, cos_TP, sin_TP, cache_BSC, latent, rope, positions, cache_BSC.stride(0), eps,
+        compressed_NC, norm_L, cos_NP, sin_NP, cache_SC, slots_N, latent, rope, eps,
         L=rank, HALF=part // 2, BLOCK_L=power_of_two(rank), BLOCK_F=power_of_two(part // 2), num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip

@@ -162,6 +162,7 @@ def _route_kernel(
     ids_ptr: tl.tensor,
     weights_ptr: tl.tensor,
     normed_ptr: tl.tensor,
+    live_ptr: tl.tensor,
     eps: tl.tensor,
     scale: tl.tensor,
     H: tl.constexpr,
@@ -169,6 +170,7 @@ def _route_kernel(
     BLOCK_H: tl.constexpr,
     PROGRAMS: tl.constexpr,
     NORMED: tl.constexpr,
+    PADDED: tl.constexpr,
     E: tl.constexpr,
     E_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -221,6 +223,8 @@ def _route_kernel(
             logits, bias_ptr, scale, E, E_PAD, TOP_K, TOP_K_PAD, SIGMOID, NOAUX_TC, LIMITED, GROUP_SIZE,
             TOPK_GROUPS, NORM_TOPK,
         )  # fmt: skip
+        if PADDED:
+            ids = tl.where(row < tl.load(live_ptr), ids, -1)
         slot = tl.arange(0, TOP_K_PAD)
         tl.store(ids_ptr + row * TOP_K + slot, ids, mask=slot < TOP_K)
         tl.store(weights_ptr + row * TOP_K + slot, weights, mask=slot < TOP_K)
@@ -239,6 +243,7 @@ def route(
     topk_ids_BK: torch.Tensor,
     topk_weights_BK: torch.Tensor,
     normed_BH: torch.Tensor | None = None,
+    live_rows: torch.Tensor | None = None,
     **blocks: Any,
 ) -> None:
     """Write `route_plain` of contiguous rows, several programs a row.
@@ -255,10 +260,14 @@ def route(
         topk_ids_BK: written, int32, best first.
         topk_weights_BK: written, float32.
         normed_BH: written; without it the norm is folded into the logits, and not rounded.
+        live_rows: how many rows are no padding, int32 [1]: those behind them get ids of -1, no expert, whose weights
+            `decode_experts_gemm` does not read. Not for a single row: `decode_experts_gemv` knows no such id.
         blocks: block sizes instead of the usual ones, and options of the launch (`pdl_options`).
     """
     check_rows(x_BH, weight_EH, logits_BE, topk_ids_BK, topk_weights_BK)
     rows, hidden = x_BH.shape
+    if live_rows is not None and rows == 1:
+        raise ValueError("A single row is never padding: the experts of one row need ids of experts.")
     block_e = 1 if rows == 1 else 16 if rows <= 16 else 8
     sizes = {"BLOCK_E": block_e, "BLOCK_H": min(power_of_two(hidden, 16), 512), "num_warps": 8, **blocks}
     programs = triton.cdiv(routing.num_experts, sizes["BLOCK_E"])
@@ -272,11 +281,13 @@ def route(
         topk_ids_BK,
         topk_weights_BK,
         x_BH if normed_BH is None else normed_BH,
+        topk_ids_BK if live_rows is None else live_rows,
         eps,
         routing.scale,
         H=hidden,
         PROGRAMS=programs,
         NORMED=normed_BH is not None,
+        PADDED=live_rows is not None,
         **routing.constants(),
         **sizes,
     )
