@@ -1,8 +1,8 @@
 """One decoding step of the language model as a chain of kernels over static buffers.
 
 Batch 1 takes eight kernels a layer, each a GEMV over one weight; a small batch takes eleven, as GEMMs; a large one is
-multiplied by cuBLAS, and its experts as in a prefill. Each is the plain PyTorch form of `deepseek_vl2.models` rounded in
-fewer places.
+multiplied by cuBLAS, and its experts as in a prefill. Each is the plain PyTorch form of `deepseek_vl2.models` rounded
+in fewer places.
 
 Shape suffixes: B rows, C capacity of the cache in tokens, H hidden size, N attention heads, R rank of the latent, P
 rotated part of a head, E routed experts, K experts of a row.
@@ -197,8 +197,8 @@ def attend_mla(weights: AttentionWeights, buffers: DecodeBuffers, cache: torch.T
     query = buffers.take("query", rows, heads, rank + rotated)
     alone = rows <= MAX_ROWS_PER_HEAD
     decode_mla.prepare(
-        projected, kv_b, weights.norm, weights.eps, buffers.cos, buffers.sin, buffers.rows.positions, buffers.rows.starts, query, cache, alone,
-        **buffers.pdl,
+        projected, kv_b, weights.norm, weights.eps, buffers.cos, buffers.sin, buffers.rows.positions,
+        buffers.rows.starts, query, cache, alone, **buffers.pdl,
     )  # fmt: skip
     if not alone:
         unrotated = weights.unrotated
