@@ -92,7 +92,7 @@ def encode(tower: Any, pixels_V3SS: torch.Tensor, pdl: dict[str, Any] | None = N
 
 
 def run_mlp(mlp: Any, x_VTC: torch.Tensor) -> torch.Tensor:
-    """Return a block's MLP of [V, T, C]; on a GPU its tanh GELU is the end of the first product, not a pass of its own."""
+    """Return a block's MLP of [V, T, C]; on a GPU its tanh GELU ends the first product, and is no pass of its own."""
     out: torch.Tensor
     if x_VTC.device.type != "cuda" or type(mlp) is not Mlp or not is_tanh_gelu(mlp.act):
         out = mlp(x_VTC)
