@@ -12,7 +12,8 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -283,7 +284,7 @@ def finish(output: Path, total: int) -> int:
 
 
 def work(args: Namespace, jobs: list[Job], part: Path, share: int, show: bool) -> None:
-    """Answer lines, batch by batch, and append each batch's records to this process's part file."""
+    """Answer lines, several at a time, and append their records in order to this process's part file."""
     from tqdm import tqdm
 
     loaded = load(args)
@@ -292,31 +293,118 @@ def work(args: Namespace, jobs: list[Job], part: Path, share: int, show: bool) -
     with bar, open(part, "a", encoding="utf-8") as file:
         if part.stat().st_size:
             file.write("\n")  # a killed process may have left its last line unfinished
-        for start in range(0, len(jobs), args.batch_size):
-            batch = jobs[start : start + args.batch_size]
-            for record in answer_batch(loaded, batch, args, seed):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        for record in answer_lines(loaded, jobs, args, seed):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
-            bar.update(len(batch))
+            bar.update()
 
 
-def answer_batch(loaded: Loaded, jobs: Iterable[Job], args: Namespace, seed: int) -> list[dict[str, Any]]:
-    """Return a record for each line: an answer, or an error."""
-    questions, records = [], []
-    for job in jobs:
-        try:
-            questions.append(read_question(loaded, job, args.system_prompt))
-        except (ValueError, OSError, TypeError, AttributeError, KeyError) as error:  # whatever shape a line has
-            reason = str(error) if isinstance(error, (ValueError, OSError)) else f"The line has a wrong shape: {error}."
-            records.append({"line": job.line, "key": job.key, "error": reason})
-    if questions:
-        try:
-            records += generate(loaded, questions, args, seed)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise ValueError(f"Out of memory: lower --batch_size ({args.batch_size}). {error}") from error
-            raise
-    return records
+def answer_lines(loaded: Loaded, jobs: Iterable[Job], args: Namespace, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield a record for each line, in order: an answer, or an error; ``--batch_size`` lines are answered together."""
+    window: deque[Pending] = deque()
+    todo = iter(jobs)
+    try:
+        while True:
+            while sum(not line.done for line in window) < args.batch_size and (job := next(todo, None)) is not None:
+                window.append(ask(loaded, job, args, seed))
+            if not window:
+                return
+            if window[0].done:
+                yield window.popleft().record(args)
+            else:
+                wait_for_another(window)
+    finally:
+        for line in window:
+            line.cancel()
+
+
+def wait_for_another(window: Sequence[Pending]) -> None:
+    """Drive the engine until one more line is done, so that its place is filled though earlier ones go on."""
+    done = sum(line.done for line in window)
+    window[0].engine.run_until(lambda: sum(line.done for line in window) > done)
+
+
+@dataclass
+class Pending:
+    """A line on its way.
+
+    Fields:
+        job: the line.
+        question: what it asks; ``None`` where that cannot be read.
+        error: why there is no answer.
+    """
+
+    job: Job
+    question: Question | None = None
+    error: str | None = None
+    engine: Any = None
+    request: Any = None
+    text: str = ""
+    end: Any = None
+
+    @property
+    def done(self) -> bool:
+        """Whether there is an answer, or an error."""
+        return self.error is not None or self.end is not None
+
+    def cancel(self) -> None:
+        """Stop the answer."""
+        if self.request is not None and not self.done:
+            self.engine.cancel(self.request)
+
+    def take(self, event: Any) -> None:
+        """Note what the engine tells."""
+        from deepseek_vl2.engine.request import Delta
+
+        if isinstance(event, Delta):
+            self.text += event.text
+            self.end = event if event.finish_reason is not None else None
+        else:
+            self.end = event.error
+
+    def record(self, args: Namespace) -> dict[str, Any]:
+        """Return the line's record.
+
+        Raises:
+            ValueError: memory ran out.
+        """
+        if isinstance(self.end, Exception):
+            if is_out_of_memory(self.end):
+                raise ValueError(f"Out of memory: lower --batch_size ({args.batch_size}). {self.end}") from self.end
+            self.error = f"The model failed: {self.end}"
+        if self.error is not None or self.question is None:
+            return {"line": self.job.line, "key": self.job.key, "error": self.error}
+        return answer_record(self.question, self.text, self.end)
+
+
+def ask(loaded: Loaded, job: Job, args: Namespace, seed: int) -> Pending:
+    """Hand a line to the engine; what is wrong with it becomes its error."""
+    try:
+        return submit(loaded, read_question(loaded, job, args.system_prompt), args, seed)
+    except (ValueError, OSError, TypeError, AttributeError, KeyError) as error:  # whatever shape a line has
+        reason = str(error) if isinstance(error, (ValueError, OSError)) else f"The line has a wrong shape: {error}."
+        return Pending(job, error=reason)
+
+
+def submit(loaded: Loaded, question: Question, args: Namespace, seed: int) -> Pending:
+    """Hand a question to the engine."""
+    from deepseek_vl2.engine.detokenizer import token_bytes_of
+    from deepseek_vl2.engine.holder import engine_of
+    from deepseek_vl2.engine.prompts import prompt_of
+    from deepseek_vl2.engine.request import Request
+    from deepseek_vl2.serve.streaming import answer_params, model_ends
+
+    options, ends = generation_options(args), model_ends(loaded.model)
+    line = Pending(question.job, question, engine=engine_of(loaded.model))
+    line.request = Request(
+        prompt_of(loaded.model, question.sample),
+        answer_params(options, ends, seed + question.job.line),  # a line gets what it would get alone
+        line.take,
+        token_bytes_of(loaded.tokenizer, ends),
+        options.prefill_chunk_size,
+    )
+    line.engine.submit([line.request])
+    return line
 
 
 def read_question(loaded: Loaded, job: Job, system_prompt: str) -> Question:
@@ -369,48 +457,20 @@ def open_image_data(data: bytes) -> Any:
     return load_image(data)
 
 
-def generate(loaded: Loaded, questions: list[Question], args: Namespace, seed: int) -> list[dict[str, Any]]:
-    """Answer questions together; each gets what it would get alone, and the seed of its own line."""
-    from transformers import LogitsProcessorList
-
-    from deepseek_vl2.serve.streaming import GREEDY_BELOW, SeededSampler
-
-    options = generation_options(args)
-    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": options.max_new_tokens}
-    if options.repetition_penalty != 1:
-        settings["repetition_penalty"] = options.repetition_penalty
-    if options.prefill_chunk_size is not None:
-        settings["prefill_chunk_size"] = options.prefill_chunk_size
-    if options.temperature > GREEDY_BELOW:
-        seeds = [seed + question.job.line for question in questions]
-        sampler = SeededSampler(options.temperature, options.top_k, options.top_p, seeds)
-        settings["logits_processor"] = LogitsProcessorList([sampler])
-    inputs = loaded.processor.batchify([question.sample for question in questions]).to(loaded.model.device)
-    output = loaded.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :].tolist()
-    return [record_of(loaded, question, ids, args) for question, ids in zip(questions, output, strict=True)]
-
-
-def record_of(loaded: Loaded, question: Question, ids: list[int], args: Namespace) -> dict[str, Any]:
-    """Return the record of one answer from its token ids, which may go on behind its end."""
-    from deepseek_vl2.serve.streaming import StopWordFilter
+def answer_record(question: Question, text: str, end: Any) -> dict[str, Any]:
+    """Return the record of one answer, of which ``end`` is the engine's last word."""
     from deepseek_vl2.utils.grounding import parse_grounding
 
-    ends = loaded.model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    length = next((index for index, id_ in enumerate(ids) if id_ in ends), None)
-    words = StopWordFilter(args.stop)
-    text = words.push(loaded.tokenizer.decode(ids[:length], skip_special_tokens=False)) + words.flush()
-    usage = {
-        "prompt_tokens": len(question.sample["input_ids"]),
-        "completion_tokens": len(ids) if length is None else length + 1,
-    }
     record = {
         "line": question.job.line,
         "key": question.job.key,
         **({} if question.id is None else {"id": question.id}),
         "answer": text,
-        "finish_reason": "stop" if words.stopped or length is not None else "length",
-        "usage": usage,
+        "finish_reason": end.finish_reason,
+        "usage": {
+            "prompt_tokens": len(question.sample["input_ids"]),
+            "completion_tokens": end.completion_tokens,
+        },
     }
     found = parse_grounding(text, question.sizes or None).to_dict()["objects"]
     return {**record, "objects": found} if found else record

@@ -173,7 +173,7 @@ class Chat:
         """Generate and show the answer to a new turn; Ctrl-C stops it and keeps what was said."""
         from deepseek_vl2.serve.streaming import TextStream
 
-        inputs = self.loaded.processor(conversations=self.messages([*self.turns, turn])).to(self.loaded.model.device)
+        inputs = self.loaded.processor(conversations=self.messages([*self.turns, turn]))
         self.warn_of_length(inputs["input_ids"].shape[1])
         stream = TextStream(self.loaded.model, self.loaded.tokenizer, inputs, generation_options(self.args))
         self.turns.append(turn)
