@@ -170,6 +170,7 @@ class Engine:
         if self._driver.acquire(blocking=False):  # nobody drives: there may be no next step
             try:
                 self._drop_cancelled()
+                self._drop_ended()
             finally:
                 self._driver.release()
 
@@ -274,6 +275,7 @@ class Engine:
         if not self._late:
             self._receive()
         self._decode()
+        self._drop_ended()  # who drives may do no further step
 
     def _take_new(self) -> None:
         with self._wake:
@@ -285,8 +287,8 @@ class Engine:
         self._take_new()
         everyone = (*self.scheduler.waiting, *self.scheduler.prefilling, *self.scheduler.running)
         for answer in [answer for answer in everyone if answer.request.cancelled]:
+            self.stats.cancelled += not answer.finished
             answer.finished = True
-            self.stats.cancelled += 1
             self._end(answer)
 
     def _end(self, answer: Answer) -> None:
