@@ -373,7 +373,8 @@ class Engine:
         self._drop_ended()
         self.scheduler.make_room()
         self._note_growth()
-        answers = [a for a in self.scheduler.running if a.sampler.chosen < a.params.max_tokens]
+        running = [answer for answer in self.scheduler.running if not answer.request.cancelled]
+        answers = [answer for answer in running if answer.sampler.chosen < answer.params.max_tokens]
         if not answers:
             self._receive()
             return
