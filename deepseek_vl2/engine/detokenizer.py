@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from .attached import attached
+
 
 class TokenBytes:
     """The bytes that each token of a byte-level tokenizer stands for.
@@ -49,6 +51,20 @@ class TokenBytes:
     def longest(self) -> int:
         """Return the length, in bytes, of the longest token."""
         return max(len(self[i]) for i in range(len(self.tokenizer)))
+
+
+def token_bytes_of(tokenizer: PreTrainedTokenizerBase, hidden: Sequence[int] = ()) -> TokenBytes:
+    """Return a tokenizer's table, which is kept with it.
+
+    Raises:
+        ValueError: the tokenizer is not byte-level.
+    """
+    held, key = attached(tokenizer), f"token_bytes {sorted(hidden)}"
+    with held.lock:
+        if key not in held.values:
+            held.values[key] = TokenBytes(tokenizer, hidden)
+        table: TokenBytes = held.values[key]
+        return table
 
 
 class StopFilter:

@@ -98,6 +98,8 @@ class Engine:
         )
         self.device = self.placement.device
         self.rows = Rows(self.scheduler.max_batch, self.device, self.placement.devices)
+        # A GPU writes the next token while the host looks at this one; a CPU would only do a step too many.
+        self._late = int(self.device.type == "cuda")
         self._batch: SamplingBatch | None = None
         self._pending: list[Pending] = []
         self._new: list[Answer] = []
@@ -161,10 +163,16 @@ class Engine:
             self._wake.notify_all()
 
     def cancel(self, request: Request) -> None:
-        """Forget a request; its room is free at the next step. Nothing more is delivered from then on."""
+        """Forget a request; its room is free at once, or at the next step. Nothing more is delivered from then on."""
         with self._wake:
             request.cancelled = True
             self._wake.notify_all()
+        if self._driver.acquire(blocking=False):  # nobody drives: there may be no next step
+            try:
+                self._drop_cancelled()
+                self._drop_ended()
+            finally:
+                self._driver.release()
 
     def holds(self, request: Request) -> bool:
         """Whether a request is still at work, or waits."""
@@ -200,6 +208,8 @@ class Engine:
 
     def start(self) -> None:
         """Let a thread of the engine's own drive it."""
+        if self._thread is not None:
+            raise RuntimeError("The engine has a thread already: another server has started it.")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -219,6 +229,8 @@ class Engine:
                 with self._device_context():
                     while self._wait_for_work():
                         self.step()
+                        with self._wake:
+                            self._wake.notify_all()  # threads that wait in `run_until`
             except BaseException as error:
                 self._error = error
                 logger.exception("The engine has died.")
@@ -256,23 +268,27 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> None:
         """Read some of the waiting prompts, and write one more token of every answer."""
-        self._take_new()
         self._drop_cancelled()
         self.scheduler.admit()
         self._note_growth()
         self._prefill()
+        if not self._late:
+            self._receive()
         self._decode()
+        self._drop_ended()  # who drives may do no further step
 
     def _take_new(self) -> None:
         with self._wake:
             self.scheduler.waiting.extend(self._new)
             self._new = []
 
+    @torch.inference_mode()
     def _drop_cancelled(self) -> None:
+        self._take_new()
         everyone = (*self.scheduler.waiting, *self.scheduler.prefilling, *self.scheduler.running)
         for answer in [answer for answer in everyone if answer.request.cancelled]:
+            self.stats.cancelled += not answer.finished
             answer.finished = True
-            self.stats.cancelled += 1
             self._end(answer)
 
     def _end(self, answer: Answer) -> None:
@@ -357,7 +373,8 @@ class Engine:
         self._drop_ended()
         self.scheduler.make_room()
         self._note_growth()
-        answers = [a for a in self.scheduler.running if a.sampler.chosen < a.params.max_tokens]
+        running = [answer for answer in self.scheduler.running if not answer.request.cancelled]
+        answers = [answer for answer in running if answer.sampler.chosen < answer.params.max_tokens]
         if not answers:
             self._receive()
             return
@@ -394,7 +411,7 @@ class Engine:
         if likeliest is None or sampled.tokens_B is not likeliest:
             self.rows.tokens[:count] = sampled.tokens_B
         self._send(answers, sampled, self._batch)
-        self._receive(keep=1)
+        self._receive(keep=self._late)
 
     def _drop_ended(self) -> None:
         for answer in [answer for answer in self.scheduler.running if answer.finished]:

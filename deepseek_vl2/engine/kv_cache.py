@@ -9,6 +9,7 @@ Shape suffixes: S tokens of the pool, M key/value heads, D head size, R rank of 
 
 from __future__ import annotations
 
+import os
 from bisect import insort
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,30 @@ def layer_shapes(language: Any) -> list[LayerShape]:
     return shapes
 
 
+def bytes_per_token(shapes: list[LayerShape]) -> int:
+    """Return the bytes that a token takes in all layers."""
+    return sum(shape.numbers * shape.dtype.itemsize for shape in shapes)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
+    if "SC_AVPHYS_PAGES" not in names:  # not every system says
+        return 4 << 30
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def affordable_tokens(shapes: list[LayerShape], share: float) -> int:
+    """Return how many tokens fit into a share of the memory that is free, on each of the devices."""
+    devices = dict.fromkeys(shape.device for shape in shapes)
+    return min(
+        int(share * free_memory(device)) // bytes_per_token([shape for shape in shapes if shape.device == device])
+        for device in devices
+    )
+
+
 def new_pool(shape: LayerShape, tokens: int) -> tuple[torch.Tensor, ...]:
     """Return a layer's pool: ([S, R + P],), latent first, or keys and values, [S, M, D] each."""
     if shape.rank is not None:
@@ -89,7 +114,7 @@ class KVCache:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that a token takes in all layers."""
-        return sum(shape.numbers * shape.dtype.itemsize for shape in self.shapes)
+        return bytes_per_token(self.shapes)
 
     @property
     def free_tokens(self) -> int:

@@ -111,12 +111,14 @@ class Delta:
         tokens: whose text begins in what has been shown so far; without a detokenizer the new token.
         completion_tokens: of the answer so far, those of stop sequences and its end included.
         finish_reason: why the answer ended; ``None`` while it goes on.
+        stop: the stop sequence that ended it.
     """
 
     text: str
     tokens: list[ShownToken]
     completion_tokens: int
     finish_reason: FinishReason | None = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,8 @@ class Answer:
         if detokenizer is not None:
             shown = detokenizer.take_tokens(finished=self.finished)
         if text or shown or reason:
-            self.request.deliver(Delta(text, shown, len(self.tokens), reason))
+            stop = None if detokenizer is None else detokenizer.filter.found
+            self.request.deliver(Delta(text, shown, len(self.tokens), reason, stop))
 
     def fail(self, error: Exception) -> None:
         """End the answer with an error."""

@@ -172,6 +172,8 @@ class Scheduler:
             extent = self._allocate(room)
             if idle is not None:
                 self.prefixes.let_go(idle)
+                if extent is None and self.busy == 0 and not admitted:
+                    match, extent = None, self._allocate(room)  # there is room without what it would reuse
             if extent is None:
                 if self.busy == 0 and not admitted:
                     self.waiting.popleft()

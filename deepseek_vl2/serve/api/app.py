@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -17,10 +18,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from deepseek_vl2 import __version__
+from deepseek_vl2.engine.detokenizer import token_bytes_of
+from deepseek_vl2.engine.engine import end_ids
+from deepseek_vl2.engine.holder import engine_of, existing_engine, release_model
+from deepseek_vl2.engine.scheduler import EngineOptions
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 
 from .chat import ChatService, check_api_key
-from .engine import Engine, EngineOptions, end_ids
 from .errors import ApiError, error_response, handle_api_error
 from .grammar import GrammarCompiler
 from .grammar_process import GrammarService
@@ -29,7 +33,6 @@ from .metrics import Metrics
 from .prompts import PromptBuilder
 from .schemas import ChatRequest
 from .settings import Settings
-from .token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
 
@@ -102,18 +105,27 @@ class Server:
     ) -> None:
         tokenizer = processor.tokenizer
         hidden = {*end_ids(model), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
-        token_bytes = TokenBytes(tokenizer, sorted(hidden))
+        token_bytes = token_bytes_of(tokenizer, sorted(hidden))
+        if options.max_length is None:
+            options = replace(options, max_length=model.config.language_config.max_position_embeddings)
+        assert options.max_length is not None
+        if options.kv_cache_tokens is not None and options.kv_cache_tokens < options.max_length:
+            raise ValueError(
+                f"The KV cache of {options.kv_cache_tokens} tokens does not hold one prompt and answer of "
+                f"{options.max_length}: give it more memory, or lower the length."
+            )
+        self.model = model
         self.settings = settings
         self.created = int(time.time())
-        self.engine = Engine(model, token_bytes, options)
+        self.engine = engine_of(model, options)
         self.metrics = Metrics(self.engine)
         builder = PromptBuilder(
-            processor, options.max_length, token_bytes.longest(), settings.images, settings.preparing_threads
+            model, processor, options.max_length, token_bytes.longest(), settings.images, settings.preparing_threads
         )
-        compiler = GrammarCompiler(token_bytes, model.config.language_config.vocab_size, end_ids(model))
+        compiler = GrammarCompiler(token_bytes, model.config.language_config.vocab_size, sorted(end_ids(model)))
         self.grammars = GrammarService(compiler, settings.grammars)
         self.running = RunningRequests()
-        self.chat = ChatService(self.engine, builder, self.grammars, self.metrics, settings)
+        self.chat = ChatService(self.engine, token_bytes, builder, self.grammars, self.metrics, settings)
         self.app = self._application()
 
     def _application(self) -> FastAPI:
@@ -131,6 +143,8 @@ class Server:
         yield
         await self.grammars.stop()
         await anyio.to_thread.run_sync(self.engine.stop)
+        if existing_engine(self.model) is self.engine:
+            release_model(self.model)  # with the server's bounds, which are not for whoever generates later
 
     async def abort(self) -> None:
         """End the requests at work, each with the answer that the server shuts down."""

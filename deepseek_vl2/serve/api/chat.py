@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import json
@@ -14,20 +15,22 @@ import anyio.to_thread
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from .answers import Answers, Deadline, Disconnected, unless_disconnected
+from deepseek_vl2.engine.detokenizer import TokenBytes
+from deepseek_vl2.engine.engine import Engine
+from deepseek_vl2.engine.request import Delta
+from deepseek_vl2.engine.request import Request as EngineRequest
+from deepseek_vl2.engine.sampling_params import Constraint, SamplingParams
+
+from .answers import Answers, Deadline, Disconnected, Mailbox, unless_disconnected
 from .body import BodyBudget, check_content_type, read_body
-from .engine import Engine
 from .errors import ApiError
 from .event_stream import CLIENT_LEFT, EventStream
-from .grammar import Constraint
 from .grammar_process import GrammarService
 from .grammar_rules import Kind
 from .metrics import Metrics
 from .prompts import PreparedPrompt, PromptBuilder
 from .replies import Reply
-from .sampling import SamplingOptions
 from .schemas import LOWEST_TEMPERATURE, ChatRequest, JsonObjectFormat, JsonSchemaFormat, parse_request
-from .sequence import Delta, Job
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -36,19 +39,28 @@ PARSING_THREADS = 2  # Python runs one at a time; the event loop is to be the ne
 LAST_WORDS_SECONDS = 5.0  # for the event that tells a reading client that time ran out
 
 
-def sampling_options(request: ChatRequest, index: int) -> SamplingOptions:
-    """Return how to choose the tokens of a request's ``index``-th answer."""
+LEAST_TOP_P = 1e-9  # keeps the most likely token alone, as 0 does
+
+
+def sampling_params(
+    request: ChatRequest, index: int, max_tokens: int, constraint: Constraint | None = None
+) -> SamplingParams:
+    """Return how to choose the tokens of a request's ``index``-th answer, and what ends it."""
     temperature = 1.0 if request.temperature is None else request.temperature
     seed = None if request.seed is None else (request.seed + index) % 2**63
-    return SamplingOptions(
+    return SamplingParams(
+        max_tokens=max_tokens,
         temperature=0.0 if temperature < LOWEST_TEMPERATURE else temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
+        top_p=1.0 if request.top_p is None else max(request.top_p, LEAST_TOP_P),
         seed=seed,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         repetition_penalty=request.repetition_penalty or 1.0,
         logit_bias={int(token): value for token, value in (request.logit_bias or {}).items()},
-        top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        stop=request.stop_words,
+        ignore_eos=bool(request.ignore_eos),
+        grammar=None if constraint is None else lambda: constraint,
     )
 
 
@@ -67,6 +79,7 @@ class ChatService:
 
     Args:
         engine: the engine.
+        token_bytes: the tokenizer's table.
         builder: prepares prompts.
         grammars: makes constraints.
         metrics: counts.
@@ -76,12 +89,15 @@ class ChatService:
     def __init__(
         self,
         engine: Engine,
+        token_bytes: TokenBytes,
         builder: PromptBuilder,
         grammars: GrammarService,
         metrics: Metrics,
         settings: Settings,
     ) -> None:
         self.engine = engine
+        self.token_bytes = token_bytes
+        self.mailbox: Mailbox | None = None
         self.builder = builder
         self.grammars = grammars
         self.metrics = metrics
@@ -193,26 +209,25 @@ class ChatService:
                 raise ApiError(400, message, "logit_bias")
 
     async def _submit(self, asked: ChatRequest, answers: Answers) -> Reply:
-        """Prepare the prompt and hand the jobs to the engine."""
+        """Prepare the prompt and hand a request for each answer to the engine."""
         count = asked.n or 1
         constraints = await self._constraints(asked, count)
         prepared = await self.builder.build(asked)
         max_tokens = self._max_tokens(asked, prepared)
-        jobs = [
-            Job(
+        if self.mailbox is None or self.mailbox.loop is not asyncio.get_running_loop():
+            self.mailbox = Mailbox()
+        requests = [
+            EngineRequest(
                 prompt=prepared.prompt,
-                sampling=sampling_options(asked, index),
-                max_tokens=max_tokens,
-                deliver=answers.sink(index),
-                stop_words=asked.stop_words,
-                constraint=constraints[index],
-                ignore_eos=bool(asked.ignore_eos),
+                params=sampling_params(asked, index, max_tokens, constraints[index]),
+                deliver=answers.sink(index, self.mailbox),
+                token_bytes=self.token_bytes,
             )
             for index in range(count)
         ]
-        answers.submit(jobs)
+        answers.submit(requests)
         tokens, sizes = len(prepared.prompt), prepared.image_sizes
-        return Reply(asked, self.settings.model_name, tokens, sizes, answers, self.engine.token_bytes)
+        return Reply(asked, self.settings.model_name, tokens, sizes, answers, self.token_bytes)
 
     async def _constraints(self, asked: ChatRequest, count: int) -> Sequence[Constraint | None]:
         """Return the grammar of each answer; it is compiled once for all of them."""
@@ -226,7 +241,7 @@ class ChatService:
 
     def _max_tokens(self, asked: ChatRequest, prepared: PreparedPrompt) -> int:
         """Return how long the answer may become: what was asked for, or all the room there is."""
-        prompt, limit = len(prepared.prompt), self.engine.options.max_length
+        prompt, limit = len(prepared.prompt), self.builder.max_length
         if prompt >= limit:
             raise self.builder.too_long(f"The prompt has {prompt} tokens, which leaves no room for an answer within")
         wanted = asked.wanted_tokens

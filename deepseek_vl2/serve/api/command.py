@@ -11,7 +11,11 @@ import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepseek_vl2.engine.scheduler import EngineOptions
+    from deepseek_vl2.serve.api.settings import Settings
 
 DESCRIPTION = "Serve a model over HTTP, with OpenAI's chat completions API."
 EXAMPLES = """\
@@ -24,6 +28,7 @@ KEY_VARIABLE = "DEEPSEEK_VL2_API_KEY"
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_LENGTH = 4096
+GPU_SLOTS, CPU_SLOTS = 256, 32
 
 
 def positive(text: str) -> int:
@@ -47,6 +52,14 @@ def seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a time above 0 seconds")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """Read a number above zero."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value
 
 
@@ -93,21 +106,35 @@ def _add_engine_arguments(group: Any) -> None:
     group.add_argument(
         "--dtype", default="bfloat16", choices=DTYPES, help="dtype of the weights (default: %(default)s)"
     )
-    group.add_argument("--slots", type=positive, default=16, help="answers written together (default: %(default)s)")
+    group.add_argument(
+        "--slots", type=positive, help=f"answers written together (default: {GPU_SLOTS} on a GPU, {CPU_SLOTS} on a CPU)"
+    )
     group.add_argument(
         "--max_length", type=positive,
-        help="tokens of a prompt and its answer; slots times this many are reserved "
-        f"(default: {MAX_LENGTH}, or what the model knows if that is less)",
+        help=f"tokens of a prompt and its answer (default: {MAX_LENGTH}, or what the model knows if that is less)",
     )  # fmt: skip
+    group.add_argument(
+        "--kv_cache_gib", type=above_zero, metavar="GIB",
+        help="memory of the KV cache, on all devices together (default: slots times max-length tokens, but at most "
+        "half of what is free beside the model)",
+    )  # fmt: skip
+    group.add_argument(
+        "--image_cache_mib", type=not_negative, default=512, metavar="MIB",
+        help="memory of image embeddings that are kept for the next question about a picture (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--no_prefix_cache", action="store_true", help="do not reuse the KV cache of prompts that began alike"
+    )
     group.add_argument(
         "--queue", type=not_negative, default=64, help="requests that may wait for a slot (default: %(default)s)"
     )
     group.add_argument(
-        "--prefill_chunk", type=positive, default=512,
-        help="tokens of prompts that run between two tokens of the answers under way (default: %(default)s)",
+        "--prefill_chunk", type=positive,
+        help="tokens of a prompt that run between two tokens of the answers under way (default: 2048 on a GPU, "
+        "512 on a CPU)",
     )  # fmt: skip
     group.add_argument(
-        "--tiles_a_step", type=positive, default=4, help="image tiles encoded at once (default: %(default)s)"
+        "--tiles_a_step", type=positive, help="image tiles encoded at once (default: 32 on a GPU, 4 on a CPU)"
     )
 
 
@@ -206,26 +233,10 @@ def room(wanted: int | None, positions: int) -> int:
     return min(MAX_LENGTH, positions) if wanted is None else wanted
 
 
-def build_server(args: argparse.Namespace) -> Any:
-    """Load the model and return a `Server`.
-
-    Raises:
-        ValueError, OSError: see `load_pretrained_model`.
-    """
-    import torch
-
-    from deepseek_vl2.cli.options import check_device, check_reachable
-    from deepseek_vl2.serve.api.app import Server
-    from deepseek_vl2.serve.api.engine import EngineOptions
+def server_settings(args: argparse.Namespace, keys: tuple[str, ...], name: str, slots: int) -> Settings:
+    """Return what the options say of the HTTP side."""
     from deepseek_vl2.serve.api.settings import MEBI, ConnectionLimits, ImageLimits, Settings
-    from deepseek_vl2.serve.api.slots import cache_bytes
-    from deepseek_vl2.utils.io import load_pretrained_model
 
-    keys = api_keys(args.api_key)
-    name = chosen_model(args)
-    if args.device is not None:
-        check_device(args.device)
-    check_reachable(name)
     images = ImageLimits(
         max_images=args.max_images,
         max_bytes=args.max_image_mib * MEBI,
@@ -234,7 +245,7 @@ def build_server(args: argparse.Namespace) -> Any:
         allow_private=args.allow_private_image_urls,
         seconds=args.image_seconds,
     )
-    requests = 2 * (args.slots + args.queue)
+    requests = 2 * (slots + args.queue)
     most = args.max_connections or max(512, 4 * requests)
     connections = ConnectionLimits(
         most=most,
@@ -242,7 +253,7 @@ def build_server(args: argparse.Namespace) -> Any:
         header_seconds=args.header_seconds,
         idle_seconds=args.idle_seconds,
     )
-    settings = Settings(
+    return Settings(
         model_name=args.served_model_name or model_name(name),
         api_keys=keys,
         cors_origins=tuple(args.cors_origin),
@@ -256,17 +267,62 @@ def build_server(args: argparse.Namespace) -> Any:
         allowed_hosts=None if keys or not is_local(args.host) else tuple(args.allowed_host),
         connections=connections,
     )
-    dtype = getattr(torch, args.dtype)
-    where: dict[str, Any] = {"device_map": "auto"} if args.device == "auto" else {"device": args.device}
-    _, processor, model = load_pretrained_model(name, dtype=dtype, **where)
-    config = model.config.language_config
-    length = room(args.max_length, config.max_position_embeddings)
-    options = EngineOptions(args.slots, length, args.queue, args.prefill_chunk, args.tiles_a_step)
-    size = cache_bytes(config, args.slots, length, dtype) / 2**30
-    logging.getLogger(__name__).info(
-        "The cache of %d slots of %d tokens takes %.2f GiB on %s.", args.slots, length, size, model.device
+
+
+def engine_options(args: argparse.Namespace, model: Any) -> EngineOptions:
+    """Return the engine's bounds for a loaded model.
+
+    Raises:
+        ValueError: more tokens are asked for than the model knows.
+    """
+    from deepseek_vl2.engine.kv_cache import affordable_tokens, bytes_per_token, layer_shapes
+    from deepseek_vl2.engine.scheduler import EngineOptions
+
+    on_gpu = model.device.type == "cuda"
+    slots = args.slots or (GPU_SLOTS if on_gpu else CPU_SLOTS)
+    length = room(args.max_length, model.config.language_config.max_position_embeddings)
+    shapes = layer_shapes(model.language)
+    if args.kv_cache_gib is not None:
+        tokens = int(args.kv_cache_gib * 2**30) // bytes_per_token(shapes)
+    else:
+        tokens = min(slots * length, max(length, affordable_tokens(shapes, share=0.5)))
+    chunk = args.prefill_chunk or (2048 if on_gpu else 512)
+    size = tokens * bytes_per_token(shapes) / 2**30
+    logging.getLogger(__name__).info("The KV cache of %d tokens takes %.2f GiB on %s.", tokens, size, model.device)
+    return EngineOptions(
+        max_batch=slots,
+        max_length=length,
+        queue_size=args.queue,
+        kv_cache_tokens=tokens,
+        prefill_tokens=4 * chunk if on_gpu else chunk,
+        prefill_chunk=chunk,
+        tiles_a_pass=args.tiles_a_step or (32 if on_gpu else 4),
+        image_cache_bytes=args.image_cache_mib << 20,
+        share_prefixes=not args.no_prefix_cache,
     )
-    return Server(model, processor, settings, options)
+
+
+def build_server(args: argparse.Namespace) -> Any:
+    """Load the model and return a `Server`.
+
+    Raises:
+        ValueError, OSError: see `load_pretrained_model`.
+    """
+    import torch
+
+    from deepseek_vl2.cli.options import check_device, check_reachable
+    from deepseek_vl2.serve.api.app import Server
+    from deepseek_vl2.utils.io import load_pretrained_model
+
+    keys = api_keys(args.api_key)
+    name = chosen_model(args)
+    if args.device is not None:
+        check_device(args.device)
+    check_reachable(name)
+    where: dict[str, Any] = {"device_map": "auto"} if args.device == "auto" else {"device": args.device}
+    _, processor, model = load_pretrained_model(name, dtype=getattr(torch, args.dtype), **where)
+    options = engine_options(args, model)
+    return Server(model, processor, server_settings(args, keys, name, options.max_batch), options)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -14,8 +14,9 @@ import llguidance
 import numpy as np
 import torch
 
+from deepseek_vl2.engine.detokenizer import TokenBytes
+
 from .grammar_rules import MAX_REASON, Kind, build_tokenizer, check_length, compile_matcher
-from .token_bytes import TokenBytes
 
 
 class GrammarError(RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 MEBI = 1 << 20
@@ -97,7 +98,7 @@ class Settings:
     request_seconds: float | None = 600.0
     max_choices: int = 8
     max_requests: int = 128
-    preparing_threads: int = 2
+    preparing_threads: int = field(default_factory=lambda: max(2, min(8, (os.cpu_count() or 2) // 2)))
     allowed_hosts: tuple[str, ...] | None = None
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     grammars: GrammarLimits = field(default_factory=GrammarLimits)
