@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 
+from .checkpoint_check import check_config, check_tokenizer
+from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .conversation import Conversation, get_conv_template
 from .image_modes import WHITE, Background, check_background
 from .image_processing import ImageTransform
@@ -94,6 +97,9 @@ class BaseProcessor(ProcessorMixin):
         # pre-tokenizer that tokenizer.json asks for, and spaces vanish.
         for name in ("trust_remote_code", "_from_auto", "processor_class", "code_revision"):
             kwargs.pop(name, None)
+        directory = Path(pretrained_model_name_or_path)
+        if (directory / "config.json").is_file():
+            check_tokenizer(directory, check_config(directory, DeepseekVLV2Config.model_type))
         tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
         tokenizer.init_kwargs.pop("auto_map", None)
         return [tokenizer]

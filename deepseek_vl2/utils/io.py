@@ -14,7 +14,9 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 import deepseek_vl2.models
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models.checkpoint import StoredTensors, find_files
+from deepseek_vl2.models.checkpoint_check import check_config, check_tokenizer
 from deepseek_vl2.models.image_loading import load_image
 from deepseek_vl2.models.image_modes import WHITE, Background, check_background
 from deepseek_vl2.utils.demo import DEMO_NAME, demo_checkpoint
@@ -52,7 +54,9 @@ def resolve_model_path(model_path: str | Path) -> str | Path:
         A directory, or the id of a hub repository as it is.
 
     Raises:
-        FileNotFoundError: nano is not part of this installation, or what looks like a directory is not there.
+        FileNotFoundError: nano is not part of this installation, what looks like a directory is not there, or one of
+            its files.
+        ValueError: a file of the directory is damaged or another model's.
     """
     name = str(model_path)
     if name == DEMO_NAME:
@@ -66,6 +70,8 @@ def resolve_model_path(model_path: str | Path) -> str | Path:
         return Path(str(files("deepseek_vl2") / "assets" / NANO_NAME))
     path = Path(name).expanduser()
     if path.is_dir():
+        check_tokenizer(path, check_config(path, DeepseekVLV2Config.model_type))
+        StoredTensors(find_files(path) or [])  # looks at their headers
         return path
     if path.is_absolute() or name.startswith((".", "~")) or path.exists():
         raise FileNotFoundError(f"There is no checkpoint directory at {path}.")
