@@ -119,9 +119,12 @@ def model_facts(name: str, dtype: str, context: int) -> dict[str, Any]:
 
     from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM
     from deepseek_vl2.models.checkpoint import released_shapes
+    from deepseek_vl2.models.checkpoint_check import check_config
     from deepseek_vl2.utils.io import resolve_model_path
 
     source = resolve_model_path(name)
+    if isinstance(source, Path):
+        check_config(source, DeepseekVLV2Config.model_type)
     config = DeepseekVLV2Config.from_pretrained(source)
     with torch.device("meta"):
         shapes = released_shapes(DeepseekVLV2ForCausalLM(config), config)
@@ -192,7 +195,7 @@ def needed_bytes(parameters: int, cache: int, dtype: str, context: int) -> int:
 def stored_facts(source: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Return what the files of a directory hold and what is wrong with them, from their headers or, if small, whole."""
     from deepseek_vl2.models.checkpoint import StoredTensors, check_shapes, find_files
-    from deepseek_vl2.models.checkpoint_check import find_not_finite
+    from deepseek_vl2.models.checkpoint_check import check_tokenizer, find_not_finite, read_json_object
 
     if not Path(source).is_dir():
         return {}
@@ -211,6 +214,7 @@ def stored_facts(source: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict
             wrong = find_not_finite((name, tensor[...]) for name, tensor in stored.slices.items())
             if wrong:
                 raise ValueError(f"{stored.files[wrong[0]]} has weights that are NaN or infinite: it is damaged.")
+        check_tokenizer(Path(source), read_json_object(Path(source) / "config.json"))
     except (ValueError, OSError) as error:
         return {"problem": str(error)}
     return facts

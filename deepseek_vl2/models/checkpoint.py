@@ -136,14 +136,9 @@ def read_slices(path: Path) -> dict[str, Any]:
     """Return what reads each tensor of a safetensors file, by its name.
 
     Raises:
-        ValueError: the file is empty, truncated or none of its kind.
+        safetensors.SafetensorError: the file is truncated or none of its kind.
     """
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty: copy or download it again.")
-    try:
-        shard = safe_open(path, framework="pt", backend="pread")  # checks the header, and the size
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated, or no safetensors file ({error}): copy it again.") from error
+    shard = safe_open(path, framework="pt", backend="pread")  # checks the header, and the size
     slices: dict[str, Any] = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - not a dict
     if not hasattr(os, "preadv"):
         return slices
@@ -162,13 +157,21 @@ class StoredTensors:
 
     Files are read, not memory-mapped: a mapped page counts as the process's memory until its file is closed, and
     loading would seem to take, and on a full machine would take, the checkpoint's size almost twice.
+
+    Raises:
+        ValueError: a file is empty, truncated or none of its kind.
     """
 
     def __init__(self, files: list[Path]) -> None:
         self.slices: dict[str, Any] = {}
         self.files: dict[str, Path] = {}
         for file in files:
-            slices = read_slices(file)
+            if file.stat().st_size == 0:
+                raise ValueError(f"{file} is empty: copy or download it again.")
+            try:
+                slices = read_slices(file)
+            except SafetensorError as error:
+                raise ValueError(f"{file} is truncated, or no safetensors file ({error}): copy it again.") from error
             self.slices.update(slices)
             self.files.update(dict.fromkeys(slices, file))
         self.shapes: Shapes = {name: tuple(s.get_shape()) for name, s in self.slices.items()}
@@ -244,7 +247,7 @@ def find_files(source: Any, **hub: Any) -> list[Path] | None:
     if index is None:
         single = cached_file(source, "model.safetensors", **quiet, **hub)
         if single is None and Path(source).is_dir() and not any(Path(source).glob("*.bin")):
-            raise FileNotFoundError(f"{source} has no model.safetensors: {HOLDS}.")
+            raise FileNotFoundError(f"There are no safetensors files in {source}: {HOLDS}.")
         return None if single is None else [Path(single)]
     weight_map = read_json_object(Path(index)).get("weight_map")
     if not isinstance(weight_map, dict):

@@ -56,6 +56,12 @@ class CheckpointLoadingMixin:
             FileNotFoundError: a file is not there.
         """
         source, options = pretrained_model_name_or_path, dict(kwargs)
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if options.pop(name, None):
+                raise ValueError(
+                    f"{name} is no argument of from_pretrained: pass quantization_config="
+                    f"transformers.BitsAndBytesConfig({name}=True), which needs the package bitsandbytes."
+                )
         stored = cls._open_checkpoint(source, options)
         if stored is None:
             result = super().from_pretrained(source, *model_args, **options)  # type: ignore[misc]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from types import EllipsisType
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from .batch import BatchCollateOutput, VLChatProcessorOutput, collate
-from .call_inputs import ImageOptions, as_list, distribute_images
+from .call_inputs import ImageOptions, as_image_list, as_list, distribute_images
 from .conversation import get_conv_template
 from .image_modes import Background, check_background
 from .image_processing import ImageTransform, load_images, make_tiles
@@ -298,8 +298,7 @@ class DeepseekVLV2Processor(BaseProcessor):
         if sum(source is not None for source in (text, prompt, conversations)) != 1:
             raise ValueError("Give exactly one of text, prompt and conversations.")
         options = ImageOptions(cropping, candidate_resolutions, max_pixels, background)
-        if isinstance(images, (Image.Image, str, bytes)):
-            images = [images]
+        images = as_image_list(images)
         sources, single = as_list(text, prompt, conversations)
         samples = []
         distributed = distribute_images(images, sources, single, self.sft_format, self.image_token)
@@ -393,8 +392,7 @@ class DeepseekVLV2Processor(BaseProcessor):
         Raises:
             ValueError: see `process_one`; the default template accepts the same conversations.
         """
-        single = not conversation or isinstance(conversation[0], Mapping)
-        batch = [conversation] if single else list(conversation)
+        batch, single = as_list(None, None, conversation)
         options = {**(processor_kwargs or {}), **kwargs}
         image_options = ImageOptions(**{f.name: options.pop(f.name) for f in fields(ImageOptions) if f.name in options})
         for name in ("padding", "return_tensors", "truncation", "tools", "documents", "load_audio_from_video"):
