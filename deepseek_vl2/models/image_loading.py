@@ -87,7 +87,7 @@ def _open(source: Any) -> tuple[Image.Image, str]:
         raise ValueError(f"{source} is an address: download the image first and pass the file or the PIL image.")
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(
-            f"Cannot read an image from {type(source).__name__}: pass a path, bytes, an open file, a PIL image or pixels."
+            f"Cannot read an image from {type(source).__name__}: pass a path, bytes, a file, a PIL image or pixels."
         )
     if not str(source).strip():
         raise ValueError("The path of an image is empty.")

@@ -76,11 +76,19 @@ def test_half_precision_tensors_are_near() -> None:
     assert np.abs(got.astype(int) - PIXELS).max() <= 1
 
 
-@pytest.mark.parametrize(
-    "source",
-    [np.zeros((5,), np.uint8), np.zeros((2, 3, 4, 5, 3), np.uint8), np.zeros((9, 9, 7), np.uint8), np.zeros((0, 5, 3), np.uint8),
-     np.array([["a"]]), np.zeros((4, 4), complex), np.full((4, 4), np.nan, np.float32), torch.full((3, 4, 4), float("inf"))],
-)  # fmt: skip
+NO_IMAGES: list[Any] = [
+    np.zeros((5,), np.uint8),
+    np.zeros((2, 3, 4, 5, 3), np.uint8),
+    np.zeros((9, 9, 7), np.uint8),
+    np.zeros((0, 5, 3), np.uint8),
+    np.array([["a"]]),
+    np.zeros((4, 4), complex),
+    np.full((4, 4), np.nan, np.float32),
+    torch.full((3, 4, 4), float("inf")),
+]
+
+
+@pytest.mark.parametrize("source", NO_IMAGES)
 def test_an_array_that_is_no_image_is_an_error(source: Any) -> None:
     with pytest.raises(ValueError):
         PROCESSOR(prompt="<image>", images=[source])
