@@ -14,9 +14,10 @@ from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .conversation import Conversation, get_conv_template
 from .image_modes import WHITE, Background, check_background
 from .image_processing import ImageTransform
-from .messages import CHAT_TEMPLATE, CHAT_TOKENS, GROUNDING_TOKENS
+from .messages import CHAT_TEMPLATE, CHAT_TOKENS, GROUNDING_TOKENS, Message, messages_to_conversation
 from .prompt_encoding import encode_with_literals, literal_ids
 from .tiling import Size, tile_grid
+from .turns import Turn, print_turns, walk_turns
 
 
 class BaseProcessor(ProcessorMixin):
@@ -148,3 +149,33 @@ class BaseProcessor(ProcessorMixin):
     def new_chat_template(self) -> Conversation:
         """Return a fresh copy of this processor's prompt template."""
         return get_conv_template(self.sft_format)
+
+    # ---------------------------------------------------------------- prompts as text
+
+    def format_messages(
+        self,
+        conversations: Sequence[Message],
+        sft_format: str = "deepseek",
+        system_prompt: str = "",
+    ) -> str:
+        """Return a conversation as a person reads it: as it is tokenized, with a space in front of each answer.
+
+        A conversation that ends with the user's turn is shown with the assistant's tag that asks for the answer. What
+        is returned gives, as ``text=``, the same ids, unless a message of the conversation is the system's.
+        """
+        turns = self._walk(self._flatten(conversations), template=sft_format)
+        return system_prompt.strip() + print_turns(turns, sft_format, self.tokenizer.eos_token)
+
+    def format_prompts(self, prompts: str, sft_format: str = "deepseek", system_prompt: str = "") -> str:
+        """Return a bare prompt wrapped as one user turn."""
+        message = {"role": get_conv_template(sft_format).roles[0], "content": prompts}
+        return (system_prompt.strip() + self._walk([message], template=sft_format)[0].text).strip()
+
+    def _walk(
+        self, conversation: Sequence[Message], add_generation_prompt: bool = True, template: str | None = None
+    ) -> list[Turn]:
+        return walk_turns(conversation, template or self.sft_format, self.image_token, add_generation_prompt)
+
+    def _flatten(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Return messages with texts as contents, without their images."""
+        return messages_to_conversation(messages, self.image_token, lambda part: None)
