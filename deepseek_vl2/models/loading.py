@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.generation import GenerationConfig
 
+from .bundled import locate_bundled
 from .checkpoint import StoredTensors, check_shapes, conversion_rules, find_files, released_shapes
 from .checkpoint_check import check_config, check_finite
 
@@ -44,7 +45,7 @@ class CheckpointLoadingMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint in the released layout; arguments as in transformers.
+        """Load a checkpoint in the released layout, or "nano"; arguments as in transformers.
 
         Of those, ``dtype`` (or ``torch_dtype``), ``device_map``, ``attn_implementation`` ("sdpa", "eager",
         "flash_attention_2", ...) and ``vision_attention_backend`` ("sdpa", "eager", "xformers") are the usual ones.
@@ -55,7 +56,7 @@ class CheckpointLoadingMixin:
                 NaN, or the config is another model's.
             FileNotFoundError: a file is not there.
         """
-        source, options = pretrained_model_name_or_path, dict(kwargs)
+        source, options = locate_bundled(pretrained_model_name_or_path), dict(kwargs)
         for name in ("load_in_4bit", "load_in_8bit"):
             if options.pop(name, None):
                 raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 
+from .bundled import locate_bundled
 from .checkpoint_check import check_config, check_tokenizer
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .conversation import Conversation, get_conv_template
@@ -104,6 +105,11 @@ class BaseProcessor(ProcessorMixin):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
         tokenizer.init_kwargs.pop("auto_map", None)
         return [tokenizer]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint's processor, or that of "nano"; arguments as in transformers."""
+        return super().from_pretrained(locate_bundled(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:

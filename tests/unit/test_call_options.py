@@ -53,12 +53,21 @@ def test_an_image_is_never_cut() -> None:
         PROCESSOR(prompt="words and <image>", images=[image], truncation=True, max_length=20)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"padding": "sideways"}, {"padding_side": "up"}, {"truncation": "only_first"}, {"max_length": 5}, {"return_tensors": "tf"},
-     {"max_length": 0, "truncation": True}, {"padding": "max_length"}, {"truncation": True},
-     {"padding": "max_length", "max_length": 9}, {"text_kwargs": 5}],
-)  # fmt: skip
+IMPOSSIBLE: list[dict[str, Any]] = [
+    {"padding": "sideways"},
+    {"padding_side": "up"},
+    {"truncation": "only_first"},
+    {"truncation": True},
+    {"max_length": 5},
+    {"max_length": 0, "truncation": True},
+    {"padding": "max_length"},
+    {"padding": "max_length", "max_length": 9},
+    {"return_tensors": "tf"},
+    {"text_kwargs": 5},
+]
+
+
+@pytest.mark.parametrize("options", IMPOSSIBLE)
 def test_what_cannot_be_done_is_an_error(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         PROCESSOR(prompt=TEXTS, **options)

@@ -25,3 +25,13 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="nothing"):
         _ = deepseek_vl2.nothing  # type: ignore[attr-defined]
+
+
+def test_every_class_loads_nano_by_its_name() -> None:
+    from deepseek_vl2 import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+
+    config = DeepseekVLV2Config.from_pretrained("nano")
+    processor = DeepseekVLV2Processor.from_pretrained("nano")
+    model = DeepseekVLV2ForCausalLM.from_pretrained("nano")
+    assert config.image_token_id == processor.image_token_id == model.config.image_token_id
+    assert model.get_input_embeddings().weight.shape[0] == config.language_config.vocab_size
