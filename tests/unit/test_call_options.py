@@ -32,7 +32,7 @@ def test_padding_to_a_length_or_a_multiple() -> None:
 
 
 def test_without_padding_rows_must_be_as_long() -> None:
-    assert PROCESSOR(prompt=["abc", "abd"], padding=False).input_ids.shape == (2, 4)
+    assert PROCESSOR(prompt=["abc", "xyz"], padding=False).input_ids.shape == (2, 4)
     with pytest.raises(ValueError, match="6, 14"):
         PROCESSOR(prompt=TEXTS, padding=False)
 
