@@ -145,7 +145,7 @@ class BatchCollateOutput(OutputWithTiles):
 
 
 def collate(
-    samples: Sequence[VLChatProcessorOutput], pad_id: int, ignore_id: int, left: bool = True
+    samples: Sequence[VLChatProcessorOutput], pad_id: int, ignore_id: int, left: bool = True, length: int | None = None
 ) -> BatchCollateOutput:
     """Pad samples to one length and stack them; the tiles of a single sample are shared with it, not copied.
 
@@ -156,6 +156,7 @@ def collate(
         pad_id: id of the padding tokens.
         ignore_id: their label.
         left: whether they stand on the left; generation needs that.
+        length: of all rows, in tokens; by default that of the longest.
 
     Raises:
         ValueError: there are no samples.
@@ -163,9 +164,10 @@ def collate(
     if not samples:
         raise ValueError("There are no samples to batch.")
 
-    def stack(name: str, value: float, left: bool = False) -> torch.Tensor:
+    def stack(name: str, value: float, left: bool = False, length: int | None = None) -> torch.Tensor:
         rows = [sample[name] for sample in samples]
-        out = rows[0].new_full((len(rows), max(len(row) for row in rows), *rows[0].shape[1:]), value)
+        longest = max(len(row) for row in rows) if length is None else length
+        out = rows[0].new_full((len(rows), longest, *rows[0].shape[1:]), value)
         for index, row in enumerate(rows):
             start = out.shape[1] - len(row) if left else 0
             out[index, start : start + len(row)] = row
@@ -175,16 +177,17 @@ def collate(
     if images is None:
         images = samples[0]["images"][None] if len(samples) == 1 else stack("images", 0)
     lengths = [len(sample["input_ids"]) for sample in samples]
-    positions = torch.arange(max(lengths)).expand(len(lengths), -1)
+    length = max(lengths) if length is None else length
+    positions = torch.arange(length).expand(len(lengths), -1)
     lengths_column = torch.tensor(lengths)[:, None]
-    attention_mask = positions >= max(lengths) - lengths_column if left else positions < lengths_column
+    attention_mask = positions >= length - lengths_column if left else positions < lengths_column
     return BatchCollateOutput(
         sft_format=[sample["sft_format"] for sample in samples],
-        input_ids=stack("input_ids", pad_id, left),
-        labels=stack("target_ids", ignore_id, left),
+        input_ids=stack("input_ids", pad_id, left, length),
+        labels=stack("target_ids", ignore_id, left, length),
         attention_mask=attention_mask,
         images=images,
-        images_seq_mask=stack("images_seq_mask", False, left),
+        images_seq_mask=stack("images_seq_mask", False, left, length),
         images_spatial_crop=stack("images_spatial_crop", 0),
         seq_lens=lengths,
     )

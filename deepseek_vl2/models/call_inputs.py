@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
 
+from PIL import Image
+
+from .array_images import as_images, is_array
 from .image_modes import Background
-from .messages import IMAGE_PLACEHOLDER, messages_to_conversation
+from .messages import IMAGE_PLACEHOLDER, check_messages, messages_to_conversation
 from .prompt_encoding import check_tags
 from .turns import walk_turns
 
@@ -30,9 +34,20 @@ class ImageOptions:
     background: Background | EllipsisType = ...
 
 
+def as_image_list(images: Any) -> Any:
+    """Return the images of a call as a list: a single one, whatever it is given as, becomes a list of one."""
+    if is_array(images):
+        return as_images(images)
+    if isinstance(images, (Image.Image, str, bytes, bytearray, os.PathLike)) or hasattr(images, "read"):
+        return [images]
+    return images
+
+
 def as_list(text: Any, prompt: Any, conversations: Any) -> tuple[list[Any], bool]:
     """Return the inputs as a list, and whether there was a single one."""
     if conversations is not None:
+        if isinstance(conversations, (str, bytes, Mapping)) or not isinstance(conversations, Sequence):
+            check_messages(conversations)  # says what a conversation is
         single = not conversations or isinstance(conversations[0], Mapping)
         return ([conversations] if single else list(conversations)), single
     source = prompt if text is None else text

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from .bundled import locate_bundled
 from .configuration_deepseek import DeepseekV2Config, check_choice
 
 PROJECTOR_TYPES = ("identity", "linear", "mlp_gelu", "downsample_mlp_gelu")
@@ -213,6 +214,11 @@ class DeepseekVLV2Config(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", language_config.tie_word_embeddings)
         self.tie_word_embeddings = kwargs.pop("tie_word_embeddings")
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint's config, or that of "nano"; arguments as in transformers."""
+        return super().from_pretrained(locate_bundled(pretrained_model_name_or_path), **kwargs)
 
     @property
     def use_cache(self) -> bool:

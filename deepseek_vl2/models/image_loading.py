@@ -6,16 +6,21 @@ import base64
 import binascii
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image, UnidentifiedImageError
 
+from .array_images import image_of_array, is_array
+from .image_download import shortened
 from .image_modes import WHITE, Background, as_rgb
 
 # Pillow warns from here on that a file may be a decompression bomb; we refuse it.
 MAX_IMAGE_PIXELS = 89_478_485
+BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+=*\s*")
+LEAST_BASE64 = 200  # shorter, it may be a path that was misspelt
 
 
 def check_image_size(image: Image.Image, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
@@ -59,10 +64,21 @@ def _decode_data_url(url: str) -> bytes:
         raise ValueError(f"The data URL is not valid base64: {error}.") from error
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte, is none of a file
+        return False
+
+
 def _open(source: Any) -> tuple[Image.Image, str]:
     """Open without decoding; returns the image and a name for error messages."""
     if isinstance(source, Image.Image):
         return source, "The image"
+    if is_array(source):
+        return image_of_array(source), "The image"
+    if hasattr(source, "read") and not isinstance(source, os.PathLike):
+        return Image.open(io.BytesIO(source.read())), "The image in the open file"
     if isinstance(source, (bytes, bytearray)):
         return Image.open(io.BytesIO(source)), "The image"
     if isinstance(source, str) and source.startswith("data:"):
@@ -70,10 +86,17 @@ def _open(source: Any) -> tuple[Image.Image, str]:
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise ValueError(f"{source} is an address: download the image first and pass the file or the PIL image.")
     if not isinstance(source, (str, os.PathLike)):
-        raise ValueError(f"Cannot read an image from {type(source).__name__}: pass a path, bytes or a PIL image.")
+        raise ValueError(
+            f"Cannot read an image from {type(source).__name__}: pass a path, bytes, a file, a PIL image or pixels."
+        )
+    if not str(source).strip():
+        raise ValueError("The path of an image is empty.")
     path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no image file at {path}.")
+    if not _is_there(path):
+        text = str(source)
+        if len(text) >= LEAST_BASE64 and BASE64.fullmatch(text):
+            raise ValueError(f"{shortened(text)} looks like base64: write 'data:;base64,' in front of it.")
+        raise FileNotFoundError(f"There is no image file at {shortened(text)}.")
     if path.is_dir():
         raise ValueError(f"{path} is a directory, not an image file.")
     if path.stat().st_size == 0:
@@ -85,7 +108,8 @@ def load_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS, background: Back
     """Read one image and return it as a new RGB image, turned upright as its EXIF orientation says.
 
     Args:
-        source: a path, the bytes of a file, a ``data:`` URL or a PIL image.
+        source: a path, the bytes of a file, a file opened for bytes, a ``data:`` URL, a PIL image, or an array or
+            tensor of pixels (see `image_of_array`).
         max_pixels: refuse an image with more pixels than this, before it is decoded.
         background: the colour under transparent pixels; ``None`` drops their alpha, as the original package does.
 
@@ -100,7 +124,8 @@ def load_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS, background: Back
 
 def read_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS, background: Background = WHITE) -> Image.Image:
     """Do what `load_image` does, errors included, without its last copy: the image may be of a file format's class."""
-    name = str(source) if isinstance(source, (str, os.PathLike)) and not str(source).startswith("data:") else "The data"
+    is_path = isinstance(source, (str, os.PathLike)) and not str(source).startswith("data:")
+    name = shortened(str(source)) if is_path else "The data"
     try:
         image, name = _open(source)
         check_image_size(image, name, max_pixels)

@@ -89,7 +89,7 @@ def _over(image: Image.Image, background: Background) -> Image.Image:
 
 def _gray_to_rgb(image: Image.Image, background: Background) -> Image.Image:
     pixels = np.asarray(image)
-    gray = Image.fromarray(_bytes_of(pixels, image.mode, image.format))
+    gray = Image.fromarray(gray_bytes(pixels, image.mode, image.format))
     transparent = image.info.get("transparency")
     if background is None or not isinstance(transparent, (int, float)):
         return gray.convert("RGB")
@@ -97,8 +97,17 @@ def _gray_to_rgb(image: Image.Image, background: Background) -> Image.Image:
     return _over(Image.merge("RGBA", (gray, gray, gray, alpha)), background)
 
 
-def _bytes_of(pixels: NDArray[Any], mode: str, file_format: str | None) -> NDArray[np.uint8]:
-    """Return gray values scaled to 0 to 255."""
+def gray_bytes(pixels: NDArray[Any], mode: str, file_format: str | None = None) -> NDArray[np.uint8]:
+    """Return values scaled to 0 to 255, as `as_rgb` says of gray.
+
+    Args:
+        pixels: of any shape.
+        mode: Pillow's, of 16 bits, "I" or "F".
+        file_format: of the file that they were read from.
+
+    Raises:
+        ValueError: some are no finite numbers.
+    """
     if mode in MODES_OF_16_BITS:
         table = np.rint(np.arange(MAX_UINT16 + 1) * (255 / MAX_UINT16)).astype(np.uint8)
         return table[pixels]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.generation import GenerationConfig
 
+from .bundled import locate_bundled
 from .checkpoint import StoredTensors, check_shapes, conversion_rules, find_files, released_shapes
+from .checkpoint_check import check_config, check_finite
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 SPECIAL_OPTIONS = ("state_dict", "gguf_file", "variant", "tp_plan", "distributed_config", "quantization_config")
@@ -42,17 +45,24 @@ class CheckpointLoadingMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint in the released layout; arguments as in transformers.
+        """Load a checkpoint in the released layout, or "nano"; arguments as in transformers.
 
         Of those, ``dtype`` (or ``torch_dtype``), ``device_map``, ``attn_implementation`` ("sdpa", "eager",
         "flash_attention_2", ...) and ``vision_attention_backend`` ("sdpa", "eager", "xformers") are the usual ones.
 
         Raises:
             ValueError: tensors are missing, extra or of another shape; each is named. With
-                ``ignore_mismatched_sizes=True`` the checkpoint is not checked.
-            FileNotFoundError: the index names a shard that is not there.
+                ``ignore_mismatched_sizes=True`` the checkpoint is not checked. Or a file is damaged, its weights are
+                NaN, or the config is another model's.
+            FileNotFoundError: a file is not there.
         """
-        source, options = pretrained_model_name_or_path, dict(kwargs)
+        source, options = locate_bundled(pretrained_model_name_or_path), dict(kwargs)
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if options.pop(name, None):
+                raise ValueError(
+                    f"{name} is no argument of from_pretrained: pass quantization_config="
+                    f"transformers.BitsAndBytesConfig({name}=True), which needs the package bitsandbytes."
+                )
         stored = cls._open_checkpoint(source, options)
         if stored is None:
             result = super().from_pretrained(source, *model_args, **options)  # type: ignore[misc]
@@ -64,6 +74,7 @@ class CheckpointLoadingMixin:
         if stored is not None:
             model.name_or_path = model.config.name_or_path = str(source)
             model._weight_conversions = conversion_rules()  # what saving reverses; loading did without
+            check_finite(model, stored.files, source)
             with contextlib.suppress(OSError):  # releases ship no generation_config.json
                 model.generation_config = GenerationConfig.from_pretrained(source, **hub_options(options))
         model.freeze_unused()
@@ -87,10 +98,13 @@ class CheckpointLoadingMixin:
         if options.get("ignore_mismatched_sizes") or options.get("use_safetensors") is False:
             return None
         hub = hub_options(options)
+        config = options.get("config")
+        directory = Path(source) / options.get("subfolder", "")
+        if config is None and directory.is_dir():
+            check_config(directory, cls.config_class.model_type)  # type: ignore[attr-defined]
         files = find_files(source, **hub)
         if files is None:
             return None
-        config = options.get("config")
         if not isinstance(config, PretrainedConfig):
             config = cls.config_class.from_pretrained(source if config is None else config, **hub)  # type: ignore[attr-defined]
             for name in [name for name in options if hasattr(config, name) and name not in ("dtype", "torch_dtype")]:

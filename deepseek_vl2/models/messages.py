@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 from urllib.request import url2pathname
+
+from .image_download import download, shortened
 
 Message = Mapping[str, Any]
 Role = Literal["user", "assistant", "system"]
@@ -117,27 +120,64 @@ def messages_to_conversation(
     Raises:
         ValueError: a part of unknown type, or an image part without a source.
     """
-    return [{**message, **_flatten_content(message, image_token, read_source or _load_source)} for message in messages]
+    read = read_source or _load_source
+    return [{**message, **_flatten_content(message, image_token, read)} for message in check_messages(messages)]
+
+
+def check_messages(messages: Any) -> Sequence[Message]:
+    """Return a conversation; raise ``ValueError`` where it is no list of messages."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise ValueError(
+            "A conversation is a list of messages, such as [{'role': 'user', 'content': 'Hello'}], got "
+            f"{_shown(messages)}."
+        )
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise ValueError(f"A message is a dict with role and content, got {_shown(message)}.")
+    return messages
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {shortened(repr(value))}"
+
+
+def listed_images(message: Message) -> list[Any]:
+    """Return the images that a message lists; raise ``ValueError`` where it holds no list."""
+    images = message.get("images")
+    if images is None:
+        return []
+    if not isinstance(images, (list, tuple)):
+        what = repr(images) if isinstance(images, (str, os.PathLike)) else type(images).__name__
+        raise ValueError(f"images of a message is a list: write [{shortened(what)}] for one image.")
+    return list(images)
 
 
 def _flatten_content(message: Message, image_token: str, read_source: Callable[[Message], Any]) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, str):
-        return {"content": content, "images": list(message.get("images") or [])}
+        return {"content": content, "images": listed_images(message)}
     if not isinstance(content, Sequence):
-        raise ValueError(f"A message needs a content, a text or a list of parts, got {content!r}: {dict(message)}.")
+        whole = shortened(str(dict(message)))
+        raise ValueError(f"A message needs a content, a text or a list of parts, got {_shown(content)}: {whole}.")
     text, after_image = "", False
-    images = list(message.get("images") or [])
+    images = listed_images(message)
     for part in content:
+        if not isinstance(part, Mapping):
+            raise ValueError(
+                f"A content part is a dict such as {{'type': 'text', 'text': 'Hello'}}, got {_shown(part)}."
+            )
         kind = part.get("type")
         if kind in ("image", "image_url", "input_image"):
             images.append(read_source(part))
             text += ("\n" if after_image else "") + image_token
             after_image = True
         elif kind in ("text", "input_text"):
-            if part["text"]:
-                glue = "\n" if after_image and part["text"][0] not in " \t\r\n" else ""
-                text += glue + escape_tags(part["text"], image_token)
+            said = part.get("text")
+            if not isinstance(said, str):
+                raise ValueError(f"A text part needs its text under text, got {_shown(said)}.")
+            if said:
+                glue = "\n" if after_image and said[0] not in " \t\r\n" else ""
+                text += glue + escape_tags(said, image_token)
                 after_image = False
         else:
             raise ValueError(f"Unknown type of content part: {kind!r}; expected text, image or image_url.")
@@ -163,7 +203,5 @@ def image_source(part: Message) -> Any:
 def _load_source(part: Message) -> Any:
     source = image_source(part)
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        from transformers.image_utils import load_image as download
-
         return download(source)
     return source

@@ -304,6 +304,8 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             TypeError: an unknown keyword.
         """
         check_keywords(kwargs)
+        if labels is not None and (isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0):
+            raise ValueError("labels need the logits of all positions: leave logits_to_keep out.")
         past_key_values = one_cache(past_key_values, cache)
         # What reads numbers back from the device comes first, while the device has nothing else to finish.
         if skip_logits is None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 
+from .bundled import locate_bundled
+from .checkpoint_check import check_config, check_tokenizer
+from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .conversation import Conversation, get_conv_template
 from .image_modes import WHITE, Background, check_background
 from .image_processing import ImageTransform
-from .messages import CHAT_TEMPLATE, CHAT_TOKENS, GROUNDING_TOKENS
+from .messages import CHAT_TEMPLATE, CHAT_TOKENS, GROUNDING_TOKENS, Message, messages_to_conversation
 from .prompt_encoding import encode_with_literals, literal_ids
 from .tiling import Size, tile_grid
+from .turns import Turn, print_turns, walk_turns
 
 
 class BaseProcessor(ProcessorMixin):
@@ -94,9 +99,17 @@ class BaseProcessor(ProcessorMixin):
         # pre-tokenizer that tokenizer.json asks for, and spaces vanish.
         for name in ("trust_remote_code", "_from_auto", "processor_class", "code_revision"):
             kwargs.pop(name, None)
+        directory = Path(pretrained_model_name_or_path)
+        if (directory / "config.json").is_file():
+            check_tokenizer(directory, check_config(directory, DeepseekVLV2Config.model_type))
         tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
         tokenizer.init_kwargs.pop("auto_map", None)
         return [tokenizer]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint's processor, or that of "nano"; arguments as in transformers."""
+        return super().from_pretrained(locate_bundled(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -142,3 +155,33 @@ class BaseProcessor(ProcessorMixin):
     def new_chat_template(self) -> Conversation:
         """Return a fresh copy of this processor's prompt template."""
         return get_conv_template(self.sft_format)
+
+    # ---------------------------------------------------------------- prompts as text
+
+    def format_messages(
+        self,
+        conversations: Sequence[Message],
+        sft_format: str = "deepseek",
+        system_prompt: str = "",
+    ) -> str:
+        """Return a conversation as a person reads it: as it is tokenized, with a space in front of each answer.
+
+        A conversation that ends with the user's turn is shown with the assistant's tag that asks for the answer. What
+        is returned gives, as ``text=``, the same ids, unless a message of the conversation is the system's.
+        """
+        turns = self._walk(self._flatten(conversations), template=sft_format)
+        return system_prompt.strip() + print_turns(turns, sft_format, self.tokenizer.eos_token)
+
+    def format_prompts(self, prompts: str, sft_format: str = "deepseek", system_prompt: str = "") -> str:
+        """Return a bare prompt wrapped as one user turn."""
+        message = {"role": get_conv_template(sft_format).roles[0], "content": prompts}
+        return (system_prompt.strip() + self._walk([message], template=sft_format)[0].text).strip()
+
+    def _walk(
+        self, conversation: Sequence[Message], add_generation_prompt: bool = True, template: str | None = None
+    ) -> list[Turn]:
+        return walk_turns(conversation, template or self.sft_format, self.image_token, add_generation_prompt)
+
+    def _flatten(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Return messages with texts as contents, without their images."""
+        return messages_to_conversation(messages, self.image_token, lambda part: None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from types import EllipsisType
 from typing import Any, Literal
@@ -13,8 +13,8 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from .batch import BatchCollateOutput, VLChatProcessorOutput, collate
-from .call_inputs import ImageOptions, as_list, distribute_images
-from .conversation import get_conv_template
+from .call_inputs import ImageOptions, as_image_list, as_list, distribute_images
+from .call_options import BatchOptions, take_groups
 from .image_modes import Background, check_background
 from .image_processing import ImageTransform, load_images, make_tiles
 from .messages import (
@@ -26,7 +26,7 @@ from .messages import (
 from .processing_base import BaseProcessor
 from .prompt_encoding import PromptEncoder, TokenSequence
 from .tiling import MAX_TILED_IMAGES, TileGrid, select_best_resolution, tokens_per_side
-from .turns import Turn, print_turns, render_turns, walk_turns
+from .turns import print_turns, render_turns
 
 __all__ = [
     "BatchCollateOutput",
@@ -64,36 +64,6 @@ class DeepseekVLV2Processor(BaseProcessor):
     """
 
     attributes = ["tokenizer"]
-
-    # ---------------------------------------------------------------- prompts as text
-
-    def format_messages(
-        self,
-        conversations: Sequence[Message],
-        sft_format: str = "deepseek",
-        system_prompt: str = "",
-    ) -> str:
-        """Return a conversation as a person reads it: as it is tokenized, with a space in front of each answer.
-
-        A conversation that ends with the user's turn is shown with the assistant's tag that asks for the answer. What
-        is returned gives, as ``text=``, the same ids, unless a message of the conversation is the system's.
-        """
-        turns = self._walk(self._flatten(conversations), template=sft_format)
-        return system_prompt.strip() + print_turns(turns, sft_format, self.tokenizer.eos_token)
-
-    def format_prompts(self, prompts: str, sft_format: str = "deepseek", system_prompt: str = "") -> str:
-        """Return a bare prompt wrapped as one user turn."""
-        message = {"role": get_conv_template(sft_format).roles[0], "content": prompts}
-        return (system_prompt.strip() + self._walk([message], template=sft_format)[0].text).strip()
-
-    def _walk(
-        self, conversation: Sequence[Message], add_generation_prompt: bool = True, template: str | None = None
-    ) -> list[Turn]:
-        return walk_turns(conversation, template or self.sft_format, self.image_token, add_generation_prompt)
-
-    def _flatten(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Return messages with texts as contents, without their images."""
-        return messages_to_conversation(messages, self.image_token, lambda part: None)
 
     # ---------------------------------------------------------------- images
 
@@ -267,6 +237,10 @@ class DeepseekVLV2Processor(BaseProcessor):
         max_pixels: int | None = None,
         background: Background | EllipsisType = ...,
         padding: bool | str = True,
+        padding_side: str | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
         return_tensors: str = "pt",
         **kwargs: Any,
     ) -> Any:
@@ -278,11 +252,11 @@ class DeepseekVLV2Processor(BaseProcessor):
             prompt: a text, or a list of texts; see `process_one`.
             conversations: a conversation (a list of messages), or a list of conversations.
             force_batchify: return a batch of one, rather than a bare sample, for a single input.
-            padding: "left" or "right"; True means left.
-            return_tensors: only "pt".
+            padding, padding_side, truncation, max_length, pad_to_multiple_of, return_tensors: see `BatchOptions`.
             apply_sft_format, inference_mode, system_prompt, cropping, candidate_resolutions, max_pixels, background:
                 see `process_one`.
-            **kwargs: not known here; a warning names them.
+            **kwargs: ``text_kwargs``, ``images_kwargs`` and ``common_kwargs`` hold keywords of the above; what else is
+                not known, a warning names.
 
         Returns:
             `BatchCollateOutput`, or `VLChatProcessorOutput` for a single input without ``force_batchify``.
@@ -290,16 +264,18 @@ class DeepseekVLV2Processor(BaseProcessor):
         Raises:
             ValueError, FileNotFoundError: see `process_one`.
         """
+        given = {name: value for name, value in locals().items() if name not in ("self", "images", "text", "kwargs")}
+        groups = take_groups(kwargs)
+        if groups:
+            return self(images, text, **{**given, **kwargs, **groups})
         if kwargs:
             # transformers' pipelines hand their own options to every processor.
             warnings.warn(f"The processor does not know, and ignores: {', '.join(kwargs)}.", stacklevel=2)
-        if return_tensors != "pt":
-            raise ValueError(f"Only return_tensors='pt' is supported, got {return_tensors!r}.")
+        batching = BatchOptions.of({field.name: given[field.name] for field in fields(BatchOptions)})
         if sum(source is not None for source in (text, prompt, conversations)) != 1:
             raise ValueError("Give exactly one of text, prompt and conversations.")
         options = ImageOptions(cropping, candidate_resolutions, max_pixels, background)
-        if isinstance(images, (Image.Image, str, bytes)):
-            images = [images]
+        images = as_image_list(images)
         sources, single = as_list(text, prompt, conversations)
         samples = []
         distributed = distribute_images(images, sources, single, self.sft_format, self.image_token)
@@ -318,9 +294,16 @@ class DeepseekVLV2Processor(BaseProcessor):
                     **vars(options),
                 )
             )
-        if single and not force_batchify:
-            return samples[0]
-        return self.batchify(samples, padding="right" if padding == "right" else "left")
+        return self._hand_over(samples, batching, bare=single and not force_batchify)
+
+    def _hand_over(self, samples: Sequence[VLChatProcessorOutput], options: BatchOptions, bare: bool = False) -> Any:
+        """Return samples as a batch, or one as it is, cut and padded as asked for."""
+        limit = options.limit(self.tokenizer)
+        options.cut(samples, limit)
+        if bare:
+            return options.hand_over(samples[0])
+        length = options.padded_length([len(sample) for sample in samples], limit)
+        return options.hand_over(collate(samples, self.pad_id, self.ignore_id, options.left, length))
 
     def _process_rendered(
         self,
@@ -385,7 +368,8 @@ class DeepseekVLV2Processor(BaseProcessor):
             tokenize: return tensors rather than text.
             return_dict: return all tensors rather than ``input_ids`` alone.
             processor_kwargs: ``cropping``, ``candidate_resolutions``, ``max_pixels`` and ``background`` of
-                `process_one`; they may also be given directly. Other names reach the template.
+                `process_one`, and the fields of `BatchOptions`; they may also be given directly. Other names reach the
+                template.
 
         Returns:
             The text (a list of texts for several conversations), `BatchCollateOutput`, or ``input_ids`` [B, T].
@@ -393,12 +377,12 @@ class DeepseekVLV2Processor(BaseProcessor):
         Raises:
             ValueError: see `process_one`; the default template accepts the same conversations.
         """
-        single = not conversation or isinstance(conversation[0], Mapping)
-        batch = [conversation] if single else list(conversation)
-        options = {**(processor_kwargs or {}), **kwargs}
+        batch, single = as_list(None, None, conversation)
+        options = {**take_groups(kwargs), **(processor_kwargs or {}), **kwargs}
         image_options = ImageOptions(**{f.name: options.pop(f.name) for f in fields(ImageOptions) if f.name in options})
-        for name in ("padding", "return_tensors", "truncation", "tools", "documents", "load_audio_from_video"):
-            options.pop(name, None)
+        names = [field.name for field in fields(BatchOptions) if field.name in options]
+        batching = BatchOptions.of({"return_tensors": return_tensors, **{name: options.pop(name) for name in names}})
+        options.pop("load_audio_from_video", None)
         custom = chat_template is not None or self.chat_template != CHAT_TEMPLATE
         unfinished = add_generation_prompt or continue_final_message
         if custom:
@@ -409,6 +393,8 @@ class DeepseekVLV2Processor(BaseProcessor):
                 **options,
             }
             rendered = [self._render(messages, settings) for messages in batch]
+        elif any(options.get(name) for name in ("tools", "documents")):
+            raise ValueError("The chat template of DeepSeek-VL2 has no place for tools or documents.")
         elif not tokenize:
             walked = [self._walk(self._flatten(messages), add_generation_prompt) for messages in batch]
             bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
@@ -423,7 +409,7 @@ class DeepseekVLV2Processor(BaseProcessor):
                 samples.append(self._process_rendered(rendered[index], images, image_options))
             else:
                 samples.append(self._process_messages(turns, images, add_generation_prompt, unfinished, image_options))
-        out = self.batchify(samples)
+        out = self._hand_over(samples, batching)
         return out if return_dict else out["input_ids"]
 
     def _render(self, messages: Sequence[Message], settings: dict[str, Any]) -> str:

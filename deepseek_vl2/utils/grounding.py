@@ -7,10 +7,13 @@ evaluated, and nothing in it raises; what is wrong with it is reported beside wh
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, overload
 
 from PIL import Image
@@ -47,6 +50,7 @@ _TAG = re.compile(r"<\|(/?)(ref|det|grounding)\|>")
 _SEGMENT = re.compile(r"[^\[\]]+")
 # Longer numbers are none that a model means, and converting them takes more than linear time.
 _NUMBER = re.compile(r"[+-]?[0-9]{1,9}(?:\.[0-9]{0,9})?")
+MOST_SHOWN = 1024  # pixels of a picture's longer side in a notebook
 _QUOTED = 40  # characters of the model's text in a message
 
 
@@ -92,11 +96,13 @@ class Grounding(Sequence[GroundedObject]):
         text: the response.
         objects: labels with their boxes.
         problems: what was wrong, in the order of the text.
+        picture: the image that the boxes are on, where it was given.
     """
 
     text: str
     objects: list[GroundedObject]
     problems: list[Problem]
+    picture: Image.Image | None = field(default=None, repr=False, compare=False)
 
     @overload
     def __getitem__(self, index: int) -> GroundedObject: ...
@@ -118,6 +124,19 @@ class Grounding(Sequence[GroundedObject]):
             "objects": [asdict(found) for found in self.objects],
             "problems": [asdict(problem) for problem in self.problems],
         }
+
+    def _repr_html_(self) -> str:
+        """Return the answer for a notebook: what it says, above the picture with its boxes where that was given."""
+        shown = f"<p>{html.escape(plain_text(self.text))}</p>"
+        if self.picture is None or not any(found.boxes for found in self.objects):
+            return shown
+        data = io.BytesIO()
+        drawing = draw_boxes(self.picture, self.objects)
+        drawing.thumbnail((MOST_SHOWN, MOST_SHOWN))
+        drawing.save(data, "PNG")
+        encoded = base64.b64encode(data.getvalue()).decode()
+        labels = html.escape(", ".join(found.label for found in self.objects if found.label), quote=True)
+        return f'{shown}<img alt="{labels}" src="data:image/png;base64,{encoded}">'
 
     def to_json(self, indent: int | None = None) -> str:
         """Return `to_dict` as JSON."""
@@ -145,7 +164,9 @@ def parse_grounding(text: str, sizes: Sequence[Size | Image.Image] | None = None
             raise ValueError(f"There is no image {image} among {len(sizes)} sizes.")
         index = image % len(sizes)
         target = index, size_of(sizes[index])
-    return _Reader(text, target).read()
+    found = _Reader(text, target).read()
+    shown = None if sizes is None or target is None else sizes[target[0]]
+    return replace(found, picture=shown) if isinstance(shown, Image.Image) else found
 
 
 class _Reader:

@@ -14,9 +14,11 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 import deepseek_vl2.models
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models.checkpoint_check import check_config
 from deepseek_vl2.models.image_loading import load_image
 from deepseek_vl2.models.image_modes import WHITE, Background, check_background
+from deepseek_vl2.models.messages import check_messages, listed_images
 from deepseek_vl2.utils.demo import DEMO_NAME, demo_checkpoint
 
 NANO_NAME = "nano"
@@ -92,10 +94,12 @@ def load_pretrained_model(
         The tokenizer, the processor and the model, in evaluation mode.
 
     Raises:
-        ValueError: the checkpoint does not fit its config.
-        OSError: there is no checkpoint at that path.
+        ValueError: the checkpoint does not fit its config, or a file of it is damaged or another model's.
+        OSError: there is no checkpoint at that path, or one of its files is missing.
     """
     source = resolve_model_path(model_path)
+    if isinstance(source, Path):
+        check_config(source, DeepseekVLV2Config.model_type)
     processor = DeepseekVLV2Processor.from_pretrained(source)
     model = DeepseekVLV2ForCausalLM.from_pretrained(source, dtype=dtype, **kwargs).eval()
     if kwargs.get("device_map") is None:
@@ -118,7 +122,7 @@ def load_pil_images(conversations: Iterable[Mapping[str, Any]], background: Back
         ValueError: a file is empty, truncated, not an image, or has too many pixels.
     """
     background = check_background(background)
-    sources = [source for message in conversations for source in message.get("images") or []]
+    sources = [source for message in check_messages(list(conversations)) for source in listed_images(message)]
     return [load_image(source, background=background) for source in sources]
 
 
