@@ -36,7 +36,9 @@ class DeepseekVL2Renderer(HfRenderer):
 
     def _with_ids(self, rendered: tuple[Any, Any], params: Any) -> tuple[Any, Any]:
         conversation, prompt = rendered
-        options = {name: params.chat_template_kwargs[name] for name in OWN_OPTIONS if name in params.chat_template_kwargs}
+        options = {
+            name: params.chat_template_kwargs[name] for name in OWN_OPTIONS if name in params.chat_template_kwargs
+        }
         processor = load_processor(self.model_config.model, self.model_config.revision)
         prompt["prompt_token_ids"] = prompt_ids(processor, _messages(conversation), **options)
         return conversation, prompt

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+NO_ROTARY_KERNEL = "-rotary_embedding"  # vLLM's word for PyTorch's own operations in its place
+
 
 class PluginSettings:
     """Hooks that vLLM calls while it completes its settings; the names are vLLM's."""
@@ -22,4 +24,8 @@ class PluginSettings:
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Nothing beyond the model's own settings changes."""
+        """Keep vLLM off a kernel that rotates queries of several heads wrongly: the CPU's, under latent attention."""
+        language = vllm_config.model_config.hf_config.get_text_config()
+        operations = vllm_config.compilation_config.custom_ops
+        if vllm_config.device_config.device_type == "cpu" and language.use_mla and NO_ROTARY_KERNEL not in operations:
+            operations.append(NO_ROTARY_KERNEL)
