@@ -57,13 +57,13 @@ class DeepseekVLV2ForCausalLM(nn.Module, SupportsMultiModal, SupportsPP):
             )
         self.config = config
         width = config.language_config.hidden_size
-        with self._mark_tower_model(vllm_config, "image"):
+        with self._mark_tower_model(vllm_config, "image"):  # type: ignore[operator]
             self.vision = VisionTransformer.from_config(config.vision_config)
             self.vision.attn_pool = None  # released files carry it, and it never runs
             self.projector = MlpProjector(config.projector_config)
         self.image_newline = nn.Parameter(torch.empty(width))
         self.view_seperator = nn.Parameter(torch.empty(width))  # misspelt, and the name of a tensor in every checkpoint
-        with self._mark_language_model(vllm_config):
+        with self._mark_language_model(vllm_config):  # type: ignore[operator]
             self.language = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=config.language_config,

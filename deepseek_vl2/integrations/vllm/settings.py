@@ -14,8 +14,8 @@ class PluginSettings:
     def verify_and_update_model_config(model_config: Any) -> None:
         """Choose this package's tokenizer and prompts.
 
-        The released tokenizer_config.json names a class that loses spaces under today's transformers, so "hf" and
-        "slow" are no choice either. A mode of another name is left as the caller set it.
+        "hf" and "slow" would load the class that the released tokenizer_config.json names, under which spaces can
+        vanish, and encode conversations as one text. A mode of another name is left as the caller set it.
         """
         from . import TOKENIZER_MODE
 
