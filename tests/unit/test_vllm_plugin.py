@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from support import KINDS, RELEASES, mini_processor, noise_image
 
 from deepseek_vl2.integrations import vllm as plugin
 from deepseek_vl2.integrations.vllm.configuration import DeepseekVL2ReleasedConfig, LanguageConfig
@@ -28,7 +29,6 @@ from deepseek_vl2.integrations.vllm.settings import PluginSettings
 from deepseek_vl2.integrations.vllm.tokenizer import DeepseekVL2Tokenizer, prepare_tokenizer
 from deepseek_vl2.models import DeepseekVLV2Config
 from deepseek_vl2.models.tiling import TileGrid
-from tests.support import KINDS, RELEASES, mini_processor, noise_image
 
 REGISTRATION = """
 import sys, types

@@ -19,6 +19,7 @@ from vllm.multimodal.processing import BaseDummyInputsBuilder
 from vllm.multimodal.processing.processor import BaseMultiModalProcessor, BaseProcessingInfo, PromptReplacement
 
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2Processor
+from deepseek_vl2.models.image_loading import read_image
 from deepseek_vl2.models.tiling import TileGrid
 
 from .inputs import decode_odd_image, encode_images, is_tiled, largest_resolution, load_processor, tokens_of_image
@@ -43,8 +44,6 @@ def _as_it_came(image: Any) -> Any:
     data = getattr(image, "original_bytes", None)
     if not isinstance(data, bytes) or (odd := decode_odd_image(data)) is None:
         return image
-    from deepseek_vl2.models.image_loading import read_image
-
     return read_image(odd)
 
 
@@ -152,7 +151,7 @@ class MultiModalProcessor(BaseMultiModalProcessor):
         prompt = inputs.prompt
         ids = self.info.get_tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
         images = inputs.mm_data_items.get_count("image", strict=False)
-        tags = ids.count(self._image_id(processor))
+        tags = ids.count(processor.image_token_id)
         if tags != images:
             raise ValueError(
                 f"The prompt has {tags} {processor.image_token} tags but {images} images were given: "
@@ -160,9 +159,6 @@ class MultiModalProcessor(BaseMultiModalProcessor):
             )
         options = self.info.tiling_options(inputs.hf_processor_mm_kwargs, images)
         return super().apply(replace(inputs, prompt=ids, hf_processor_mm_kwargs=options), timing_ctx)
-
-    def _image_id(self, processor: DeepseekVLV2Processor) -> int:
-        return processor.image_token_id
 
     def _apply_hf_processor_mm_only(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], tokenization_kwargs: Mapping[str, Any]
@@ -209,7 +205,7 @@ class MultiModalProcessor(BaseMultiModalProcessor):
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
     ) -> Sequence[PromptReplacement]:
         processor = self.info.get_hf_processor()
-        image_id = self._image_id(processor)
+        image_id = processor.image_token_id
 
         def tokens(index: int) -> list[int]:
             across, down = out_mm_kwargs["image"][index]["images_spatial_crop"].data.tolist()

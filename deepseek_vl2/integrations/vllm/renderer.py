@@ -46,12 +46,11 @@ class DeepseekVL2Renderer(HfRenderer):
 
 def _by_parts(params: Any) -> Any:
     """Have vLLM parse contents into parts and write this package's template, whatever template the files carry."""
-    options = {"tokenize": False, **params.chat_template_kwargs}
     return replace(
         params,
         chat_template=CHAT_TEMPLATE,
         chat_template_content_format="openai",
-        chat_template_kwargs={**options, "tokenize": False},
+        chat_template_kwargs={**params.chat_template_kwargs, "tokenize": False},
     )
 
 

@@ -1,6 +1,6 @@
 """vLLM with the plugin against `generate`, where vLLM is installed; its CPU build is enough.
 
-Without a GPU: ``VLLM_MLA_DISABLE=1 VLLM_CPU_KVCACHE_SPACE=1 pytest tests/parity/test_vllm_plugin.py``.
+Without a GPU: ``VLLM_MLA_DISABLE=1 VLLM_CPU_KVCACHE_SPACE=1 pytest tests/parity/test_vllm_engine.py``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from support import noise_image
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
-from tests.support import noise_image
 
 vllm = pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
