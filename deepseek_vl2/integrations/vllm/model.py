@@ -14,7 +14,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
 from deepseek_vl2.models import DeepseekVLV2Config
-from deepseek_vl2.models.modeling_deepseek_vl_v2 import arrange_images
+from deepseek_vl2.models.image_merge import arrange_images
 from deepseek_vl2.models.projector import MlpProjector
 from deepseek_vl2.models.siglip_vit import VisionTransformer
 from deepseek_vl2.models.tiling import TileGrid
@@ -122,4 +122,5 @@ class DeepseekVLV2ForCausalLM(nn.Module, SupportsMultiModal, SupportsPP):
         Raises:
             ValueError: a tensor without a place.
         """
-        return AutoWeightsLoader(self, skip_prefixes=[UNUSED]).load_weights(weights)
+        used = ((name, tensor) for name, tensor in weights if not name.startswith(UNUSED))
+        return AutoWeightsLoader(self).load_weights(used)
