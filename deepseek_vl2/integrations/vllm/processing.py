@@ -108,10 +108,10 @@ class ProcessingInfo(BaseProcessingInfo):
         given = dict(self.ctx.get_merged_mm_kwargs({}))
         given.update(kwargs)
         given.update(given.pop("images_kwargs", None) or {})
-        unknown = [name for name in given if name not in OPTIONS]
+        unknown = [name for name, value in given.items() if name not in OPTIONS and value != {}]  # a scope left empty
         if unknown:
             raise ValueError(f"Unknown mm_processor_kwargs: {', '.join(unknown)}; there are {' and '.join(OPTIONS)}.")
-        options = {name: value for name, value in given.items() if value is not None}
+        options = {name: given[name] for name in OPTIONS if given.get(name) is not None}
         options.setdefault("cropping", is_tiled(images))
         return options
 
