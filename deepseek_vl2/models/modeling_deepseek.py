@@ -24,7 +24,15 @@ from .configuration_deepseek import DeepseekV2Config
 from .cpu import is_single_cpu_row, project, row_products, wants_wide_products, wide_products
 from .generation import ChunkedGenerationMixin, as_cache, set_generation_ids
 from .loading import CheckpointLoadingMixin
-from .loss import OutputHead, Targets, balance_share, compute_dtype, drop_unseen_labels, find_targets, linear_cross_entropy
+from .loss import (
+    OutputHead,
+    Targets,
+    balance_share,
+    compute_dtype,
+    drop_unseen_labels,
+    find_targets,
+    linear_cross_entropy,
+)
 from .moe import (
     EXPERTS_IMPLEMENTATION,
     AddAuxiliaryLoss,
