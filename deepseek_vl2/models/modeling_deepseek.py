@@ -33,6 +33,7 @@ from .loss import (
     find_targets,
     linear_cross_entropy,
 )
+from .model_card import ModelCardMixin
 from .moe import (
     EXPERTS_IMPLEMENTATION,
     AddAuxiliaryLoss,
@@ -144,7 +145,7 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
         return hidden_states + out, weights
 
 
-class DeepseekV2PreTrainedModel(CheckpointLoadingMixin, ParallelMixin, PreTrainedModel):
+class DeepseekV2PreTrainedModel(CheckpointLoadingMixin, ModelCardMixin, ParallelMixin, PreTrainedModel):
     """What transformers needs to know of the language model."""
 
     config: DeepseekV2Config

@@ -384,6 +384,8 @@ def experts_forward(
     """Run the experts in the way that suits the device and the number of tokens; [N, H]."""
     if holds_some_experts(experts):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_NH, ids_NK, weights_NK)
+    if compute_dtype(experts.gate_up_proj) == torch.float64:  # grouped products know no float64
+        return eager_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
     on_cpu = hidden_NH.device.type == "cpu"
     if torch.is_grad_enabled() and hasattr(F, "grouped_mm"):
         if on_cpu or rows_are_aligned(experts, hidden_NH):
