@@ -10,7 +10,6 @@ from accelerate import infer_auto_device_map
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.generation import GenerationConfig
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .checkpoint import StoredTensors, check_shapes, conversion_rules, find_files, released_shapes
 
@@ -50,11 +49,9 @@ class CheckpointLoadingMixin:
 
         Raises:
             ValueError: tensors are missing, extra or of another shape; each is named. With
-                ``ignore_mismatched_sizes=True`` the checkpoint is not checked. Or DeepSpeed's ZeRO-3 is on.
+                ``ignore_mismatched_sizes=True`` the checkpoint is not checked.
             FileNotFoundError: the index names a shard that is not there.
         """
-        if is_deepspeed_zero3_enabled():
-            raise ValueError("DeepSpeed ZeRO-3 is not supported: FSDP 2 shards the same (docs/training.md, Sharded).")
         source, options = pretrained_model_name_or_path, dict(kwargs)
         stored = cls._open_checkpoint(source, options)
         if stored is None:

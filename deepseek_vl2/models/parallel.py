@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 try:  # torch may come without its distributed part
@@ -118,7 +119,9 @@ class ParallelMixin:
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refuse stages of a pipeline before anything is split."""
+        """Refuse stages of a pipeline, and DeepSpeed's shards, before anything is split."""
+        if is_deepspeed_zero3_enabled():
+            raise ValueError("DeepSpeed ZeRO-3 is not supported: FSDP 2 shards the same (docs/training.md, Sharded).")
         config = distributed_config
         size = config.get("pp_size") if isinstance(config, dict) else getattr(config, "pp_size", None)
         if (size or 1) > 1:

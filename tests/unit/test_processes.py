@@ -45,7 +45,8 @@ def test_deepspeed_is_refused(
     assert finetune(["--data", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "out")]) == 1
     assert "DeepSpeed is not supported" in capsys.readouterr().err
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
-    monkeypatch.setattr("deepseek_vl2.models.loading.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("deepseek_vl2.models.parallel.is_deepspeed_zero3_enabled", lambda: True)
+    mini_model("tiny").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"ZeRO-3 is not supported: FSDP 2"):
         DeepseekVLV2ForCausalLM.from_pretrained(tmp_path)
 
