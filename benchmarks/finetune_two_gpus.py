@@ -21,6 +21,7 @@ import os
 import platform
 import re
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -86,23 +87,32 @@ class Run:
 
 
 def all_runs(small: str, tiny: str) -> list[list[Run]]:
-    """Return the runs in their order; those in a list run at the same time, on a GPU each."""
-    full, lora = Run(tiny, "full", "one", True), Run(tiny, "lora", "one", False)
-    other = Run(small, "lora", "one", True)
+    """Return the runs in their order; those in a list run at the same time, so that only their losses count."""
+    full, lora, other = Run(tiny, "full", "one", True), Run(tiny, "lora", "one", False), Run(small, "lora", "one", True)
+    sharded = Run(tiny, "full", "fsdp", True, full.name)
     return [
-        [full, lora],
-        [other],
-        [Run(tiny, "full", "fsdp", True, full.name)],
-        [Run(tiny, "full", "fsdp", True, full.name, resume=True)],
-        [Run(tiny, "full", "ddp", True, full.name)],
-        [Run(small, "lora", "fsdp", True, other.name)],
-        [Run(tiny, "lora", "ddp", False, lora.name)],
+        [full, lora, other],
+        [sharded, Run(tiny, "full", "ddp", True, full.name)],
+        [
+            Run(tiny, "full", "fsdp", True, full.name, resume=True),
+            Run(small, "lora", "fsdp", True, other.name),
+            Run(tiny, "lora", "ddp", False, lora.name),
+        ],
         [Run(tiny, "full", "fsdp", True, speed=True)],
         [Run(tiny, "lora", "ddp", False, speed=True)],
-        [Run(tiny, "lora", "fsdp", False, lora.name)],
-        [Run(small, "lora", "ddp", True, other.name)],
-        [Run(small, "full", "fsdp", True)],
+        [
+            Run(tiny, "lora", "fsdp", False, lora.name),
+            Run(small, "lora", "ddp", True, other.name),
+            Run(small, "full", "fsdp", True),
+        ],
     ]
+
+
+def free_port() -> int:
+    """Return a port for the processes of a run to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 # ---------------------------------------------------------------- files
@@ -127,13 +137,14 @@ def make_checkpoint(size: str, directory: Path, device: torch.device) -> None:
     DeepseekVLV2Processor(byte_tokenizer(), candidate_resolutions()).save_pretrained(directory)
 
 
-def make_data(directory: Path, rows: int) -> Path:
-    """Write conversations about pictures of several sizes, answers of several lengths."""
+def make_data(directory: Path, rows: int, cpu: bool) -> Path:
+    """Write conversations about pictures of several sizes, answers of several lengths; on a CPU small pictures."""
     picture = Image.open(PICTURE).convert("RGB")
     lines = []
     for row in range(rows):
         view = ImageOps.mirror(picture) if row % 2 else picture
-        view.crop((0, 0, 600 + 25 * (row % 8), 768)).save(directory / f"{row}.png")
+        view = view.crop((0, 0, 600 + 25 * (row % 8), 768))
+        (view.resize((300, 300)) if cpu else view).save(directory / f"{row}.png")
         answer = "The giraffe at the back stands between two trees, its head turned to the left. " * (1 + row % 3)
         question = {"role": "user", "content": "<image>\nWhat is this?", "images": [f"{row}.png"]}
         lines.append(json.dumps([question, {"role": "assistant", "content": answer}]))
@@ -180,7 +191,7 @@ class Machine:
 
     def __init__(self, root: Path, cpu: bool) -> None:
         self.root, self.cpu = root, cpu
-        self.data = make_data(root, STEPS * ROWS)
+        self.data = make_data(root, STEPS * ROWS, cpu)
 
     def command(self, run: Run, output: Path) -> list[str]:
         """Return a run's command."""
@@ -206,10 +217,20 @@ class Machine:
         if run.spread == "one":
             return [sys.executable, *script, *arguments]
         if self.cpu and run.spread == "ddp":  # accelerate's launcher starts one process on a CPU
-            return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *script, *arguments]
+            return [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                "2",
+                *script,
+                *arguments,
+            ]
         if self.cpu:
             script = [str(ROOT / "tests" / "fsdp_finetune.py")]
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+        launch += ["--main_process_port", str(free_port())]
         return [*launch, *(FSDP if run.spread == "fsdp" else []), *script, *arguments]
 
     def is_resumed(self, run: Run) -> bool:
@@ -262,16 +283,20 @@ class Machine:
         run.tokens_per_second = statistics.median(steady) / run.processes
 
     def run(self, runs: Sequence[Run], seconds: float) -> None:
-        """Run commands at the same time; each has a GPU of its own where there are several."""
+        """Run commands at the same time; the first that are for one GPU see one each, the rest all of them."""
         begin = time.perf_counter()
         started: list[tuple[Run, Any]] = []
         for index, run in enumerate(runs):
             try:
-                started.append((run, self.start(run, index if len(runs) > 1 else None)))
+                alone = run.spread == "one" and index < 2
+                started.append((run, self.start(run, index if alone else None)))
             except OSError as error:
                 run.error = str(error)
         for run, process in started:
-            self.finish(run, process, max(1.0, seconds - (time.perf_counter() - begin)))
+            try:
+                self.finish(run, process, max(1.0, seconds - (time.perf_counter() - begin)))
+            except (OSError, ValueError, KeyError) as error:
+                run.error = f"{type(error).__name__}: {error}"
             run.seconds = time.perf_counter() - begin
 
 
@@ -332,12 +357,12 @@ def row(run: Run, finished: dict[str, Run], operations: dict[tuple[str, str, boo
     """Return a row of the table."""
     off, word = verdict(run, finished)
     each = operations.get((run.size, run.method, run.speed), 0.0)
-    mfu = f"{100 * run.tokens_per_second * each / PEAK:.1f} %" if run.tokens_per_second and each else "-"
+    mfu = f"{100 * run.tokens_per_second * each / PEAK:.1f} %" if run.tokens_per_second and run.speed else "-"
     losses = " ".join(f"{loss:.3f}" for loss in run.losses) or "-"
     spread = {"one": "one GPU", "ddp": "DDP, 2", "fsdp": "FSDP 2, 2"}[run.spread] + ", resumed" * run.resume
     size = run.size + (", whole" if run.speed else ", 2 layers")
     checkpointing = "yes" if run.checkpointing else "no"
-    speed = f"{run.tokens_per_second:,.0f}" if run.tokens_per_second else "-"
+    speed = f"{run.tokens_per_second:,.0f}" if run.tokens_per_second and run.speed else "-"
     return [size, run.method, spread, checkpointing, losses, off, speed, mfu, f"{run.seconds:.0f}", word]
 
 
@@ -367,16 +392,17 @@ def measure(root: Path, cpu: bool, seconds: float) -> str:
     rows: list[list[str]] = []
     for runs in all_runs(small, tiny):
         runs = [run for run in runs if run.name not in finished and not (cpu and run.speed)]
-        left = seconds - (time.perf_counter() - start)
-        if left < 15:
-            for run in runs:
-                run.error = "no time left"
-        else:
-            machine.run(runs, min(left, 70.0))
-        for run in runs:
-            finished[run.name] = run
-            rows.append(row(run, finished, operations))
-            print(f"[{time.perf_counter() - start:5.1f} s] {line(rows[-1])}", flush=True)
+        for group in [[run] for run in runs] if cpu else [runs]:
+            left = seconds - (time.perf_counter() - start)
+            if left < 15:
+                for run in group:
+                    run.error = "no time left"
+            else:
+                machine.run(group, min(left, 100.0))
+            for run in group:
+                finished[run.name] = run
+                rows.append(row(run, finished, operations))
+                print(f"[{time.perf_counter() - start:5.1f} s] {line(rows[-1])}", flush=True)
     table = [line(HEAD), line(["---"] * len(HEAD)), *map(line, rows)]
     return "\n".join([*table, "", f"The whole run took {time.perf_counter() - start:.0f} s."])
 

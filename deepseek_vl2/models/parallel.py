@@ -113,15 +113,15 @@ class ParallelMixin:
     _ep_plan: Any
 
     def init_parallel_plans(self) -> None:
-        """Keep of each plan what this model has; transformers warns of every other line."""
+        """Keep of each plan what this model has, since transformers warns of every other line; refuse DeepSpeed's."""
+        if is_deepspeed_zero3_enabled():
+            raise ValueError("DeepSpeed ZeRO-3 is not supported: FSDP 2 shards the same (docs/training.md, Sharded).")
         super().init_parallel_plans()  # type: ignore[misc]
         self._tp_plan, self._ep_plan = present(self._tp_plan, self), present(self._ep_plan, self)  # type: ignore[arg-type]
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refuse stages of a pipeline, and DeepSpeed's shards, before anything is split."""
-        if is_deepspeed_zero3_enabled():
-            raise ValueError("DeepSpeed ZeRO-3 is not supported: FSDP 2 shards the same (docs/training.md, Sharded).")
+        """Refuse stages of a pipeline before anything is split."""
         config = distributed_config
         size = config.get("pp_size") if isinstance(config, dict) else getattr(config, "pp_size", None)
         if (size or 1) > 1:
