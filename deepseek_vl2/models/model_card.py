@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 CARD = "README.md"
+GENERATED = "This model card has been automatically generated"  # transformers' own, empty but for this
 TAGS = ["deepseek_vl_v2", "image-text-to-text", "vision-language"]
 
 TEMPLATE = """---
@@ -50,7 +51,7 @@ def model_card(model: Any, title: str) -> str:
 
 
 class ModelCardMixin:
-    """Writes a card where ``save_pretrained`` finds none; the hub's commands tag theirs."""
+    """Writes a card where ``save_pretrained`` finds none, and in place of the empty one that pushing would write."""
 
     model_tags = TAGS
 
@@ -61,3 +62,9 @@ class ModelCardMixin:
         is_main = args[0] if args else kwargs.get("is_main_process", True)
         if is_main and card.parent.is_dir() and not card.exists():
             card.write_text(model_card(self, card.parent.resolve().name), encoding="utf-8")
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        card = Path(working_dir) / CARD
+        if card.is_file() and GENERATED in card.read_text(encoding="utf-8"):
+            card.write_text(model_card(self, repo_id), encoding="utf-8")
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]

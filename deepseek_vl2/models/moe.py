@@ -378,19 +378,18 @@ def rows_are_aligned(experts: DeepseekV2Experts, hidden: torch.Tensor) -> bool:
 FAST_EXPERTS: list[Callable[..., torch.Tensor | None]] = []
 
 
-def wants_traceable_products(hidden: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether PyTorch's grouped products will not do: for float64, and in a graph on a CPU, which takes bfloat16 only.
-
-    transformers has products of its own for these, slower.
-    """
-    return dtype == torch.float64 or (hidden.device.type == "cpu" and torch.compiler.is_compiling())
+def is_cpu_graph(hidden: torch.Tensor) -> bool:
+    """Whether a graph is traced on a CPU: PyTorch's grouped products trace bfloat16 alone there, transformers' any."""
+    return hidden.device.type == "cpu" and torch.compiler.is_compiling()
 
 
 def experts_forward(
     experts: DeepseekV2Experts, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
 ) -> torch.Tensor:
     """Run the experts in the way that suits the device and the number of tokens; [N, H]."""
-    if holds_some_experts(experts) or wants_traceable_products(hidden_NH, compute_dtype(experts.gate_up_proj)):
+    if compute_dtype(experts.gate_up_proj) == torch.float64:  # grouped products know no float64
+        return eager_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
+    if holds_some_experts(experts) or is_cpu_graph(hidden_NH):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_NH, ids_NK, weights_NK)
     on_cpu = hidden_NH.device.type == "cpu"
     if torch.is_grad_enabled() and hasattr(F, "grouped_mm"):

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from support import shared_mini_model
+from transformers.utils import PushToHubMixin
 
 
 @pytest.mark.parametrize("kind", ["tiny", "base"])
@@ -37,7 +38,7 @@ def test_pushing_writes_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     pushed = dict[str, str]()
 
     def absent(*args: Any, **kwargs: Any) -> Any:
-        raise EntryNotFoundError("none yet", response=None)  # type: ignore[arg-type]
+        raise EntryNotFoundError("none yet")
 
     def upload(self: Any, directory: Any, *args: Any, **kwargs: Any) -> None:
         pushed["card"] = (Path(directory) / "README.md").read_text(encoding="utf-8")
@@ -45,7 +46,8 @@ def test_pushing_writes_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     model = shared_mini_model("tiny")
     monkeypatch.setattr(ModelCard, "load", absent)
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kwargs: type("Url", (), {"repo_id": repo_id})())
-    monkeypatch.setattr(type(model), "_upload_modified_files", upload)
+    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
     model.push_to_hub("somebody/mine")
     assert "library_name: transformers" in pushed["card"]
-    assert "image-text-to-text" in pushed["card"]
+    assert "pipeline_tag: image-text-to-text" in pushed["card"]
+    assert 'from_pretrained("somebody/mine")' in pushed["card"]
