@@ -235,7 +235,7 @@ class DeepseekV2Attention(nn.Module):
             query = project(self.q_proj, hidden_BTH)
         else:
             query = project(self.q_b_proj, self.q_a_layernorm(project(self.q_a_proj, hidden_BTH)))
-        query = query.unflatten(-1, (self.num_heads, self.qk_head_dim)).transpose(1, 2)
+        query = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
         nope, rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         return nope, apply_rotary(split_interleaved_pairs(rope), *rotation)
 
@@ -322,10 +322,11 @@ class DeepseekV2Attention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend to keys and values of every head; returns [B, T, N, v] and, from eager, the weights."""
-        expanded = self.kv_b_proj(latent_B1SR[:, 0]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        head = self.qk_nope_head_dim + self.v_head_dim
+        expanded = self.kv_b_proj(latent_B1SR[:, 0]).unflatten(-1, (-1, head)).transpose(1, 2)
         key_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         query = torch.cat((query_nope, query_rope), dim=-1)
-        key = torch.cat((key_nope, key_rope_B1SP.expand(-1, self.num_heads, -1, -1)), dim=-1)
+        key = torch.cat((key_nope, key_rope_B1SP.expand(-1, key_nope.shape[1], -1, -1)), dim=-1)
         name = self.config._attn_implementation
         padded = "flash" in name and self.qk_head_dim > self.v_head_dim
         if padded:  # flash attention takes keys and values of one size only

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
@@ -55,6 +55,13 @@ class ChunkedGenerationMixin(GenerationMixin):
 
     transformers cuts token ids into chunks; a prompt with images exists whole only as embeddings.
     """
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse what ``generate_batch`` and ``continuous_batching_context_manager`` start with."""
+        raise NotImplementedError(
+            "Continuous batching by transformers (generate_batch) is not supported: its cache holds no latents, and it "
+            "takes no images. generate() takes a padded batch, and deepseek-vl2 serve batches requests as they come."
+        )
 
     def generation_setting(self, name: str, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
         """Return a setting of a call of ``generate``: its keyword, its config's field or the model's own."""

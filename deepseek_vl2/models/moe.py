@@ -21,6 +21,7 @@ from .backend import backend
 from .configuration_deepseek import DeepseekV2Config
 from .cpu import grouped_products, is_bare, is_untouched, project, row_kernels
 from .loss import compute_dtype
+from .parallel import holds_some_experts
 
 SILU = type(ACT2FN["silu"])
 
@@ -373,10 +374,19 @@ def rows_are_aligned(experts: DeepseekV2Experts, hidden: torch.Tensor) -> bool:
     return all(width * itemsize % 16 == 0 for width in (experts.hidden_size, experts.inner_size))
 
 
+def is_cpu_graph(hidden: torch.Tensor) -> bool:
+    """Whether a graph is traced on a CPU: PyTorch's grouped products trace bfloat16 alone there, transformers' any."""
+    return hidden.device.type == "cpu" and torch.compiler.is_compiling()
+
+
 def experts_forward(
     experts: DeepseekV2Experts, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
 ) -> torch.Tensor:
     """Run the experts in the way that suits the device and the number of tokens; [N, H]."""
+    if compute_dtype(experts.gate_up_proj) == torch.float64:  # grouped products know no float64
+        return eager_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
+    if holds_some_experts(experts) or is_cpu_graph(hidden_NH):
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_NH, ids_NK, weights_NK)
     on_cpu = hidden_NH.device.type == "cpu"
     if torch.is_grad_enabled() and hasattr(F, "grouped_mm"):
         if on_cpu or rows_are_aligned(experts, hidden_NH):
@@ -400,12 +410,14 @@ def eager_experts_forward(
     flat_ids, order = ids_NK.reshape(-1).sort()
     counts = torch.bincount(flat_ids, minlength=experts.num_experts).tolist()
     outputs, start = [], 0
-    for expert, count in enumerate(counts):
+    for expert, count in enumerate(counts[: experts.num_experts]):
         if count:
             rows = hidden_NH[order[start : start + count] // top_k]
             gate, up = F.linear(rows, experts.gate_up_proj[expert]).chunk(2, dim=-1)
             outputs.append(F.linear(experts.act_fn(gate) * up, experts.down_proj[expert]))
             start += count
+    if start < len(order):  # the last ids stand for experts that other processes hold
+        outputs.append(hidden_NH.new_zeros(len(order) - start, hidden_NH.shape[1]))
     if not outputs:
         return torch.zeros_like(hidden_NH)
     sorted_outputs = torch.cat(outputs)
