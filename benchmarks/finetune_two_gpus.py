@@ -165,7 +165,7 @@ def operations_per_token(config: DeepseekVLV2Config, method: str, patches_per_to
     for name, parameter in model.named_parameters():
         part, size = name.split(".")[0], float(parameter.numel())
         if ".experts." in name:
-            size *= language.num_experts_per_tok / language.n_routed_experts
+            size *= (language.num_experts_per_tok or 0) / (language.n_routed_experts or 1)
         if part in counts and "embed_tokens" not in name and "lm_head" not in name:
             counts[part] += size
     trained, tower = (6, 6) if method == "full" else (4, 2)

@@ -119,7 +119,7 @@ class Embedder:
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the embeddings of ids, [T, H]."""
         weight = self.table.weight
-        on_meta = not isinstance(weight, torch.Tensor) or weight.device.type == "meta"
-        ids = upload([list(ids)], torch.device("cpu") if on_meta else weight.device)[0]
-        embeds: torch.Tensor = self.table(ids)
+        bare = isinstance(weight, torch.Tensor) and weight.device.type != "meta"
+        device = weight.device if isinstance(weight, torch.Tensor) and bare else torch.device("cpu")
+        embeds: torch.Tensor = self.table(upload([list(ids)], device)[0])
         return embeds

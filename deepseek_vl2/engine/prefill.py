@@ -122,13 +122,9 @@ def attend(module: Any, normed_NH: torch.Tensor, tokens: PackedTokens, pool: tup
     for segment, mask in zip(tokens.segments, tokens.masks, strict=True):
         end, end_key = first + segment.new, first_key + (segment.end if tokens.has_past else segment.new)
         parts = (query[first:end], keys[first_key:end_key], values[first_key:end_key])
-        attended = F.scaled_dot_product_attention(
-            *(part.transpose(0, 1)[None] for part in parts),
-            attn_mask=mask,
-            is_causal=mask is None and segment.new > 1,
-            scale=module.scaling,
-            enable_gqa=query.shape[1] != keys.shape[1],
-        )
+        q, k, v = (part.transpose(0, 1)[None] for part in parts)
+        causal, grouped = mask is None and segment.new > 1, q.shape[1] != k.shape[1]
+        attended = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=module.scaling, enable_gqa=grouped)
         out[first:end] = attended[0].transpose(0, 1)
         first, first_key = end, end_key
     projected: torch.Tensor = module.o_proj(out.flatten(1))

@@ -389,7 +389,8 @@ class DeepseekV2Attention(nn.Module):
 
 def _segment_mask(module: nn.Module, tokens: slice, keys: torch.Tensor) -> torch.Tensor | None:
     """Return the mask of a segment's new tokens; flash attention aligns causality with the last key by itself."""
-    if "flash" in module.config._attn_implementation:
+    config: Any = module.config
+    if "flash" in config._attn_implementation:
         return None
     return causal_mask(tokens.stop - tokens.start, keys.shape[2], keys.device)
 

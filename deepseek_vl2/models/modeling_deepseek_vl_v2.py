@@ -448,7 +448,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         images = None if kwargs.get("inputs_embeds") is not None else kwargs.get("images")
         held, crops = kwargs.get(CACHE_NAME), kwargs.get("images_spatial_crop")
         early = backend() if getattr(held, "is_private", False) else None
-        if early is not None and images is not None and crops is not None:
+        if early is not None and held is not None and images is not None and crops is not None:
             held.begun = early.begin_tiles(self, images, crops)  # while transformers prepares the call
         return super().generate(None, generation_config=generation_config, **kwargs)
 
