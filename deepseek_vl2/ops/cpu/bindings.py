@@ -44,7 +44,7 @@ ARGUMENTS = {
     "queries_keys_values": [POINTER] * 7 + [INTEGER] * 4 + [THREADS],
     "rms_norm": [POINTER] * 3 + [INTEGER, REAL],
     "swiglu": [POINTER] * 6 + [INTEGER] * 3 + [THREADS],
-    "attend": [POINTER] * 4 + [INTEGER] * 6 + [REAL, THREADS],
+    "attend": [POINTER] * 4 + [INTEGER] * 8 + [REAL, THREADS],
 }
 
 
@@ -173,6 +173,15 @@ def is_plain(*tensors: torch.Tensor) -> bool:
     return True
 
 
+# Of fewer numbers of a weight one thread is done before another has woken, or while it spins for the next call.
+NUMBERS_A_THREAD = 1 << 17
+
+
+def threads_for(numbers: int) -> int:
+    """Return how many threads share the work on that many numbers of weights or of a cache."""
+    return max(1, min(torch.get_num_threads(), numbers // NUMBERS_A_THREAD))
+
+
 class RowKernels:
     """The compiled functions. Each returns ``None`` where tensors are not plain ones (see `is_plain`)."""
 
@@ -195,7 +204,7 @@ class RowKernels:
         out = x.new_empty(*x.shape[:-1], rows)
         bias = None if bias_O is None else bias_O.data_ptr()
         pointers = (x.data_ptr(), weight_OI.data_ptr(), bias, out.data_ptr())
-        self._call("linear", *pointers, rows, width, torch.get_num_threads())
+        self._call("linear", *pointers, rows, width, threads_for(rows * width))
         return out
 
     def logits(self, x_1H: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor | None:
@@ -205,7 +214,7 @@ class RowKernels:
             return None
         out = x_1H.new_empty(1, rows, dtype=torch.float32)
         pointers = (x_1H.data_ptr(), weight_EH.data_ptr(), out.data_ptr())
-        self._call("logits", *pointers, rows, width, torch.get_num_threads())
+        self._call("logits", *pointers, rows, width, threads_for(rows * width))
         return out
 
     def queries_keys_values(
@@ -232,7 +241,8 @@ class RowKernels:
             return None
         out = x_11H.new_empty(1, (queries + 2 * keys) // size, 1, size)
         pointers = [tensor.data_ptr() for tensor in (*tensors, out)]
-        self._call("queries_keys_values", *pointers, queries, keys, width, size, torch.get_num_threads())
+        numbers = (queries, keys, width, size, threads_for((queries + 2 * keys) * width))
+        self._call("queries_keys_values", *pointers, *numbers)
         return out.split([queries // size, keys // size, keys // size], dim=1)
 
     def rms_norm(self, x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor | None:
@@ -248,7 +258,7 @@ class RowKernels:
     ) -> torch.Tensor:
         out, count = torch.empty_like(x), len(pointers[0])
         tables = [(POINTER * count)(*table) for table in pointers]
-        numbers = (count, inner, x.numel(), torch.get_num_threads())
+        numbers = (count, inner, x.numel(), threads_for(3 * count * inner * x.numel()))
         scale = None if scales is None else scales.data_ptr()
         self._call("swiglu", x.data_ptr(), *tables, scale, out.data_ptr(), *numbers)
         return out
@@ -288,16 +298,17 @@ class RowKernels:
     def attend(
         self, query_1N1D: torch.Tensor, key_1MSD: torch.Tensor, value_1MSD: torch.Tensor, scaling: float
     ) -> torch.Tensor | None:
-        """Return what one query attends to, [1, 1, N, D]; keys and values may lie in larger rooms, as in a cache."""
+        """Return what one query attends to, [1, 1, N, D]; tokens and heads of the cache may lie any way apart."""
         heads, (kv_heads, length, size) = query_1N1D.shape[1], key_1MSD.shape[1:]
         if query_1N1D.shape != (1, heads, 1, size) or len(key_1MSD) != 1 or value_1MSD.shape != key_1MSD.shape:
             return None
-        if heads % kv_heads or not is_plain(query_1N1D, key_1MSD[0, 0], value_1MSD[0, 0]):
+        rows = (key_1MSD[0, 0, 0], value_1MSD[0, 0, 0]) if length else ()
+        if heads % kv_heads or not is_plain(query_1N1D, *rows):
             return None
         out = query_1N1D.new_empty(1, 1, heads, size)
         pointers = [tensor.data_ptr() for tensor in (query_1N1D, key_1MSD, value_1MSD, out)]
-        steps = key_1MSD.stride(1), value_1MSD.stride(1)
-        numbers = (heads, kv_heads, length, size, *steps, scaling, torch.get_num_threads())
+        steps = (key_1MSD.stride(1), value_1MSD.stride(1), key_1MSD.stride(2), value_1MSD.stride(2))
+        numbers = (heads, kv_heads, length, size, *steps, scaling, threads_for(heads * length * size))
         self._call("attend", *pointers, *numbers)
         return out
 
