@@ -207,6 +207,16 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
             yield name, module
 
 
+def count_weights(model: nn.Module) -> int:
+    """Return how many weights a model has: packed ones are counted one by one, and scales not."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for _, layer in packed_layers(model):
+        for name, fmt in layer.formats.items():
+            packed, scale = layer.packed(name)
+            count += packed.numel() // packed.shape[-1] * fmt.columns(packed) - packed.numel() - scale.numel()
+    return count
+
+
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module in the place of another one."""
     parent, _, child = name.rpartition(".")

@@ -130,6 +130,12 @@ def plan_formats(model: nn.Module, config: WeightOnlyConfig) -> Formats:
     return formats
 
 
+def matrix_shape(model: nn.Module, name: str) -> tuple[int, ...]:
+    """Return the unpacked shape of a matrix that `plan_formats` names: [O, I], of experts [E, O, I]."""
+    is_experts = isinstance(model.get_submodule(name.rpartition(".")[0]), DeepseekV2Experts)
+    return tuple(model.get_parameter(name if is_experts else f"{name}.weight").shape)
+
+
 def replace_layers(model: nn.Module, formats: Mapping[str, WeightFormat], scale_dtype: torch.dtype | None) -> None:
     """Put layers over packed weights, whose values are still to come, in the places of a model's own."""
     for name, module in list(model.named_modules()):

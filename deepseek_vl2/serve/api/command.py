@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from deepseek_vl2.cli.options import add_memory_arguments
+
 DESCRIPTION = "Serve a model over HTTP, with OpenAI's chat completions API."
 EXAMPLES = """\
 examples:
@@ -87,6 +89,7 @@ def _add_engine_arguments(group: Any) -> None:
     group.add_argument(
         "--dtype", default="bfloat16", choices=DTYPES, help="dtype of the weights (default: %(default)s)"
     )
+    add_memory_arguments(group)
     group.add_argument("--slots", type=positive, default=16, help="answers written together (default: %(default)s)")
     group.add_argument(
         "--max_length", type=positive,
@@ -176,7 +179,7 @@ def build_server(args: argparse.Namespace) -> Any:
     """
     import torch
 
-    from deepseek_vl2.cli.options import check_device, check_reachable
+    from deepseek_vl2.cli.options import check_device, check_reachable, loading_options
     from deepseek_vl2.serve.api.app import Server
     from deepseek_vl2.serve.api.engine import EngineOptions
     from deepseek_vl2.serve.api.settings import MEBI, ImageLimits, Settings
@@ -210,8 +213,7 @@ def build_server(args: argparse.Namespace) -> Any:
         max_requests=2 * (args.slots + args.queue),
     )
     dtype = getattr(torch, args.dtype)
-    where: dict[str, Any] = {"device_map": "auto"} if args.device == "auto" else {"device": args.device}
-    _, processor, model = load_pretrained_model(name, dtype=dtype, **where)
+    _, processor, model = load_pretrained_model(name, dtype=dtype, **loading_options(args))
     config = model.config.language_config
     length = room(args.max_length, config.max_position_embeddings)
     options = EngineOptions(args.slots, length, args.queue, args.prefill_chunk, args.tiles_a_step)
