@@ -3,12 +3,14 @@
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from ..kernels import begin_tiles, encode_tiles, find_row_kernels, may_scale, run_experts, sample, scale
+from ..ops.cpu.quant_rows import run_packed_experts, run_packed_linear
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .cpu import ROW_KERNELS
 from .generation import FAST_SAMPLERS
 from .modeling_deepseek_vl_v2 import EARLY_ENCODERS, FAST_ENCODERS, DeepseekVLV2ForCausalLM
 from .moe import FAST_EXPERTS
 from .processing_deepseek_vl_v2 import DeepseekVLV2Processor
+from .quantized_layers import FAST_PACKED_EXPERTS, FAST_PACKED_LINEAR
 from .views import DEVICE_SCALERS, DeviceScaler
 
 __all__ = ["DeepseekVLV2Config", "DeepseekVLV2ForCausalLM", "DeepseekVLV2Processor"]
@@ -28,5 +30,9 @@ if begin_tiles not in EARLY_ENCODERS:
     EARLY_ENCODERS.append(begin_tiles)
 if DeviceScaler(may_scale, scale) not in DEVICE_SCALERS:
     DEVICE_SCALERS.append(DeviceScaler(may_scale, scale))
+if run_packed_linear not in FAST_PACKED_LINEAR:
+    FAST_PACKED_LINEAR.append(run_packed_linear)
+if run_packed_experts not in FAST_PACKED_EXPERTS:
+    FAST_PACKED_EXPERTS.append(run_packed_experts)
 if find_row_kernels not in ROW_KERNELS:
     ROW_KERNELS.append(find_row_kernels)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import nn
 
-from .cpu import row_kernels
 from .quantization import PackedWeight, WeightFormat, dequantize, packed_linear, quantize
 
 # Faster forms of a packed layer, asked in order with the layer and its inputs; each returns None where it is not for
@@ -97,10 +96,6 @@ class PackedLinear(PackedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product, plus the bias where there is one."""
         if not torch.is_grad_enabled():
-            if (kernels := row_kernels()) is not None and hasattr(kernels, "packed_linear"):
-                out: torch.Tensor | None = kernels.packed_linear(x, *self.packed("weight"), self.format, self.bias)
-                if out is not None:
-                    return out
             for fast in FAST_PACKED_LINEAR:
                 if (out := fast(self, x)) is not None:
                     return out
@@ -156,10 +151,6 @@ class PackedExperts(PackedModule):
     def forward(self, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of each token's experts, [N, H]; summed in float32."""
         if not torch.is_grad_enabled():
-            if (kernels := row_kernels()) is not None and hasattr(kernels, "packed_experts"):
-                out: torch.Tensor | None = kernels.packed_experts(self, hidden_NH, ids_NK, weights_NK)
-                if out is not None:
-                    return out
             for fast in FAST_PACKED_EXPERTS:
                 if (out := fast(self, hidden_NH, ids_NK, weights_NK)) is not None:
                     return out

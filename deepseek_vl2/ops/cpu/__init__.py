@@ -1,0 +1,1 @@
+"""Compiled C for CPUs."""
