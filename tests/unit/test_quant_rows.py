@@ -153,15 +153,6 @@ def test_modules_take_them_while_one_row_is_decoded() -> None:
 
 def test_the_c_file_compiles_without_warnings(tmp_path: Path) -> None:
     for march in ("native", "haswell", "skylake-avx512", "icelake-server"):
-        command = [
-            "gcc",
-            "-O2",
-            f"-march={march}",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            "-Wno-psabi",
-            "-fopenmp",
-            "-std=gnu11",
-        ]
-        subprocess.run([*command, "-c", str(quant_rows.SOURCE), "-o", str(tmp_path / "x.o")], check=True)
+        flags = ["-O2", f"-march={march}", "-Wall", "-Wextra", "-Werror", "-fopenmp", "-std=gnu11"]
+        command = ["gcc", *flags, "-c", str(quant_rows.SOURCE), "-o", str(tmp_path / "x.o")]
+        subprocess.run(command, check=True, timeout=60)
