@@ -6,6 +6,7 @@ Shape suffixes: as in `moe`; O output and I input channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -132,6 +133,7 @@ class PackedExperts(PackedModule):
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.act_fn = act_fn
+        self.config: Any = None  # of the experts in whose place these stand
         up_shape = (num_experts, 2 * intermediate_size, hidden_size)
         self.add_packed("gate_up_proj", up_shape, formats["gate_up_proj"], scale_dtype)
         down_shape = (num_experts, hidden_size, intermediate_size)

@@ -142,7 +142,9 @@ def replace_layers(model: nn.Module, formats: Mapping[str, WeightFormat], scale_
         if isinstance(module, DeepseekV2Experts) and f"{name}.{EXPERT_PARTS[0]}" in formats:
             parts = {part: formats[f"{name}.{part}"] for part in EXPERT_PARTS}
             sizes = (module.num_experts, module.hidden_size, module.inner_size)
-            set_module(model, name, PackedExperts(*sizes, module.act_fn, parts, scale_dtype))
+            experts = PackedExperts(*sizes, module.act_fn, parts, scale_dtype)
+            experts.config = module.config
+            set_module(model, name, experts)
         elif isinstance(module, nn.Linear) and name in formats:
             columns, rows = module.in_features, module.out_features
             set_module(model, name, PackedLinear(columns, rows, formats[name], module.bias is not None, scale_dtype))
@@ -154,13 +156,13 @@ def unpack_layers(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         if isinstance(layer, PackedLinear):
             set_module(model, name, layer.dense(dtype))
         elif isinstance(layer, PackedExperts):
-            set_module(model, name, unpack_experts(layer, model, dtype))
+            set_module(model, name, unpack_experts(layer, dtype))
 
 
-def unpack_experts(layer: PackedExperts, model: Any, dtype: torch.dtype | None = None) -> DeepseekV2Experts:
+def unpack_experts(layer: PackedExperts, dtype: torch.dtype | None = None) -> DeepseekV2Experts:
     """Return plain experts with a layer's weights unpacked."""
     with torch.device("meta"):
-        experts = DeepseekV2Experts(model.config.get_text_config())
+        experts = DeepseekV2Experts(layer.config)
     for part in EXPERT_PARTS:
         setattr(experts, part, nn.Parameter(layer.dequantized(part, dtype), requires_grad=False))
     return experts.train(layer.training)
