@@ -103,6 +103,15 @@ def test_every_chosen_expert_gets_a_gradient(released: dict[str, Path]) -> None:
             assert (parameter.grad.flatten(1).norm(dim=1) > 0).sum() >= 6, name
 
 
+def test_adapters_of_a_bfloat16_model_train_in_float32(released: dict[str, Path]) -> None:
+    config = WeightOnlyConfig("int4")
+    base = DeepseekVLV2ForCausalLM.from_pretrained(released["base"], dtype=torch.bfloat16, quantization_config=config)
+    model = add_lora(base, rank=2)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    losses = train(model)
+    assert losses[-1] < losses[0]
+
+
 def test_dropout_of_experts_is_refused(released: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="cannot drop out"):
         add_lora(load(released["small"], "int4"), dropout=0.1)
