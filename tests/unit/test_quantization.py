@@ -268,6 +268,22 @@ def test_generate_gives_the_likeliest_tokens_of_forward(kind: str, name: str) ->
         ids = torch.cat((ids, tokens[:, step : step + 1]), dim=1)
 
 
+@pytest.mark.parametrize("name", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_and_chunks_give_the_tokens_of_a_row_alone(kind: str, name: str) -> None:
+    model = quantized(kind, name)
+    rows: list[list[Any]] = [[5, (1, 1), 4], [3, (2, 1), 9]]
+    options = {**GREEDY, "suppress_tokens": [MINI_IMAGE_ID]}
+    alone = []
+    for index, row in enumerate(rows):
+        inputs = mini_inputs(row, seed=index)
+        alone.append(new_tokens(model.generate(**inputs, **options), inputs))
+        chunked = model.generate(**inputs, **options, prefill_chunk_size=7)
+        assert torch.equal(new_tokens(chunked, inputs), alone[-1])
+    inputs = mini_inputs(*rows)
+    assert torch.equal(new_tokens(model.generate(**inputs, **options), inputs), torch.cat(alone))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_model_comes_back_with_the_same_logits(kind: str, name: str, tmp_path: Path) -> None:
