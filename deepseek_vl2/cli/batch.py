@@ -12,19 +12,15 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from deepseek_vl2.cli.images import clean_path, download, open_image
+from deepseek_vl2.cli.batch_lines import Job, answer_lines
 from deepseek_vl2.cli.options import (
-    Loaded,
     add_generation_arguments,
     add_model_arguments,
-    generation_options,
-    is_out_of_memory,
     load,
     note,
     whole_number,
@@ -48,31 +44,6 @@ Several processes take a GPU and a share of the lines. Images are named relative
 """
 
 LAUNCHED = "DEEPSEEK_VL2_BATCH_LAUNCHED"  # in the environment of processes that must not launch others
-
-
-@dataclass
-class Job:
-    """One line of the input.
-
-    Fields:
-        line: its number, from 1.
-        key: of its text, to tell whether an answer is to this very line.
-        text: the line.
-    """
-
-    line: int
-    key: str
-    text: str
-
-
-@dataclass
-class Question:
-    """A line that can be asked."""
-
-    job: Job
-    id: Any
-    sample: Any
-    sizes: list[tuple[int, int]]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -283,7 +254,7 @@ def finish(output: Path, total: int) -> int:
 
 
 def work(args: Namespace, jobs: list[Job], part: Path, share: int, show: bool) -> None:
-    """Answer lines, batch by batch, and append each batch's records to this process's part file."""
+    """Answer lines, several at a time, and append their records in order to this process's part file."""
     from tqdm import tqdm
 
     loaded = load(args)
@@ -292,125 +263,7 @@ def work(args: Namespace, jobs: list[Job], part: Path, share: int, show: bool) -
     with bar, open(part, "a", encoding="utf-8") as file:
         if part.stat().st_size:
             file.write("\n")  # a killed process may have left its last line unfinished
-        for start in range(0, len(jobs), args.batch_size):
-            batch = jobs[start : start + args.batch_size]
-            for record in answer_batch(loaded, batch, args, seed):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        for record in answer_lines(loaded, jobs, args, seed):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
-            bar.update(len(batch))
-
-
-def answer_batch(loaded: Loaded, jobs: Iterable[Job], args: Namespace, seed: int) -> list[dict[str, Any]]:
-    """Return a record for each line: an answer, or an error."""
-    questions, records = [], []
-    for job in jobs:
-        try:
-            questions.append(read_question(loaded, job, args.system_prompt))
-        except (ValueError, OSError, TypeError, AttributeError, KeyError) as error:  # whatever shape a line has
-            reason = str(error) if isinstance(error, (ValueError, OSError)) else f"The line has a wrong shape: {error}."
-            records.append({"line": job.line, "key": job.key, "error": reason})
-    if questions:
-        try:
-            records += generate(loaded, questions, args, seed)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise ValueError(f"Out of memory: lower --batch_size ({args.batch_size}). {error}") from error
-            raise
-    return records
-
-
-def read_question(loaded: Loaded, job: Job, system_prompt: str) -> Question:
-    """Read one line and its images.
-
-    Raises:
-        ValueError, OSError: what is wrong with it.
-    """
-    from deepseek_vl2.utils.prompts import question_about
-
-    try:
-        line = json.loads(job.text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"Not JSON: {error}.") from error
-    if not isinstance(line, dict) or ("prompt" in line) == ("messages" in line):
-        raise ValueError('A line is an object with either "prompt" or "messages".')
-    if "prompt" in line:
-        images = [line["images"]] if isinstance(line.get("images"), str) else list(line.get("images") or [])
-        if not isinstance(line["prompt"], str) or not all(isinstance(image, str) for image in images):
-            raise ValueError('"prompt" must be a text and "images" a list of texts.')
-        messages = question_about(images, line["prompt"])
-    else:
-        messages = line["messages"]
-    turns = loaded.processor.messages_to_conversation([fetched(message) for message in messages])
-    shown = [open_image(s) if isinstance(s, str) else s for turn in turns for s in turn["images"]]
-    sample = loaded.processor.process_one(conversations=turns, images=shown, system_prompt=system_prompt)
-    sizes = [image.size for image in shown if hasattr(image, "size")]
-    return Question(job, line.get("id"), sample, sizes)
-
-
-def fetched(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a message whose image parts are paths, data or downloaded within the limits of `download`."""
-    if not isinstance(message.get("content"), list):
-        return message
-    parts = []
-    for part in message["content"]:
-        source = next((part[name] for name in ("image", "path", "url", "image_url") if part.get(name)), None)
-        source = source.get("url") if isinstance(source, dict) else source
-        if isinstance(source, str) and part.get("type") != "text":
-            address = source.startswith(("http://", "https://"))
-            part = {"type": "image", "image": open_image_data(download(source)) if address else clean_path(source)}
-        parts.append(part)
-    return {**message, "content": parts}
-
-
-def open_image_data(data: bytes) -> Any:
-    """Read an image's bytes."""
-    from deepseek_vl2.models.image_loading import load_image
-
-    return load_image(data)
-
-
-def generate(loaded: Loaded, questions: list[Question], args: Namespace, seed: int) -> list[dict[str, Any]]:
-    """Answer questions together; each gets what it would get alone, and the seed of its own line."""
-    from transformers import LogitsProcessorList
-
-    from deepseek_vl2.serve.streaming import GREEDY_BELOW, SeededSampler
-
-    options = generation_options(args)
-    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": options.max_new_tokens}
-    if options.repetition_penalty != 1:
-        settings["repetition_penalty"] = options.repetition_penalty
-    if options.prefill_chunk_size is not None:
-        settings["prefill_chunk_size"] = options.prefill_chunk_size
-    if options.temperature > GREEDY_BELOW:
-        seeds = [seed + question.job.line for question in questions]
-        sampler = SeededSampler(options.temperature, options.top_k, options.top_p, seeds)
-        settings["logits_processor"] = LogitsProcessorList([sampler])
-    inputs = loaded.processor.batchify([question.sample for question in questions]).to(loaded.model.device)
-    output = loaded.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :].tolist()
-    return [record_of(loaded, question, ids, args) for question, ids in zip(questions, output, strict=True)]
-
-
-def record_of(loaded: Loaded, question: Question, ids: list[int], args: Namespace) -> dict[str, Any]:
-    """Return the record of one answer from its token ids, which may go on behind its end."""
-    from deepseek_vl2.serve.streaming import StopWordFilter
-    from deepseek_vl2.utils.grounding import parse_grounding
-
-    ends = loaded.model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    length = next((index for index, id_ in enumerate(ids) if id_ in ends), None)
-    words = StopWordFilter(args.stop)
-    text = words.push(loaded.tokenizer.decode(ids[:length], skip_special_tokens=False)) + words.flush()
-    usage = {
-        "prompt_tokens": len(question.sample["input_ids"]),
-        "completion_tokens": len(ids) if length is None else length + 1,
-    }
-    record = {
-        "line": question.job.line,
-        "key": question.job.key,
-        **({} if question.id is None else {"id": question.id}),
-        "answer": text,
-        "finish_reason": "stop" if words.stopped or length is not None else "length",
-        "usage": usage,
-    }
-    found = parse_grounding(text, question.sizes or None).to_dict()["objects"]
-    return {**record, "objects": found} if found else record
+            bar.update()

@@ -127,6 +127,7 @@ class Chat:
             "/top_p": (self.set_top_p, "NUMBER", "sample among the tokens that hold this probability"),
             "/seed": (self.set_seed, "NUMBER", "of the next answers' random numbers; without one: another each time"),
             "/max_new_tokens": (self.set_max_new_tokens, "NUMBER", "most tokens of an answer"),
+            "/stats": (self.tell_stats, "", "tokens read and written, and what was not computed again"),
             "/help": (self.help, "", "this list"),
             "/exit": (self.leave, "", "end"),
         }
@@ -173,7 +174,7 @@ class Chat:
         """Generate and show the answer to a new turn; Ctrl-C stops it and keeps what was said."""
         from deepseek_vl2.serve.streaming import TextStream
 
-        inputs = self.loaded.processor(conversations=self.messages([*self.turns, turn])).to(self.loaded.model.device)
+        inputs = self.loaded.processor(conversations=self.messages([*self.turns, turn]))
         self.warn_of_length(inputs["input_ids"].shape[1])
         stream = TextStream(self.loaded.model, self.loaded.tokenizer, inputs, generation_options(self.args))
         self.turns.append(turn)
@@ -335,6 +336,15 @@ class Chat:
     def set_max_new_tokens(self, text: str) -> None:
         """``/max_new_tokens``"""
         self.args.max_new_tokens = whole_number(1)(text)
+
+    def tell_stats(self, text: str) -> None:
+        """``/stats``"""
+        from deepseek_vl2.engine.holder import engine_of
+
+        engine = engine_of(self.loaded.model)
+        prefixes, stats = engine.scheduler.prefixes, engine.stats
+        note(f"{stats.prompt_tokens} tokens read, {prefixes.tokens_saved} reused, {stats.generated_tokens} written.")
+        note(f"{engine.images.misses} images encoded, {engine.images.hits} taken from the cache.")
 
     def help(self, text: str) -> None:
         """``/help``"""

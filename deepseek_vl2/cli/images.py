@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.error import URLError
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-from urllib.request import Request, url2pathname, urlopen
-
-from deepseek_vl2 import __version__
+from urllib.request import url2pathname
 
 if TYPE_CHECKING:
     from PIL import Image
 
-MOST_BYTES = 50_000_000
-MOST_SECONDS = 60.0
-SILENT_SECONDS = 15.0  # a server that sends nothing for so long is given up
-BLOCK = 1 << 16
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 
 # A word of a line: in quotes, or with its spaces escaped.
@@ -41,28 +33,11 @@ def clean_path(text: str) -> str:
     return str(Path(unescaped).expanduser())
 
 
-def download(url: str, most_bytes: int = MOST_BYTES, most_seconds: float = MOST_SECONDS) -> bytes:
-    """Return what is at an http(s) address.
+def download(url: str, **limits: Any) -> bytes:
+    """Return what is at an http(s) address; ``limits`` and errors as in `image_download.download`."""
+    from deepseek_vl2.models import image_download  # imports torch, which a command's help does not need
 
-    Raises:
-        ValueError: it cannot be had, is larger than ``most_bytes``, or takes longer than ``most_seconds``.
-    """
-    begin = time.monotonic()
-    parts = []
-    size = 0
-    try:
-        request = Request(url, headers={"User-Agent": f"deepseek_vl2/{__version__}"})
-        with urlopen(request, timeout=SILENT_SECONDS) as response:
-            while block := response.read1(BLOCK):
-                size += len(block)
-                parts.append(block)
-                if size > most_bytes:
-                    raise ValueError(f"{url} is larger than {most_bytes // 1_000_000} MB: download it yourself.")
-                if time.monotonic() - begin > most_seconds:
-                    raise ValueError(f"{url} takes longer than {most_seconds:g} s: download it yourself.")
-    except (URLError, TimeoutError, ConnectionError) as error:
-        raise ValueError(f"{url} cannot be downloaded: {getattr(error, 'reason', error)}.") from error
-    return b"".join(parts)
+    return image_download.download(url, **limits)
 
 
 def open_image(source: str) -> Image.Image:

@@ -38,6 +38,7 @@ RELEASES = {
     "deepseek-ai/deepseek-vl2-small": (16_148_349_504, 17_030_342_912, 9_849_029_760, 31_104),
     "deepseek-ai/deepseek-vl2": (27_480_134_248, 28_619_279_312, 16_235_035_856, 34_560),
 }
+MOST_BYTES_READ = 500_000_000  # weights of larger checkpoints are not looked at for NaN: that would take long
 TYPICAL_IMAGES = ((640, 480), (1024, 768), (1920, 1080), (1080, 1920))
 
 
@@ -116,10 +117,13 @@ def model_facts(name: str, context: int) -> dict[str, Any]:
 
     from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM
     from deepseek_vl2.models.checkpoint import released_shapes
+    from deepseek_vl2.models.checkpoint_check import check_config
     from deepseek_vl2.utils.io import resolve_model_path
     from deepseek_vl2.utils.memory import model_sizes, stored_sizes
 
     source = resolve_model_path(name)
+    if isinstance(source, Path):
+        check_config(source, DeepseekVLV2Config.model_type)
     config = DeepseekVLV2Config.from_pretrained(source)
     with torch.device("meta"):
         shapes = released_shapes(DeepseekVLV2ForCausalLM(config), config)
@@ -176,8 +180,9 @@ def image_tokens(config: Any) -> dict[str, int]:
 
 
 def stored_facts(source: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Return what the files of a directory hold, from their headers, and what is wrong with them."""
+    """Return what the files of a directory hold and what is wrong with them, from their headers or, if small, whole."""
     from deepseek_vl2.models.checkpoint import StoredTensors, check_shapes, find_files
+    from deepseek_vl2.models.checkpoint_check import check_tokenizer, find_not_finite, read_json_object
     from deepseek_vl2.models.quantized_checkpoint import logical_shapes, read_layers
 
     if not Path(source).is_dir():
@@ -197,6 +202,11 @@ def stored_facts(source: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict
             check_shapes(shapes, logical_shapes(stored, read_layers(stored)), source)
         else:
             check_shapes(shapes, stored.shapes, source)
+        if facts["file_bytes"] <= MOST_BYTES_READ:
+            wrong = find_not_finite((name, tensor[...]) for name, tensor in stored.slices.items())
+            if wrong:
+                raise ValueError(f"{stored.files[wrong[0]]} has weights that are NaN or infinite: it is damaged.")
+        check_tokenizer(Path(source), read_json_object(Path(source) / "config.json"))
     except (ValueError, OSError) as error:
         return {"problem": str(error)}
     return facts

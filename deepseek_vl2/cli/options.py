@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
     from deepseek_vl2.serve.streaming import GenerationOptions
 
+IMAGE_CACHE_BYTES = 256 << 20  # the next question about a picture does not encode it again
 DTYPES = ("bfloat16", "float16", "float32")
 QUANTIZED = ("int4", "int8", "fp8")
 RANDOM_WEIGHTS = "The demo checkpoint has random weights: what follows shows that everything runs, and is noise."
@@ -168,6 +169,8 @@ def load(args: Namespace, tell: Callable[[str], None] = note) -> Loaded:
     import torch
     from transformers.utils import logging
 
+    from deepseek_vl2.engine.holder import engine_of
+    from deepseek_vl2.engine.scheduler import EngineOptions
     from deepseek_vl2.utils.demo import DEMO_NAME
     from deepseek_vl2.utils.io import NANO_NAME, load_pretrained_model, nano_is_installed
 
@@ -178,8 +181,9 @@ def load(args: Namespace, tell: Callable[[str], None] = note) -> Loaded:
     check_reachable(name)
     if name == DEMO_NAME:
         tell(RANDOM_WEIGHTS)
-    loaded = load_pretrained_model(name, dtype=getattr(torch, args.dtype), **loading_options(args))
-    return Loaded(name, *loaded)
+    loaded = Loaded(name, *load_pretrained_model(name, dtype=getattr(torch, args.dtype), **loading_options(args)))
+    engine_of(loaded.model, EngineOptions(share_prefixes=True, image_cache_bytes=IMAGE_CACHE_BYTES))
+    return loaded
 
 
 def check_reachable(name: str) -> None:

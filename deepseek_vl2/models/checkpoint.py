@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.utils import cached_file
+
+from .checkpoint_check import HOLDS, read_json_object
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -155,12 +157,23 @@ class StoredTensors:
 
     Files are read, not memory-mapped: a mapped page counts as the process's memory until its file is closed, and
     loading would seem to take, and on a full machine would take, the checkpoint's size almost twice.
+
+    Raises:
+        ValueError: a file is empty, truncated or none of its kind.
     """
 
     def __init__(self, files: list[Path]) -> None:
         self.slices: dict[str, Any] = {}
+        self.files: dict[str, Path] = {}
         for file in files:
-            self.slices.update(read_slices(file))
+            if file.stat().st_size == 0:
+                raise ValueError(f"{file} is empty: copy or download it again.")
+            try:
+                slices = read_slices(file)
+            except SafetensorError as error:
+                raise ValueError(f"{file} is truncated, or no safetensors file ({error}): copy it again.") from error
+            self.slices.update(slices)
+            self.files.update(dict.fromkeys(slices, file))
         self.shapes: Shapes = {name: tuple(s.get_shape()) for name, s in self.slices.items()}
 
     @property
@@ -226,19 +239,44 @@ def find_files(source: Any, **hub: Any) -> list[Path] | None:
         **hub: ``revision``, ``token``, ``cache_dir`` and the like, as for ``from_pretrained``.
 
     Raises:
-        FileNotFoundError: a shard that the index names is not there.
+        FileNotFoundError: a shard that the index names is not there, or a directory holds no weights at all.
+        ValueError: the index cannot be read.
     """
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
     index = cached_file(source, "model.safetensors.index.json", **quiet, **hub)
     if index is None:
         single = cached_file(source, "model.safetensors", **quiet, **hub)
+        if single is None and Path(source).is_dir() and not any(Path(source).glob("*.bin")):
+            raise FileNotFoundError(f"There are no safetensors files in {source}: {HOLDS}.")
         return None if single is None else [Path(single)]
-    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    weight_map = read_json_object(Path(index)).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map, which names the shard of each tensor.")
+    names = sorted(set(weight_map.values()))
     files = {name: cached_file(source, name, **quiet, **hub) for name in names}
     absent = [name for name, file in files.items() if file is None]
     if absent:
         raise FileNotFoundError(f"{source} names these shards in its index but does not hold them: {absent}.")
     return [Path(str(file)) for file in files.values()]
+
+
+def find_token_id(source: Any, token: str, **hub: Any) -> int | None:
+    """Return the id that a checkpoint's tokenizer files give a token, or ``None``.
+
+    Args:
+        source, **hub: see `find_files`.
+        token: the token's text.
+    """
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        file = cached_file(source, name, **quiet, **hub)
+        content = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+        decoder = content.get("added_tokens_decoder") or {}
+        added = [*({**entry, "id": int(key)} for key, entry in decoder.items()), *(content.get("added_tokens") or [])]
+        for entry in added:
+            if entry.get("content") == token:
+                return int(entry["id"])
+    return None
 
 
 def _listing(title: str, lines: list[str]) -> list[str]:

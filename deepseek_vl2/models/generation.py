@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
+from .backend import backend
 from .cache import CACHE_NAME, new_cache, one_cache
 from .configuration_deepseek import DeepseekV2Config
 
@@ -29,11 +29,6 @@ class SampleCall:
     synced_gpus: bool
     streamer: Any
     model_kwargs: dict[str, Any]
-
-
-# Faster loops, asked in order; each returns None for a call that is not for it. A package around these files fills it:
-# as remote code they know of none.
-FAST_SAMPLERS: list[Callable[[SampleCall], torch.Tensor | None]] = []
 
 
 def as_cache(past_key_values: Any) -> Cache | None:
@@ -60,6 +55,13 @@ class ChunkedGenerationMixin(GenerationMixin):
 
     transformers cuts token ids into chunks; a prompt with images exists whole only as embeddings.
     """
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse what ``generate_batch`` and ``continuous_batching_context_manager`` start with."""
+        raise NotImplementedError(
+            "Continuous batching by transformers (generate_batch) is not supported: its cache holds no latents, and it "
+            "takes no images. generate() takes a padded batch, and deepseek-vl2 serve batches requests as they come."
+        )
 
     def generation_setting(self, name: str, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
         """Return a setting of a call of ``generate``: its keyword, its config's field or the model's own."""
@@ -95,6 +97,7 @@ class ChunkedGenerationMixin(GenerationMixin):
             if copies > 1 and cache.get_seq_length() > 0 and cache.layers[0].keys.shape[0] == prompt.shape[0]:
                 cache = copy.deepcopy(cache)  # the caller may go on with theirs
                 cache.batch_repeat_interleave(copies)
+                cache.is_private = True
             kwargs[CACHE_NAME] = cache
         elif setting("cache_implementation") is None and kwargs.get("use_cache", True):
             kwargs[CACHE_NAME] = new_cache(config)
@@ -205,10 +208,10 @@ class ChunkedGenerationMixin(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Decode greedily or by sampling: by the first fast loop that takes the call, or as transformers does."""
+        """Decode greedily or by sampling: on the engine where it takes the call, or as transformers does."""
         settings = (logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
-        for fast in FAST_SAMPLERS:
-            ids = fast(SampleCall(self, input_ids, *settings, model_kwargs))
+        if (engine := backend()) is not None:
+            ids = engine.generate(SampleCall(self, input_ids, *settings, model_kwargs))
             if ids is not None:
                 return ids
         return super()._sample(input_ids, *settings, **model_kwargs)

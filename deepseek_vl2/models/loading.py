@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,9 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.generation import GenerationConfig
 
+from .bundled import locate_bundled
 from .checkpoint import StoredTensors, check_shapes, conversion_rules, find_files, released_shapes
+from .checkpoint_check import check_config, check_finite
 from .quantized_checkpoint import READABLE, PackedFile, logical_shapes, packed_while_read
 from .quantizer import WeightOnlyConfig, check_foreign, plan_formats
 
@@ -52,16 +55,29 @@ def dtype_of_scales(config: PretrainedConfig, stored: StoredTensors, options: di
     return config.dtype or stored.dtype or torch.get_default_dtype()
 
 
+def check_no_flags(options: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for arguments that older versions of transformers quantized by."""
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if options.pop(name, None):
+            kind = "int4" if name == "load_in_4bit" else "int8"
+            raise ValueError(
+                f"{name} is no argument of from_pretrained: pass quantization_config=WeightOnlyConfig({kind!r}) of "
+                "deepseek_vl2.models.quantizer, which packs the experts too."
+            )
+
+
 class Checkpoint(NamedTuple):
     """What is read of a checkpoint.
 
     Fields:
         state: tensors in the model's own names, which read themselves at ``value[...]``.
         is_packed: whether some are packed.
+        files: the file of each stored tensor.
     """
 
     state: dict[str, Any]
     is_packed: bool
+    files: dict[str, Path]
 
 
 class CheckpointLoadingMixin:
@@ -69,7 +85,7 @@ class CheckpointLoadingMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint in the released layout; arguments as in transformers.
+        """Load a checkpoint in the released layout, or "nano"; arguments as in transformers.
 
         Of those, ``dtype`` (or ``torch_dtype``), ``device_map``, ``attn_implementation`` ("sdpa", "eager",
         "flash_attention_2", ...) and ``vision_attention_backend`` ("sdpa", "eager", "xformers") are the usual ones.
@@ -77,11 +93,13 @@ class CheckpointLoadingMixin:
 
         Raises:
             ValueError: tensors are missing, extra or of another shape; each is named. With
-                ``ignore_mismatched_sizes=True`` the checkpoint is not checked.
-            FileNotFoundError: the index names a shard that is not there.
+                ``ignore_mismatched_sizes=True`` the checkpoint is not checked. Or a file is damaged, its weights are
+                NaN, or the config is another model's.
+            FileNotFoundError: a file is not there.
             ValueError: another quantizer was asked for, which would leave the experts as they are.
         """
-        source, options = pretrained_model_name_or_path, dict(kwargs)
+        source, options = locate_bundled(pretrained_model_name_or_path), dict(kwargs)
+        check_no_flags(options)
         found = cls._open_checkpoint(source, options)
         if found is None:
             result = super().from_pretrained(source, *model_args, **options)  # type: ignore[misc]
@@ -94,6 +112,7 @@ class CheckpointLoadingMixin:
             model.name_or_path = model.config.name_or_path = str(source)
             # What saving reverses; loading did without. Packed weights are saved as they are.
             model._weight_conversions = [] if found.is_packed else conversion_rules()
+            check_finite(model, found.files, source)
             with contextlib.suppress(OSError):  # releases ship no generation_config.json
                 model.generation_config = GenerationConfig.from_pretrained(source, **hub_options(options))
         model.freeze_unused()
@@ -101,6 +120,10 @@ class CheckpointLoadingMixin:
 
     def freeze_unused(self) -> None:
         """Take the gradient from parameters that never run; loading replaces parameters by new ones."""
+
+    @classmethod
+    def complete_config(cls, config: PretrainedConfig, source: Any, hub: dict[str, Any]) -> None:
+        """Fill in what a release's config.json lacks and its other files tell."""
 
     @classmethod
     def _open_checkpoint(cls, source: Any, options: dict[str, Any]) -> Checkpoint | None:
@@ -120,15 +143,19 @@ class CheckpointLoadingMixin:
         if options.get("ignore_mismatched_sizes"):
             return None
         hub = hub_options(options)
+        config = options.get("config")
+        directory = Path(source) / options.get("subfolder", "")
+        if config is None and directory.is_dir():
+            check_config(directory, cls.config_class.model_type)  # type: ignore[attr-defined]
         files = find_files(source, **hub)
         if files is None:
             return None
-        config = options.get("config")
         if not isinstance(config, PretrainedConfig):
             config = cls.config_class.from_pretrained(source if config is None else config, **hub)  # type: ignore[attr-defined]
             for name in [name for name in options if hasattr(config, name) and name not in CALL_OPTIONS]:
                 setattr(config, name, options.pop(name))
         options["config"] = config
+        cls.complete_config(config, source, hub)
         stored = StoredTensors(files)
         packed = cls._read_packed(config, stored, wanted)
         with torch.device("meta"):
@@ -148,11 +175,11 @@ class CheckpointLoadingMixin:
         if not stays_in_memory(model, options):
             return None
         if packed is not None:
-            return Checkpoint(packed.state, is_packed=True)
+            return Checkpoint(packed.state, is_packed=True, files=stored.files)
         if wanted is not None:
             state = packed_while_read(stored.fused(), wanted.formats, dtype_of_scales(config, stored, options))
-            return Checkpoint(state, is_packed=True)
-        return Checkpoint(stored.fused(), is_packed=False)
+            return Checkpoint(state, is_packed=True, files=stored.files)
+        return Checkpoint(stored.fused(), is_packed=False, files=stored.files)
 
     @staticmethod
     def _read_packed(config: Any, stored: StoredTensors, wanted: Any) -> PackedFile | None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .cpu import BARE_LAYERS
+from .parallel import is_split_head
 
 IGNORED = -100
 
@@ -58,6 +60,15 @@ def find_targets(labels_BT: torch.Tensor, weights_BT: torch.Tensor | None = None
         return Targets(positions, flat_N[positions])
     # A position and the next one's weight lie in one row, or the position would predict nothing.
     return Targets(positions, flat_N[positions], weights_BT.float().flatten()[positions + 1])
+
+
+def balance_share(targets: Targets, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
+    """Return the share of a micro-batch in the loss of a step, a scalar of at most 1.
+
+    transformers' Trainer counts the labels of all processes, and lets processes average their gradients.
+    """
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return (len(targets.ids) * processes / torch.as_tensor(num_items_in_batch)).clamp(max=1.0)
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -174,8 +185,8 @@ def linear_cross_entropy(
 
     Args:
         hidden_BTH: the last hidden states.
-        head: the output head; another module than `OutputHead` (an adapter around it, a quantized one) is called
-            chunk after chunk, and its chunks are computed again in the backward pass.
+        head: the output head; another module than `OutputHead` (an adapter around it, a quantized one) and one that
+            is split over processes is called chunk after chunk, and its chunks are computed again in the backward pass.
         vocab_size: rows of the head.
         targets: what `find_targets` returned.
         num_items_in_batch: divide the sum by this rather than by the number of labels, as gradient accumulation needs.
@@ -187,7 +198,7 @@ def linear_cross_entropy(
     ids_L = targets.ids.to(hidden_BTH.device)
     weights_L = None if targets.weights is None else targets.weights.to(hidden_BTH.device)
     rows = max(1, chunk_elements // vocab_size)
-    if isinstance(head, OutputHead):
+    if isinstance(head, OutputHead) and not is_split_head(head):
         total = head(hidden_LH, ids_L, weights_L, rows)
     else:
         total = hidden_LH.sum().float() * 0.0

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -19,13 +18,22 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .attention import DeepseekV2Attention, DeepseekV2MultiHeadAttention, Rotation, build_attention
-from .cache import CACHE_NAME, new_cache, one_cache
+from .cache import CACHE_NAME, PackedCache, new_cache, one_cache
 from .checkpoint import conversion_rules
 from .configuration_deepseek import DeepseekV2Config
 from .cpu import is_single_cpu_row, project, row_products, wants_wide_products, wide_products
 from .generation import ChunkedGenerationMixin, as_cache, set_generation_ids
 from .loading import CheckpointLoadingMixin
-from .loss import OutputHead, Targets, compute_dtype, drop_unseen_labels, find_targets, linear_cross_entropy
+from .loss import (
+    OutputHead,
+    Targets,
+    balance_share,
+    compute_dtype,
+    drop_unseen_labels,
+    find_targets,
+    linear_cross_entropy,
+)
+from .model_card import ModelCardMixin
 from .moe import (
     EXPERTS_IMPLEMENTATION,
     AddAuxiliaryLoss,
@@ -36,6 +44,7 @@ from .moe import (
     RoutingContext,
 )
 from .norm import DeepseekV2RMSNorm
+from .parallel import EXPERT_PLAN, HEAD_PLAN, TENSOR_PLAN, ParallelMixin, as_bits, from_bits
 from .rope import RotaryEmbedding
 
 __all__ = [
@@ -96,15 +105,6 @@ def flash_options(implementation: str, position_ids_BT: torch.Tensor | None) -> 
     return {"position_ids": position_ids_BT}
 
 
-def balance_share(targets: Targets, num_items_in_batch: torch.Tensor | int) -> torch.Tensor:
-    """Return the share of a micro-batch in the loss of a step, a scalar of at most 1.
-
-    transformers' Trainer counts the labels of all processes, and lets processes average their gradients.
-    """
-    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    return (len(targets.ids) * processes / torch.as_tensor(num_items_in_batch)).clamp(max=1.0)
-
-
 @dataclass
 class DeepseekV2CausalLMOutput(CausalLMOutputWithPast):
     """transformers' output and, where logits are skipped, ``last_hidden_state``, [B, T, H], to compute them from."""
@@ -139,11 +139,13 @@ class DeepseekV2DecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
+        if routing is not None and routing.balance_share is not None:
+            routing = routing._replace(balance_share=from_bits(routing.balance_share))
         out = self.mlp(normed, routing) if isinstance(self.mlp, DeepseekV2MoE) else self.mlp(normed)
         return hidden_states + out, weights
 
 
-class DeepseekV2PreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
+class DeepseekV2PreTrainedModel(CheckpointLoadingMixin, ModelCardMixin, ParallelMixin, PreTrainedModel):
     """What transformers needs to know of the language model."""
 
     config: DeepseekV2Config
@@ -191,6 +193,9 @@ class DeepseekV2PreTrainedModel(CheckpointLoadingMixin, PreTrainedModel):
 
 class DeepseekV2Model(DeepseekV2PreTrainedModel):
     """The stack of decoder layers, from token ids or embeddings to normed hidden states."""
+
+    _tp_plan = TENSOR_PLAN
+    _ep_plan = EXPERT_PLAN
 
     def __init__(self, config: DeepseekV2Config) -> None:
         super().__init__(config)
@@ -271,13 +276,15 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if attention_mask is None and past_key_values is None:
             kwargs.update(flash_options(self.config._attn_implementation, position_ids))
-        mask = create_causal_mask(
-            self.config,
-            hidden_states,
-            attention_mask,
-            past_key_values,  # not a new one: with any cache packed samples go unseen
-            position_ids=position_ids,  # given ones may tell of several samples packed in a row
-        )
+        mask = None
+        if not isinstance(past_key_values, PackedCache):  # whose segments have masks of their own
+            mask = create_causal_mask(
+                self.config,
+                hidden_states,
+                attention_mask,
+                past_key_values,  # not a new one: with any cache packed samples go unseen
+                position_ids=position_ids,  # given ones may tell of several samples packed in a row
+            )
         if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
             past_key_values = new_cache(self.config)
         if position_ids is None:
@@ -316,6 +323,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
     """The language model with its output head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = HEAD_PLAN
 
     def __init__(self, config: DeepseekV2Config) -> None:
         super().__init__(config)
@@ -408,7 +416,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
         if self.training and past_key_values is None and routing is None:
             attention_mask, routing = split_training_mask(attention_mask, position_ids)
         if routing is not None and isinstance(labels, Targets) and items is not None:
-            routing = routing._replace(balance_share=balance_share(labels, items))
+            routing = routing._replace(balance_share=as_bits(balance_share(labels, items)))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -17,9 +17,11 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .backend import backend
 from .configuration_deepseek import DeepseekV2Config
 from .cpu import grouped_products, is_bare, is_untouched, project, row_kernels
 from .loss import compute_dtype
+from .parallel import holds_some_experts
 
 SILU = type(ACT2FN["silu"])
 
@@ -372,15 +374,19 @@ def rows_are_aligned(experts: DeepseekV2Experts, hidden: torch.Tensor) -> bool:
     return all(width * itemsize % 16 == 0 for width in (experts.hidden_size, experts.inner_size))
 
 
-# Faster forms for many tokens, asked in order; each returns None where it is not for them. A package around these
-# files fills it: as remote code they know of none.
-FAST_EXPERTS: list[Callable[..., torch.Tensor | None]] = []
+def is_cpu_graph(hidden: torch.Tensor) -> bool:
+    """Whether a graph is traced on a CPU: PyTorch's grouped products trace bfloat16 alone there, transformers' any."""
+    return hidden.device.type == "cpu" and torch.compiler.is_compiling()
 
 
 def experts_forward(
     experts: DeepseekV2Experts, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
 ) -> torch.Tensor:
     """Run the experts in the way that suits the device and the number of tokens; [N, H]."""
+    if compute_dtype(experts.gate_up_proj) == torch.float64:  # grouped products know no float64
+        return eager_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
+    if holds_some_experts(experts) or is_cpu_graph(hidden_NH):
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_NH, ids_NK, weights_NK)
     on_cpu = hidden_NH.device.type == "cpu"
     if torch.is_grad_enabled() and hasattr(F, "grouped_mm"):
         if on_cpu or rows_are_aligned(experts, hidden_NH):
@@ -389,10 +395,10 @@ def experts_forward(
     if on_cpu and hasattr(F, "grouped_mm"):
         return cpu_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
     few = ids_NK.numel() <= MAX_BATCHED_PAIRS and not on_cpu and not torch.is_grad_enabled()
-    if not few and not torch.is_grad_enabled():
-        for fast in FAST_EXPERTS:
-            if (out := fast(experts, hidden_NH, ids_NK, weights_NK)) is not None:
-                return out
+    if not few and not torch.is_grad_enabled() and (engine := backend()) is not None:
+        out: torch.Tensor | None = engine.run_experts(experts, hidden_NH, ids_NK, weights_NK)
+        if out is not None:
+            return out
     return ALL_EXPERTS_FUNCTIONS["batched_mm" if few else "grouped_mm"](experts, hidden_NH, ids_NK, weights_NK)
 
 
@@ -404,12 +410,14 @@ def eager_experts_forward(
     flat_ids, order = ids_NK.reshape(-1).sort()
     counts = torch.bincount(flat_ids, minlength=experts.num_experts).tolist()
     outputs, start = [], 0
-    for expert, count in enumerate(counts):
+    for expert, count in enumerate(counts[: experts.num_experts]):
         if count:
             rows = hidden_NH[order[start : start + count] // top_k]
             gate, up = F.linear(rows, experts.gate_up_proj[expert]).chunk(2, dim=-1)
             outputs.append(F.linear(experts.act_fn(gate) * up, experts.down_proj[expert]))
             start += count
+    if start < len(order):  # the last ids stand for experts that other processes hold
+        outputs.append(hidden_NH.new_zeros(len(order) - start, hidden_NH.shape[1]))
     if not outputs:
         return torch.zeros_like(hidden_NH)
     sorted_outputs = torch.cat(outputs)

@@ -11,12 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .backend import backend
 from .quantization import PackedWeight, WeightFormat, dequantize, packed_linear, quantize
-
-# Faster forms of a packed layer, asked in order with the layer and its inputs; each returns None where it is not for
-# them. A package around these files fills them: as remote code they know of none.
-FAST_PACKED_LINEAR: list[Callable[[PackedLinear, torch.Tensor], torch.Tensor | None]] = []
-FAST_PACKED_EXPERTS: list[Callable[..., torch.Tensor | None]] = []
 
 
 class PackedModule(nn.Module):
@@ -97,9 +93,10 @@ class PackedLinear(PackedModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product, plus the bias where there is one."""
         if not torch.is_grad_enabled():
-            for fast in FAST_PACKED_LINEAR:
-                if (out := fast(self, x)) is not None:
-                    return out
+            engine = backend()
+            out: torch.Tensor | None = None if engine is None else engine.run_packed_linear(self, x)
+            if out is not None:
+                return out
         return packed_linear(x, self.packed("weight"), self.format, self.bias)
 
     def dense(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -153,9 +150,12 @@ class PackedExperts(PackedModule):
     def forward(self, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of each token's experts, [N, H]; summed in float32."""
         if not torch.is_grad_enabled():
-            for fast in FAST_PACKED_EXPERTS:
-                if (out := fast(self, hidden_NH, ids_NK, weights_NK)) is not None:
-                    return out
+            engine = backend()
+            out: torch.Tensor | None = (
+                None if engine is None else engine.run_packed_experts(self, hidden_NH, ids_NK, weights_NK)
+            )
+            if out is not None:
+                return out
         return packed_experts_forward(self.run_expert, self.num_experts, hidden_NH, ids_NK, weights_NK)
 
     def extra_repr(self) -> str:

@@ -15,13 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.conversation import Conversation
-from deepseek_vl2.serve.streaming import AsyncTextStream, GenerationOptions, StopWordFilter, TextStream
+from deepseek_vl2.serve.streaming import AsyncTextStream, GenerationOptions, TextStream
 from deepseek_vl2.utils.io import load_pretrained_model
 
 __all__ = [
     "AsyncTextStream",
     "GenerationOptions",
-    "StopWordFilter",
     "TextStream",
     "agenerate",
     "convert_conversation_to_prompts",

@@ -1,4 +1,4 @@
-"""One answer as a stream of text: a worker thread runs the model, and the reader takes pieces as they come.
+"""One answer as a stream of text, written by the model's engine.
 
 A reader that stops reading stops the model; an error of the model reaches the reader.
 """
@@ -6,31 +6,27 @@ A reader that stops reading stops the model; an error of the model reaches the r
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
-import queue
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedTokenizerBase
 
+from deepseek_vl2.engine.detokenizer import token_bytes_of
+from deepseek_vl2.engine.engine import Engine
+from deepseek_vl2.engine.holder import engine_of
+from deepseek_vl2.engine.prompts import prompt_of
+from deepseek_vl2.engine.request import Delta, Event, Request
+from deepseek_vl2.engine.sampling_params import SamplingParams
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 
 FinishReason = Literal["stop", "length", "cancelled"]
 GREEDY_BELOW = 1e-5  # dividing logits by less overflows, and picks the likeliest token all the same
-REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,6 @@ class GenerationOptions:
         stop: texts that end the answer; neither they nor parts of them are shown.
         prefill_chunk_size: tokens of the prompt to read at a time, which bounds the memory of a long one.
         keep_eos: show the text of the token that ends the answer.
-        logits_processors: more of transformers' processors, such as a grammar's; they run before sampling.
 
     Raises:
         ValueError: a value out of its range.
@@ -63,7 +58,6 @@ class GenerationOptions:
     stop: Sequence[str] = ()
     prefill_chunk_size: int | None = None
     keep_eos: bool = False
-    logits_processors: Sequence[LogitsProcessor] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -105,157 +99,39 @@ class Answer:
     stop_word: str | None = None
 
 
-class StopWordFilter:
-    """Pass a stream of text on up to the first stop word, holding back what may be the beginning of one."""
-
-    def __init__(self, stop_words: Sequence[str]) -> None:
-        self.stop_words = [word for word in stop_words if word]
-        self.pending = ""
-        self.stop_word: str | None = None
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop word was said."""
-        return self.stop_word is not None
-
-    def push(self, text: str) -> str:
-        """Add text to the stream; return what can be shown."""
-        self.pending += text
-        found = [(self.pending.index(word), -len(word), word) for word in self.stop_words if word in self.pending]
-        if found:
-            start, _, self.stop_word = min(found)
-            shown, self.pending = self.pending[:start], ""
-            return shown
-        held = max((self._overlap(word) for word in self.stop_words), default=0)
-        cut = len(self.pending) - held
-        shown, self.pending = self.pending[:cut], self.pending[cut:]
-        return shown
-
-    def flush(self) -> str:
-        """Return what was held back, at the end of the stream."""
-        shown, self.pending = self.pending, ""
-        return shown
-
-    def _overlap(self, word: str) -> int:
-        """Return how many characters at the end of the pending text begin ``word``."""
-        longest = min(len(word) - 1, len(self.pending))
-        return next((n for n in range(longest, 0, -1) if self.pending.endswith(word[:n])), 0)
-
-
-class TokenDecoder:
-    """Turn token ids into text one by one, holding back a character until its last byte has come."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.window: list[int] = []  # tokens since the text last ended with a whole character
-        self.shown = 0  # characters of the window's text that were returned
-
-    def push(self, token: int) -> str:
-        """Add a token; return the text that is now certain."""
-        self.window.append(token)
-        text = self._text()
-        # The bytes of an unfinished character decode to one replacement character, at the very end.
-        whole = not text.endswith(REPLACEMENT)
-        certain = text if whole else text[:-1]
-        new, self.shown = certain[self.shown :], max(self.shown, len(certain))
-        if whole:
-            self.window, self.shown = [], 0
-        return new
-
-    def flush(self) -> str:
-        """Return what was held back, at the end of the answer."""
-        rest = self._text()[self.shown :]
-        self.window, self.shown = [], 0
-        return rest
-
-    def _text(self) -> str:
-        return self.tokenizer.decode(self.window, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-class SeededSampler(LogitsProcessor):
-    """Sample with random numbers of its own, so that answers in other threads neither disturb nor repeat it.
-
-    Adding Gumbel noise to the logits makes their largest a sample of their softmax: ``generate`` runs without
-    sampling, and its argmax is the sampled token. So no global random state is read or moved.
+def answer_params(options: GenerationOptions, ends: Iterable[int], seed: int | None) -> SamplingParams:
+    """Return options as the engine takes them.
 
     Args:
-        temperature, top_k, top_p: see `GenerationOptions`.
-        seeds: of the random numbers of each row, so that a row in a batch gets what it gets alone.
+        options: the options.
+        ends: ids that end an answer.
+        seed: of its random numbers; ``None`` where nothing is sampled.
     """
-
-    def __init__(self, temperature: float, top_k: int, top_p: float, seeds: Sequence[int]) -> None:
-        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-        if top_k > 0:
-            self.warpers.append(TopKLogitsWarper(top_k))
-        if top_p < 1:
-            self.warpers.append(TopPLogitsWarper(top_p))
-        self.seeds = seeds
-        self.generators: list[torch.Generator] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return scores, [B, vocabulary], whose largest is the sampled token."""
-        if not self.generators:
-            self.generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
-        warped = self.warpers(input_ids, scores.float())
-        noise = torch.empty_like(warped)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return warped - noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
+    return SamplingParams(
+        max_tokens=options.max_new_tokens,
+        temperature=0.0 if options.temperature <= GREEDY_BELOW else options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        repetition_penalty=options.repetition_penalty,
+        seed=0 if seed is None else seed,
+        stop=tuple(text for text in options.stop if text),
+        stop_token_ids=frozenset(ends),
+        ignore_eos=True,
+    )
 
 
-class _Done(Exception):
-    """The answer is over: raised through ``generate``, it stops the model before its next step."""
-
-
-class _TokenReader(BaseStreamer):
-    """Read each new token as soon as the host has it: show its text, and end the generation when the answer is over.
-
-    A streamer sees tokens that are on their way to the host anyhow; a stopping criterion would make the device wait
-    once more for every token.
-    """
-
-    def __init__(self, run: _Run, tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
-        self.run = run
-        self.ends = ends
-        self.prompt_seen = False
-        self.decoder = TokenDecoder(tokenizer)
-        self.words = StopWordFilter(run.options.stop)
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, at first, and then new tokens."""
-        if self.run.cancelled.is_set():
-            raise _Done
-        if not self.prompt_seen:
-            self.prompt_seen = True
-            return
-        for token in value.flatten().tolist():
-            self.run.answer.completion_tokens += 1
-            ended = token in self.ends
-            if not ended or self.run.options.keep_eos:
-                self.run.show(self.words.push(self.decoder.push(token)))
-            if ended or self.words.stopped:
-                self.run.answer.finish_reason = "stop"
-                raise _Done
-
-    def end(self) -> None:
-        """Nothing: an answer that was stopped never gets here."""
-
-    def finish(self) -> None:
-        """Show what was held back, and note why the answer ended."""
-        answer = self.run.answer
-        if not self.words.stopped:
-            self.run.show(self.words.push(self.decoder.flush()))
-        if not self.words.stopped:
-            self.run.show(self.words.flush())
-        answer.stop_word = self.words.stop_word
-        if self.words.stopped:
-            answer.finish_reason = "stop"
-        elif answer.finish_reason != "stop" and not self.run.cancelled.is_set():
-            answer.finish_reason = "length"
+def model_ends(model: DeepseekVLV2ForCausalLM) -> list[int]:
+    """Return the ids that end an answer, as ``generate`` would."""
+    ends = model.generation_config.eos_token_id
+    return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 class _Run:
-    """One generation in a thread of its own. The thread knows this object alone, never the stream that reads it."""
+    """One answer on the engine, from the first piece asked for to its end.
+
+    Whoever wants the next piece drives the engine (see `Engine.run_until`), and so all streams of the model go on
+    together.
+    """
 
     def __init__(
         self,
@@ -270,74 +146,101 @@ class _Run:
             raise ValueError(f"One conversation is streamed at a time, got {rows}: call model.generate for a batch.")
         self.model = model
         self.tokenizer = tokenizer
-        self.inputs = inputs
+        self.inputs: Mapping[str, Any] | None = inputs
         self.options = options
-        self.cancelled = threading.Event()
+        self.cancelled = False
+        self.ended = False
         self.answer = Answer(prompt_tokens=int(ids.shape[1]))
-        self.error: BaseException | None = None
-        self.emit: Callable[[str | None], None] = lambda piece: None
-        self.thread: threading.Thread | None = None
+        self.events: deque[Event] = deque()
+        self.engine: Engine | None = None
+        self.request: Request | None = None
+        self.driving = threading.Lock()
         if options.temperature > GREEDY_BELOW:
             self.answer.seed = int(torch.randint(2**62, ()).item()) if options.seed is None else options.seed
 
-    def start(self, emit: Callable[[str | None], None]) -> None:
-        """Begin; ``emit`` gets each piece of text and at last ``None``, in the worker's thread."""
-        self.emit = emit
-        self.thread = threading.Thread(target=self._work, name="deepseek_vl2 generation", daemon=True)
-        self.thread.start()
+    def _start(self, inputs: Mapping[str, Any]) -> None:
+        """Submit the request. Its inputs are let go of: the stream may be kept for its answer."""
+        self.inputs, options, ends = None, self.options, model_ends(self.model)
+        prompt = prompt_of(self.model, inputs)
+        self.answer.prompt_tokens = len(prompt)
+        request = Request(
+            prompt,
+            answer_params(options, ends, self.answer.seed),
+            self.events.append,
+            token_bytes_of(self.tokenizer, () if options.keep_eos else ends),
+            options.prefill_chunk_size,
+        )
+        self.engine = engine_of(self.model)
+        self.engine.submit([request])
+        self.request = request
 
-    def raise_error(self) -> None:
-        """Raise what the model raised, once; the error is let go of, since its traceback knows this object."""
-        error, self.error = self.error, None
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error
+    def next_piece(self) -> str | None:
+        """Return the next piece of text; ``None`` at the end.
 
-    def show(self, text: str) -> None:
-        """Hand a piece of text to the reader."""
-        if text:
-            self.answer.text += text
-            self.emit(text)
+        Raises:
+            Exception: what the model raised, once.
+        """
+        with self.driving:
+            while not self.ended:
+                if self.cancelled:
+                    self.ended = True
+                    self._leave()
+                    break
+                try:
+                    if self.inputs is not None:
+                        self._start(self.inputs)
+                    assert self.engine is not None
+                    self.engine.run_until(lambda: bool(self.events) or self.cancelled)
+                    text = self._read()
+                except BaseException:
+                    self.ended = True
+                    self._leave()
+                    raise
+                if text:
+                    return text
+            return None
 
-    def _work(self) -> None:
-        try:
-            with _current_device(self.model.device):
-                self._generate()
-        except BaseException as error:  # raised again in the reader's thread
-            traceback.clear_frames(error.__traceback__)  # whose locals would keep the cache's memory
-            self.error = error
-        finally:
-            self.inputs = {}  # the stream may be kept for its answer: not for the pictures' tensors
-            with contextlib.suppress(RuntimeError):  # the reader's event loop is closed
-                self.emit(None)
+    def _read(self) -> str:
+        """Return the text of what has come."""
+        text = ""
+        while self.events:
+            event = self.events.popleft()
+            if not isinstance(event, Delta):
+                traceback.clear_frames(event.error.__traceback__)  # whose locals would keep tensors
+                raise event.error
+            text += event.text
+            self.answer.completion_tokens = event.completion_tokens
+            if event.finish_reason is not None:
+                self.answer.finish_reason, self.answer.stop_word = event.finish_reason, event.stop
+                self.ended = True
+                self._leave()
+        self.answer.text += text
+        return text
 
-    def _generate(self) -> None:
-        ends = self.model.generation_config.eos_token_id
-        reader = _TokenReader(self, self.tokenizer, set(ends if isinstance(ends, list) else [ends]))
-        with contextlib.suppress(_Done):
-            self.model.generate(**self.inputs, **self._settings(), streamer=reader)
-        reader.finish()
+    def _leave(self) -> None:
+        """Let go of the request, and of what it holds."""
+        engine, request = self.engine, self.request
+        self.request, self.inputs = None, None
+        self.events.clear()
+        if engine is not None and request is not None:
+            engine.cancel(request)
 
-    def _settings(self) -> dict[str, Any]:
-        options = self.options
-        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": options.max_new_tokens}
-        if options.repetition_penalty != 1:
-            settings["repetition_penalty"] = options.repetition_penalty
-        if options.prefill_chunk_size is not None:
-            settings["prefill_chunk_size"] = options.prefill_chunk_size
-        processors = list(options.logits_processors)
-        if self.answer.seed is not None:
-            processors.append(SeededSampler(options.temperature, options.top_k, options.top_p, [self.answer.seed]))
-        if processors:
-            settings["logits_processor"] = LogitsProcessorList(processors)
-        return settings
+    def cancel(self) -> None:
+        """Stop the model after the token at work; from any thread."""
+        self.cancelled = True
+        engine, request = self.engine, self.request
+        if engine is not None and request is not None:
+            engine.cancel(request)
 
-
-def _current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make a GPU the current one of this thread: custom kernels launch there, and a new thread begins at the first."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    def close(self) -> None:
+        """Stop the model, and wait until it has."""
+        engine, request = self.engine, self.request
+        self.cancel()
+        with self.driving:
+            self.ended = True
+            self._leave()
+        if engine is not None and request is not None and engine.healthy:
+            engine.run_until(lambda: not engine.holds(request))
 
 
 class TextStream(Iterator[str]):
@@ -356,8 +259,6 @@ class TextStream(Iterator[str]):
         options: GenerationOptions,
     ) -> None:
         self._run = _Run(model, tokenizer, inputs, options)
-        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._closed = False
 
     @property
     def answer(self) -> Answer:
@@ -365,16 +266,10 @@ class TextStream(Iterator[str]):
         return self._run.answer
 
     def __next__(self) -> str:
-        if self._closed:
+        piece = self._run.next_piece()
+        if piece is None:
             raise StopIteration
-        if self._run.thread is None:
-            self._run.start(self._pieces.put)
-        piece = self._pieces.get()
-        if piece is not None:
-            return piece
-        self.close()
-        self._run.raise_error()
-        raise StopIteration
+        return piece
 
     def read(self) -> Answer:
         """Read to the end and return the whole answer."""
@@ -384,14 +279,11 @@ class TextStream(Iterator[str]):
 
     def cancel(self) -> None:
         """Ask the model to stop after the token at work; from any thread. The stream then ends by itself."""
-        self._run.cancelled.set()
+        self._run.cancel()
 
     def close(self) -> None:
         """Stop the model and wait until it has; nothing can be read any more."""
-        self._closed = True
-        self.cancel()
-        if self._run.thread is not None:
-            self._run.thread.join()
+        self._run.close()
 
     def __enter__(self) -> TextStream:
         return self
@@ -401,7 +293,7 @@ class TextStream(Iterator[str]):
 
     def __del__(self) -> None:
         if hasattr(self, "_run"):
-            self.cancel()
+            self._run.cancel()
 
 
 class AsyncTextStream(AsyncIterator[str]):
@@ -419,35 +311,21 @@ class AsyncTextStream(AsyncIterator[str]):
         options: GenerationOptions,
     ) -> None:
         self._run = _Run(model, tokenizer, inputs, options)
-        self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
-        self._ended = False  # the worker's last word was read
-        self._closed = False
 
     @property
     def answer(self) -> Answer:
         """The answer so far."""
         return self._run.answer
 
-    async def _next_piece(self) -> str | None:
-        piece = await self._pieces.get()
-        self._ended = piece is None
-        return piece
-
     async def __anext__(self) -> str:
-        if self._closed or self._ended:
-            raise StopAsyncIteration
-        if self._run.thread is None:
-            loop, pieces = asyncio.get_running_loop(), self._pieces
-            self._run.start(lambda piece: _put_from_thread(loop, pieces, piece))
         try:
-            piece = await self._next_piece()
+            piece = await asyncio.to_thread(self._run.next_piece)
         except asyncio.CancelledError:
             self.cancel()
             raise
-        if piece is not None:
-            return piece
-        self._run.raise_error()
-        raise StopAsyncIteration
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
 
     async def read(self) -> Answer:
         """Read to the end and return the whole answer."""
@@ -457,14 +335,12 @@ class AsyncTextStream(AsyncIterator[str]):
 
     def cancel(self) -> None:
         """Ask the model to stop after the token at work; from any thread. The stream then ends by itself."""
-        self._run.cancelled.set()
+        self._run.cancel()
 
     async def aclose(self) -> None:
         """Stop the model and wait until it has; nothing can be read any more."""
-        self._closed = True
         self.cancel()
-        while self._run.thread is not None and not self._ended:
-            await self._next_piece()
+        await asyncio.to_thread(self._run.close)
 
     async def __aenter__(self) -> AsyncTextStream:
         return self
@@ -474,8 +350,4 @@ class AsyncTextStream(AsyncIterator[str]):
 
     def __del__(self) -> None:
         if hasattr(self, "_run"):
-            self.cancel()
-
-
-def _put_from_thread(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[str | None], piece: str | None) -> None:
-    loop.call_soon_threadsafe(pieces.put_nowait, piece)
+            self._run.cancel()

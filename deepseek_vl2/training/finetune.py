@@ -36,6 +36,7 @@ from deepseek_vl2.utils.io import NANO_NAME, resolve_model_path
 
 from .collator import ConversationCollator
 from .data import ConversationDataset
+from .processes import idle_gpus, refuse_deepspeed
 from .trainer import PARTS, VLTrainer, VLTrainingArguments, last_complete_checkpoint, save_released
 
 LORA_LEARNING_RATE = 1e-4
@@ -349,6 +350,9 @@ def describe(trainer: VLTrainer, args: Namespace, checkpoint: Path | None) -> st
         f"{len(trainer.train_dataset):,} conversations, {batch} a step, at a learning rate of "
         f"{trainer.args.learning_rate:g}.",
     ]
+    hint = idle_gpus(trainer.args.world_size, trainer.args.device)
+    if hint is not None:
+        lines.append(hint)
     if checkpoint is not None:
         lines.append(f"Going on from {checkpoint.name}.")
     return "\n".join(lines)
@@ -356,6 +360,7 @@ def describe(trainer: VLTrainer, args: Namespace, checkpoint: Path | None) -> st
 
 def run(args: Namespace) -> None:
     """Train, and save what was trained."""
+    refuse_deepspeed()
     output = Path(args.output)
     checkpoint = find_checkpoint(output, args.resume)
     if args.precision is None:

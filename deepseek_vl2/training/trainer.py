@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -24,6 +22,7 @@ from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.checkpoint import StoredTensors, check_shapes, find_files, released_shapes
 
 from .collator import ConversationCollator
+from .processes import hidden_buffers, keep_sums_exact, refuse_deepspeed
 from .routing import RoutingBiasUpdater
 
 logger = logging.get_logger(__name__)
@@ -63,31 +62,6 @@ def freeze_parts(model: nn.Module, frozen: dict[str, bool]) -> None:
     for name, parameter in model.named_parameters():
         if frozen.get(part_of(name), False) or ".attn_pool." in f".{name}":
             parameter.requires_grad_(False)
-
-
-@contextmanager
-def hidden_buffers(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Take a model's buffers out of its state dict for a while, with the first process's values in all processes.
-
-    accelerate's FSDP 2 empties a model before it shards it and brings back sharded parameters and hidden buffers; on a
-    saved buffer, which is not sharded, it fails. ``device``: where processes talk to each other.
-    """
-    saved = [
-        (module, name)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    ]
-    for module, name in saved:
-        shared = module._buffers[name].to(device)  # type: ignore[union-attr]
-        dist.broadcast(shared, src=0)
-        module._buffers[name] = shared
-        module._non_persistent_buffers_set.add(name)
-    try:
-        yield
-    finally:
-        for module, name in saved:
-            module._non_persistent_buffers_set.discard(name)
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
@@ -145,6 +119,7 @@ class VLTrainingArguments(TrainingArguments):
     accelerator_config: Any = None
 
     def __post_init__(self) -> None:
+        refuse_deepspeed(self.deepspeed)
         if self.accelerator_config is None:
             # Batches of an iterable dataset differ in their number of tiles and cannot be joined in one process.
             # On a GPU batches are pinned, so nothing has to wait until they are there.
@@ -160,6 +135,11 @@ class VLTrainingArguments(TrainingArguments):
         if all(getattr(self, f"freeze_{part}") for part in PARTS):
             raise ValueError("All parts are frozen: there is nothing to train.")
         super().__post_init__()
+
+    @property
+    def n_gpu(self) -> int:
+        """How many GPUs this process uses: one at most, where the Trainer would take all by DataParallel."""
+        return min(1, super().n_gpu)
 
 
 class RoutingCallback(TrainerCallback):
@@ -269,6 +249,7 @@ class VLTrainer(Trainer):
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
         )
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2:
+            keep_sums_exact(self.accelerator.state.fsdp_plugin)
             self._prepare_with_buffers()
         self.routing = RoutingBiasUpdater(self.base_model(), rate=args.routing_bias_rate)
         self.add_callback(RoutingCallback(self.routing))

@@ -7,13 +7,18 @@ evaluated, and nothing in it raises; what is wrong with it is reported beside wh
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, overload
 
-from deepseek_vl2.utils.drawing import COORDINATE_MAX, Box, Size, draw_boxes, to_pixels
+from PIL import Image
+
+from deepseek_vl2.utils.drawing import COORDINATE_MAX, Box, Size, draw_boxes, size_of, to_pixels
 
 __all__ = [
     "COORDINATE_MAX",
@@ -45,6 +50,7 @@ _TAG = re.compile(r"<\|(/?)(ref|det|grounding)\|>")
 _SEGMENT = re.compile(r"[^\[\]]+")
 # Longer numbers are none that a model means, and converting them takes more than linear time.
 _NUMBER = re.compile(r"[+-]?[0-9]{1,9}(?:\.[0-9]{0,9})?")
+MOST_SHOWN = 1024  # pixels of a picture's longer side in a notebook
 _QUOTED = 40  # characters of the model's text in a message
 
 
@@ -90,11 +96,13 @@ class Grounding(Sequence[GroundedObject]):
         text: the response.
         objects: labels with their boxes.
         problems: what was wrong, in the order of the text.
+        picture: the image that the boxes are on, where it was given.
     """
 
     text: str
     objects: list[GroundedObject]
     problems: list[Problem]
+    picture: Image.Image | None = field(default=None, repr=False, compare=False)
 
     @overload
     def __getitem__(self, index: int) -> GroundedObject: ...
@@ -117,12 +125,25 @@ class Grounding(Sequence[GroundedObject]):
             "problems": [asdict(problem) for problem in self.problems],
         }
 
+    def _repr_html_(self) -> str:
+        """Return the answer for a notebook: what it says, above the picture with its boxes where that was given."""
+        shown = f"<p>{html.escape(plain_text(self.text))}</p>"
+        if self.picture is None or not any(found.boxes for found in self.objects):
+            return shown
+        data = io.BytesIO()
+        drawing = draw_boxes(self.picture, self.objects)
+        drawing.thumbnail((MOST_SHOWN, MOST_SHOWN))
+        drawing.save(data, "PNG")
+        encoded = base64.b64encode(data.getvalue()).decode()
+        labels = html.escape(", ".join(found.label for found in self.objects if found.label), quote=True)
+        return f'{shown}<img alt="{labels}" src="data:image/png;base64,{encoded}">'
+
     def to_json(self, indent: int | None = None) -> str:
         """Return `to_dict` as JSON."""
         return json.dumps(self.to_dict(), ensure_ascii=False, indent=indent)
 
 
-def parse_grounding(text: str, sizes: Sequence[Size] | None = None, image: int = -1) -> Grounding:
+def parse_grounding(text: str, sizes: Sequence[Size | Image.Image] | None = None, image: int = -1) -> Grounding:
     """Read the labelled boxes of a response, in time linear in its length.
 
     A label belongs to the list of boxes that follows it. Numbers beyond 0 to 999 are clamped and swapped corners put
@@ -131,7 +152,7 @@ def parse_grounding(text: str, sizes: Sequence[Size] | None = None, image: int =
 
     Args:
         text: the model's text.
-        sizes: (width, height) in pixels of the conversation's images, in order, for boxes in pixels.
+        sizes: the conversation's images, in order, or (width, height) in pixels of each upright, for boxes in pixels.
         image: which of them the boxes are on. The model does not say; it is trained to locate things in the last one.
 
     Raises:
@@ -142,8 +163,10 @@ def parse_grounding(text: str, sizes: Sequence[Size] | None = None, image: int =
         if not -len(sizes) <= image < len(sizes):
             raise ValueError(f"There is no image {image} among {len(sizes)} sizes.")
         index = image % len(sizes)
-        target = index, sizes[index]
-    return _Reader(text, target).read()
+        target = index, size_of(sizes[index])
+    found = _Reader(text, target).read()
+    shown = None if sizes is None or target is None else sizes[target[0]]
+    return replace(found, picture=shown) if isinstance(shown, Image.Image) else found
 
 
 class _Reader:
@@ -297,11 +320,11 @@ def plain_text(text: str) -> str:
     return "".join(parts)
 
 
-def to_coco(responses: Iterable[tuple[Grounding, str, Size]]) -> dict[str, Any]:
+def to_coco(responses: Iterable[tuple[Grounding, str, Size | Image.Image]]) -> dict[str, Any]:
     """Return responses in the layout of COCO's annotation files.
 
     Args:
-        responses: for each image the parsed response, the file's name and (width, height) in pixels.
+        responses: for each image the parsed response, the file's name, and the image or its (width, height) upright.
 
     Returns:
         A dict with ``images``, ``annotations`` (``bbox`` is [left, top, width, height] in pixels) and ``categories``
@@ -310,7 +333,8 @@ def to_coco(responses: Iterable[tuple[Grounding, str, Size]]) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     categories: dict[str, int] = {}
-    for grounding, file_name, (width, height) in responses:
+    for grounding, file_name, image in responses:
+        width, height = size_of(image)
         images.append({"id": len(images) + 1, "file_name": file_name, "width": width, "height": height})
         for found in grounding:
             category = categories.setdefault(found.label, len(categories) + 1)

@@ -15,7 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 import deepseek_vl2.models
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models.checkpoint_check import check_config
 from deepseek_vl2.models.image_loading import load_image
+from deepseek_vl2.models.image_modes import WHITE, Background, check_background
+from deepseek_vl2.models.messages import check_messages, listed_images
 from deepseek_vl2.models.quantization import Kind
 from deepseek_vl2.models.quantizer import WeightOnlyConfig
 from deepseek_vl2.utils.demo import DEMO_NAME, demo_checkpoint
@@ -100,10 +103,13 @@ def load_pretrained_model(
         The tokenizer, the processor and the model, in evaluation mode.
 
     Raises:
-        ValueError: the checkpoint does not fit its config, or the model into the device's memory.
-        OSError: there is no checkpoint at that path.
+        ValueError: the checkpoint does not fit its config, or a file of it is damaged or another model's, or it is
+            more than the device holds.
+        OSError: there is no checkpoint at that path, or one of its files is missing.
     """
     source = resolve_model_path(model_path)
+    if isinstance(source, Path):
+        check_config(source, DeepseekVLV2Config.model_type)
     if isinstance(quantize, str):
         quantize = WeightOnlyConfig(quantize)
     if quantize is not None:
@@ -140,11 +146,12 @@ def refuse_what_does_not_fit(
     check_fits(sizes, precision, device, str(source), limit)
 
 
-def load_pil_images(conversations: Iterable[Mapping[str, Any]]) -> list[Image.Image]:
+def load_pil_images(conversations: Iterable[Mapping[str, Any]], background: Background = WHITE) -> list[Image.Image]:
     """Load the images that a conversation's messages name, in order.
 
     Args:
         conversations: messages; each may hold a list under ``images``: paths, bytes, data URLs or PIL images.
+        background: the colour under transparent pixels; ``None`` drops their alpha, as the original package does.
 
     Returns:
         RGB images, turned upright as their EXIF orientation says.
@@ -153,7 +160,9 @@ def load_pil_images(conversations: Iterable[Mapping[str, Any]]) -> list[Image.Im
         FileNotFoundError: a file is missing; the path is named.
         ValueError: a file is empty, truncated, not an image, or has too many pixels.
     """
-    return [load_image(source) for message in conversations for source in message.get("images") or []]
+    background = check_background(background)
+    sources = [source for message in check_messages(list(conversations)) for source in listed_images(message)]
+    return [load_image(source, background=background) for source in sources]
 
 
 def load_json(filepath: str | Path) -> Any:

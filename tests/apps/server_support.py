@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,19 +14,15 @@ for _name in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
     pytest.importorskip(_name)
 
 import torch  # noqa: E402
-import uvicorn  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from deepseek_vl2.engine.scheduler import EngineOptions  # noqa: E402
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor  # noqa: E402
 from deepseek_vl2.serve.api.app import Server  # noqa: E402
-from deepseek_vl2.serve.api.engine import Engine, EngineOptions  # noqa: E402
-from deepseek_vl2.serve.api.prefill import Prompt  # noqa: E402
-from deepseek_vl2.serve.api.sampling import SamplingOptions  # noqa: E402
-from deepseek_vl2.serve.api.sequence import Delta, Event, Job  # noqa: E402
+from deepseek_vl2.serve.api.serving import http_server  # noqa: E402
 from deepseek_vl2.serve.api.settings import Settings  # noqa: E402
 
 MODEL = "golden"
-GREEDY = SamplingOptions(temperature=0)
 
 
 def picture(width: int = 100, height: int = 50, color: str = "red") -> Image.Image:
@@ -50,50 +44,6 @@ def image_part(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-class Listener:
-    """Notes what the engine tells about a job."""
-
-    def __init__(self) -> None:
-        self.text = ""
-        self.ids: list[int] = []
-        self.pieces: list[str] = []
-        self.reason: str | None = None
-        self.error: Exception | None = None
-        self.completion_tokens = 0
-        self.done = threading.Event()
-        self.begun = threading.Event()
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Delta):
-            self.text += event.text
-            self.pieces.append(event.text)
-            self.ids += [token.token_id for token in event.tokens]
-            self.completion_tokens = event.completion_tokens
-            self.reason = event.finish_reason
-        else:
-            self.error = event.error
-        self.begun.set()
-        if self.reason or self.error:
-            self.done.set()
-
-    def wait(self, seconds: float = 120) -> Listener:
-        """Wait for the end, and return self."""
-        assert self.done.wait(seconds), "the job did not end"
-        return self
-
-
-def text_prompt(processor: DeepseekVLV2Processor, text: str, images: Sequence[Image.Image] = ()) -> Prompt:
-    """Return the prompt of one user turn; the text has a tag for each image."""
-    turn = {"role": "user", "content": text, "images": list(images)}
-    return Prompt(processor.process_one(conversations=[turn]))
-
-
-def job(prompt: Prompt, tokens: int, sampling: SamplingOptions = GREEDY, **options: Any) -> tuple[Job, Listener]:
-    """Return a job and its listener."""
-    listener = Listener()
-    return Job(prompt=prompt, sampling=sampling, max_tokens=tokens, deliver=listener, **options), listener
-
-
 def wait_until(condition: Any, seconds: float = 60) -> None:
     """Wait for something to become true."""
     end = time.monotonic() + seconds
@@ -102,25 +52,13 @@ def wait_until(condition: Any, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-@contextlib.contextmanager
-def running_engine(model: DeepseekVLV2ForCausalLM, token_bytes: Any, **options: Any) -> Iterator[Engine]:
-    """Run an engine."""
-    engine = Engine(model, token_bytes, EngineOptions(**{"slots": 3, "max_length": 600, **options}))
-    engine.start()
-    try:
-        yield engine
-    finally:
-        engine.stop()
-
-
 class RunningServer:
     """A server in a thread of this process."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
         self.engine = server.engine
-        config = uvicorn.Config(server.app, host="127.0.0.1", port=0, log_level="warning")
-        self.uvicorn = uvicorn.Server(config)
+        self.uvicorn = http_server(server, host="127.0.0.1", port=0, log_level="warning")
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
@@ -151,7 +89,9 @@ def make_server(
     model: DeepseekVLV2ForCausalLM, processor: DeepseekVLV2Processor, *, engine: Any = None, **settings: Any
 ) -> RunningServer:
     """Return a server to be entered."""
-    options = EngineOptions(**{"slots": 4, "max_length": 1100, **(engine or {})})
+    bounds = {"max_batch": 4, "max_length": 1100, "queue_size": 64, "prefill_chunk": 512, **(engine or {})}
+    cached = {"kv_cache_tokens": 4 * bounds["max_length"], "image_cache_bytes": 16 << 20, "share_prefixes": True}
+    options = EngineOptions(**{**cached, **bounds})
     return RunningServer(Server(model, processor, Settings(**{"model_name": MODEL, **settings}), options))
 
 

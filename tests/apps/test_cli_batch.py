@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from deepseek_vl2.cli import batch as batch_module
+from deepseek_vl2.cli import batch_lines
 from deepseek_vl2.cli.main import main
 from deepseek_vl2.cli.options import Loaded
 from deepseek_vl2.utils.demo import write_demo_checkpoint
@@ -135,15 +136,15 @@ def test_separators_within_a_text_end_no_line(tmp_path: Path) -> None:
 def count_answers(monkeypatch: pytest.MonkeyPatch, fail_after: int | None = None) -> list[int]:
     """Count the lines that are generated for; a run ends with Ctrl-C after so many."""
     lines: list[int] = []
-    generate = batch_module.generate
+    submit = batch_lines.submit
 
-    def counted(loaded: Any, questions: list[Any], *rest: Any) -> Any:
+    def counted(loaded: Any, question: Any, *rest: Any) -> Any:
         if fail_after is not None and len(lines) >= fail_after:
             raise KeyboardInterrupt
-        lines.extend(question.job.line for question in questions)
-        return generate(loaded, questions, *rest)
+        lines.append(question.job.line)
+        return submit(loaded, question, *rest)
 
-    monkeypatch.setattr(batch_module, "generate", counted)
+    monkeypatch.setattr(batch_lines, "submit", counted)
     return lines
 
 

@@ -266,7 +266,7 @@ def test_bad_requests_are_refused_and_the_server_goes_on(server: RunningServer) 
             wrong.append((name, body[:300], str(error)[:300]))
     assert not wrong
     assert post(server, json.dumps(chat_body()).encode())[0] == 200
-    assert server.engine.healthy and server.engine.busy_slots == 0 and server.engine.stats.failed == 0
+    assert server.engine.healthy and server.engine.busy == 0 and server.engine.stats.failed == 0
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ FEW_FIELDS = strategies.sets(strategies.sampled_from(OTHER_FIELDS), max_size=4)
 def server() -> Iterator[RunningServer]:
     """Run a server over the demo model."""
     _, processor, model = load_pretrained_model(demo_checkpoint(), device="cpu")
-    with make_server(model, processor, engine={"slots": 8, "max_length": 300}, request_seconds=60.0) as running:
+    with make_server(model, processor, engine={"max_batch": 8, "max_length": 300}, request_seconds=60.0) as running:
         yield running
 
 

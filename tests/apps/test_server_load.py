@@ -62,16 +62,16 @@ def test_thirty_two_clients_lose_nothing(
         status, answer = post(server.port, chat_body(f"Question {number % 8}", temperature=0, max_tokens=6), 120)
         return status, answer["choices"][0]["message"]["content"]
 
-    with make_server(golden_model("tiny"), processor, engine={"slots": 8}) as server:
+    with make_server(golden_model("tiny"), processor, engine={"max_batch": 8}) as server:
         alone = [ask(number) for number in range(8)]
         with ThreadPoolExecutor(32) as pool:
             found = list(pool.map(ask, range(64)))
         assert found == alone * 8
-        assert server.engine.stats.finished == 72 and server.engine.busy_slots == 0
+        assert server.engine.stats.finished == 72 and server.engine.busy == 0
 
 
 def test_a_full_queue_answers_429(demo: Any) -> None:
-    with make_server(*demo, engine={"slots": 1, "queue_size": 1, "max_length": 4000}) as server:
+    with make_server(*demo, engine={"max_batch": 1, "queue_size": 1, "max_length": 4000}) as server:
         first = begin_stream(server.port)
         second = threading.Thread(target=post, args=(server.port, chat_body(max_tokens=2)))
         second.start()
@@ -85,17 +85,17 @@ def test_a_full_queue_answers_429(demo: Any) -> None:
 
 
 def test_clients_that_leave_free_their_slots(demo: Any) -> None:
-    with make_server(*demo, engine={"slots": 4, "max_length": 4000, "queue_size": 8}) as server:
+    with make_server(*demo, engine={"max_batch": 4, "max_length": 4000, "queue_size": 8}) as server:
         engine = server.engine
         post(server.port, chat_body())
         process, sizes = psutil.Process(), []
         for _ in range(4):
             for _ in range(3):
                 streams = [begin_stream(server.port, n=2) for _ in range(2)]
-                assert engine.busy_slots == 4
+                assert engine.busy == 4
                 for stream in streams:
                     stream.close()
-                wait_until(lambda: engine.busy_slots == 0)
+                wait_until(lambda: engine.busy == 0)
             gc.collect()
             sizes.append(process.memory_info().rss)
         assert engine.stats.cancelled == 48
@@ -105,7 +105,7 @@ def test_clients_that_leave_free_their_slots(demo: Any) -> None:
 
 
 def test_a_client_that_leaves_before_its_answer_is_whole(demo: Any) -> None:
-    with make_server(*demo, engine={"slots": 1, "queue_size": 4, "max_length": 4000}) as server:
+    with make_server(*demo, engine={"max_batch": 1, "queue_size": 4, "max_length": 4000}) as server:
 
         def leave() -> None:
             with pytest.raises(OSError):
@@ -113,17 +113,17 @@ def test_a_client_that_leaves_before_its_answer_is_whole(demo: Any) -> None:
 
         impatient, also = threading.Thread(target=leave), threading.Thread(target=leave)
         impatient.start()
-        wait_until(lambda: server.engine.busy_slots == 1)
+        wait_until(lambda: server.engine.busy == 1)
         also.start()
         wait_until(lambda: server.engine.waiting == 1)
         for thread in (impatient, also):
             thread.join()
-        wait_until(lambda: server.engine.busy_slots == 0 and server.server.chat.in_hand == 0, 20)
+        wait_until(lambda: server.engine.busy == 0 and server.server.chat.in_hand == 0, 20)
         assert server.engine.stats.cancelled == 2 and server.engine.stats.finished == 0
 
 
 def test_time_runs_out(demo: Any) -> None:
-    with make_server(*demo, engine={"slots": 1, "max_length": 4000}, request_seconds=2.0) as server:
+    with make_server(*demo, engine={"max_batch": 1, "max_length": 4000}, request_seconds=2.0) as server:
         status, answer = post(server.port, chat_body(**LONG))
         assert (status, answer["error"]["type"]) == (504, "timeout_error")
         stream = begin_stream(server.port)
@@ -133,7 +133,7 @@ def test_time_runs_out(demo: Any) -> None:
             if b"timeout_error" in received:
                 break
         assert b"[DONE]" not in received
-        wait_until(lambda: server.engine.busy_slots == 0)
+        wait_until(lambda: server.engine.busy == 0)
 
 
 def test_a_stream_is_counted_when_it_is_over(demo: Any) -> None:

@@ -42,7 +42,7 @@ def ask(client: Any, messages: Any = HELLO, **options: Any) -> Any:
 
 def expected_text(server: RunningServer, processor: DeepseekVLV2Processor, conversation: Any, tokens: int) -> str:
     inputs = processor(conversations=conversation)
-    output = server.engine.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    output = server.server.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
     return processor.decode(output[0, inputs["input_ids"].shape[1] :])
 
 

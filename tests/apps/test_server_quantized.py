@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepseek_vl2.serve.api.token_bytes import TokenBytes
 from server_support import GREEDY, job, picture, running_engine, text_prompt
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.quantizer import WeightOnlyConfig
-from deepseek_vl2.serve.api.token_bytes import TokenBytes
 
 QUESTIONS = ("<image>\nWhat is this?", "Name three colours.", "<image>\nWhat do you see, and where?")
 

@@ -11,6 +11,7 @@ import urllib.request
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,6 +269,54 @@ def test_boxes_are_drawn_and_listed_in_pixels() -> None:
     assert "<code>704, 438, 917, 686</code>" in listed
     assert "&lt;|det|&gt;[[704, 438, 917, 686]]&lt;|/det|&gt;<br><br>There." in listed
     assert rendering.draw_answer("no boxes", image) is None
+
+
+def test_with_several_pictures_the_page_says_whose_the_boxes_are() -> None:
+    turn = Turn("where?", [CAT, CAT], answer=GIRAFFE, drawing=CAT, picture=(1, 2), open=False)
+    turn.boxes = rendering.box_list(GIRAFFE, (999, 999), turn.picture)
+    chat = Chat([turn])
+    shown = rendering.chat_messages(chat)[-1]["content"]
+    assert '<span class="note">Boxes on picture 1 of 2</span>' in shown
+    assert "1 box in pixels of picture 1 of 2" in turn.boxes
+    assert any(isinstance(part, dict) and "picture 1 of 2" in part["alt_text"] for part in shown)
+    assert rendering.picture_choices(chat) == [("Picture 1", 1), ("Picture 2", 2)]
+    for other in (Chat(), Chat([Turn("hi")]), Chat([Turn("where?", [CAT], picture=(1, 1))])):
+        assert rendering.picture_choices(other) == []
+    turn.forget_answer()
+    assert rendering.picture_choices(chat) == []
+
+
+def test_the_visitor_chooses_the_picture_that_boxes_are_drawn_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gradio")
+    from deepseek_vl2.serve.web.events import DemoEvents
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    files = [tmp_path / "red.png", tmp_path / "blue.png"]
+    Image.new("RGB", (300, 200), "red").save(files[0])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying: upright it is 200 wide and 300 high
+    Image.new("RGB", (300, 200), "blue").save(files[1], exif=exif)
+    limits = Limits()
+    backend = ScriptedBackend({"": GIRAFFE})
+    events = DemoEvents(backend, JobLine(backend, limits.waiting), limits)
+    chat, request = Chat(), SimpleNamespace(session_hash="a")
+    chat.ask("Where is it?", [str(files[0])], limits)
+    chat.turns[0].answer, chat.turns[0].open = "Nowhere.", False
+    chat.ask("And in this one?", [str(files[1])], limits)
+    turn = chat.turns[-1]
+    turn.answer, turn.open = GIRAFFE, False
+    events._draw(turn, chat.pictures())
+    assert turn.picture == (2, 2) and Image.open(turn.drawing).size == (200, 300)
+    assert events.idle(chat, request)[-1]["value"] == 2 and events.idle(chat, request)[-1]["visible"]
+    again, shown = events.choose_picture(chat, 1, request)
+    assert again is chat and turn.picture == (1, 2) and "Boxes on picture 1 of 2" in str(shown)
+    assert Image.open(turn.drawing).size == (300, 200) and "211, 87, 275, 137" in turn.boxes
+    for wrong in (0, 3, None):
+        events.choose_picture(chat, wrong, request)
+        assert turn.picture == (1, 2)
+    assert len(events.idle(chat, request)) == len(events.busy(Chat([Turn("hi")]))) == 5
 
 
 def test_messages_show_questions_answers_and_what_went_wrong() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
+
 import pytest
 from PIL import Image
 
 from deepseek_vl2.serve.app_modules.utils import parse_ref_bbox
-from deepseek_vl2.utils.grounding import parse_grounding, to_pixels
+from deepseek_vl2.utils.grounding import draw_boxes, parse_grounding, to_pixels
 
 
 def boxes_of(det: str) -> list[tuple[int, int, int, int]]:
@@ -72,3 +75,19 @@ def test_drawing_is_a_copy_with_the_box_on_it() -> None:
 def test_drawing_takes_images_of_any_mode(mode: str) -> None:
     drawn = parse_ref_bbox("<|ref|>长长的标签<|/ref|><|det|>[[0, 0, 999, 999]]<|/det|>", Image.new(mode, (64, 64)))
     assert drawn is not None and drawn.mode == "RGB"
+
+
+def test_a_notebook_shows_the_answer_and_the_picture_with_its_boxes() -> None:
+    answer = "See <|ref|>a <b> cat<|/ref|><|det|>[[100, 100, 500, 500]]<|/det|>"
+    image = Image.new("RGB", (200, 100), "white")
+    shown = parse_grounding(answer, [image])._repr_html_()
+    assert "<p>See a &lt;b&gt; cat</p>" in shown and 'alt="a &lt;b&gt; cat"' in shown
+    data = base64.b64decode(shown.split("base64,")[1].split('"')[0])
+    assert Image.open(io.BytesIO(data)).tobytes() == draw_boxes(image, parse_grounding(answer)).tobytes()
+    for without in (
+        parse_grounding(answer),
+        parse_grounding(answer, [image.size]),
+        parse_grounding("no boxes", [image]),
+    ):
+        assert "<img" not in without._repr_html_()
+    assert parse_grounding(answer, [image]) == parse_grounding(answer, [image.size])

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import mini_config, mini_model, mini_processor
+from support import mini_config, mini_model
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 from deepseek_vl2.models.quantizer import WeightOnlyConfig
 from deepseek_vl2.utils import memory
+from deepseek_vl2.utils.demo import write_demo_checkpoint
 from deepseek_vl2.utils.io import load_pretrained_model
 from deepseek_vl2.utils.memory import Sizes, check_fits, model_sizes, parse_size, stored_sizes
 
@@ -20,10 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("memory")
-    mini_model("small").save_pretrained(path)
-    mini_processor().save_pretrained(path)
-    return path
+    return Path(write_demo_checkpoint(tmp_path_factory.mktemp("memory")))
 
 
 @pytest.mark.parametrize(
@@ -84,10 +82,10 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_loaded(
 
 
 def test_a_name_of_a_kind_is_enough(directory: Path, tmp_path: Path) -> None:
-    _, _, model = load_pretrained_model(directory, device="cpu", quantize="int4")
+    _, processor, model = load_pretrained_model(directory, device="cpu", quantize="int4")
     assert model.config.quantization_config.weights == "int4"
     model.save_pretrained(tmp_path)
-    mini_processor().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="as it is stored"):
         load_pretrained_model(tmp_path, device="cpu", max_memory="1kB")
     _, _, again = load_pretrained_model(tmp_path, device="cpu")

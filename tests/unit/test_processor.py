@@ -248,8 +248,8 @@ def test_lists_of_images_must_match_the_inputs(processor: Processor) -> None:
 
 
 def test_other_tensors_than_pytorchs_are_refused(processor: Processor) -> None:
-    with pytest.raises(ValueError, match="np"):
-        processor(prompt="hi", return_tensors="np")
+    with pytest.raises(ValueError, match="tf"):
+        processor(prompt="hi", return_tensors="tf")
 
 
 def test_an_empty_batch_is_an_error(processor: Processor) -> None:

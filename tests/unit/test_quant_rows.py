@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
-from deepseek_vl2.kernels.rows import FLAGS, load
+from deepseek_vl2.engine.packed import run_packed_experts
 from deepseek_vl2.models.cpu import row_products
 from deepseek_vl2.models.quantization import WeightFormat, dequantize, quantize
 from deepseek_vl2.models.quantized_layers import PackedExperts, packed_experts_forward
 from deepseek_vl2.ops.cpu import quant_rows
-from deepseek_vl2.ops.cpu.quant_rows import ARGUMENTS, QuantRows, run_packed_experts
+from deepseek_vl2.ops.cpu.bindings import FLAGS, load
+from deepseek_vl2.ops.cpu.quant_rows import ARGUMENTS, QuantRows
 
 WANTED = {"avx2", "fma"}
 FORMATS = [WeightFormat("int4", group) for group in (16, 32, 64, 128)] + [WeightFormat("int8")]
@@ -39,7 +40,7 @@ def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     flags = tuple("-march=haswell" if flag == "-march=native" else flag for flag in FLAGS)
-    patch.setattr("deepseek_vl2.kernels.rows.FLAGS", flags)
+    patch.setattr("deepseek_vl2.ops.cpu.bindings.FLAGS", flags)
     found = QuantRows.__new__(QuantRows)
     found._library = load(quant_rows.SOURCE, ARGUMENTS)
     patch.undo()

@@ -1,4 +1,4 @@
-"""Products of one row with packed weights on x86 CPUs, compiled from `quant_rows.c` as `kernels.rows` compiles its own.
+"""Products of one row with packed weights on x86 CPUs, compiled from `quant_rows.c` as `bindings` compiles its own.
 
 The row is quantized to int8, with a scale for 32 columns: what that adds to the error of a product, about half a
 percent, is less than what 8 bits of weights cost and far less than what 4 do. The plain forms are `packed_linear` and
@@ -11,13 +11,12 @@ import ctypes
 import logging
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from deepseek_vl2.kernels.rows import Unavailable, is_plain, load
+from .bindings import Unavailable, is_plain, load
 
-logger = logging.getLogger("deepseek_vl2.kernels")
+logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".c")
 POINTER, INTEGER, NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -138,30 +137,3 @@ def quant_rows() -> QuantRows | None:
 def unavailable_reason() -> str | None:
     """Return why there are no compiled functions here, in a few words; ``None`` where there are."""
     return None if quant_rows() is not None else _reason[0]
-
-
-def _in_use() -> QuantRows | None:
-    """Return the functions while a model decodes one row by compiled code, as `models.cpu.row_products` decides."""
-    from deepseek_vl2.models.cpu import row_kernels
-
-    return None if row_kernels() is None else quant_rows()
-
-
-def run_packed_linear(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
-    """Run a `PackedLinear`; ``None`` where it cannot. Registered with `models.quantized_layers`."""
-    if (rows := _in_use()) is None:
-        return None
-    packed, scale = layer.packed("weight")
-    return rows.linear(x, packed, scale, layer.format.group_size, layer.bias)
-
-
-def run_packed_experts(
-    layer: Any, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
-) -> torch.Tensor | None:
-    """Run `PackedExperts`; ``None`` where it cannot. Registered with `models.quantized_layers`."""
-    from deepseek_vl2.models.moe import is_silu
-
-    if len(hidden_NH) != 1 or (rows := _in_use()) is None or not is_silu(layer.act_fn):
-        return None
-    up, down = ((*layer.packed(name), layer.formats[name].group_size) for name in ("gate_up_proj", "down_proj"))
-    return rows.experts(hidden_NH, up, down, ids_NK, weights_NK)

@@ -1,1 +1,1 @@
-"""Triton kernels for GPUs."""
+"""Triton kernels, each beside the plain PyTorch function that defines it."""

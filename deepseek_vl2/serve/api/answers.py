@@ -1,20 +1,25 @@
-"""The event loop's side of the engine: submitting a request's jobs, and waiting for what comes of them."""
+"""The event loop's side of the engine: submitting requests for answers, and waiting for what comes of them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 import anyio
 from starlette.requests import Request
 
-from .engine import Engine, EngineStopped, QueueFull
+from deepseek_vl2.engine.detokenizer import ShownToken
+from deepseek_vl2.engine.engine import Engine, EngineStopped, QueueFull
+from deepseek_vl2.engine.kv_cache import OutOfTokens
+from deepseek_vl2.engine.request import Delta, Event
+from deepseek_vl2.engine.request import Request as EngineRequest
+
 from .errors import ApiError
 from .grammar import GrammarError
-from .sequence import Delta, Event, Job, Sink
 
 T = TypeVar("T")
 
@@ -81,8 +86,38 @@ async def unless_disconnected(request: Request, work: Callable[[], Awaitable[T]]
     return outcome[0]
 
 
+class Mailbox:
+    """Brings events from the engine's thread to the event loop: those of a whole step by one wake-up."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._events: deque[tuple[Callable[[Event], None], Event]] = deque()
+        self._woken = False
+
+    def sink(self, take: Callable[[Event], None]) -> Callable[[Event], None]:
+        """Return what the engine calls, so that ``take`` is called in the loop."""
+
+        def deliver(event: Event) -> None:
+            self._events.append((take, event))
+            if not self._woken:
+                self._woken = True
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                    self.loop.call_soon_threadsafe(self._empty)
+
+        return deliver
+
+    def _empty(self) -> None:
+        self._woken = False  # first: what is added from here on wakes the loop again, or is seen below
+        while self._events:
+            take, event = self._events.popleft()
+            take(event)
+
+
 class Answers:
     """The answers to one request, as they are written.
+
+    What has come since the reader looked last comes to it as one piece, so that a reader that is slow, or wants the
+    whole only, costs little.
 
     Args:
         engine: who writes them.
@@ -92,63 +127,100 @@ class Answers:
     def __init__(self, engine: Engine, deadline: Deadline) -> None:
         self.engine = engine
         self.deadline = deadline
-        self.jobs: list[Job] = []
-        self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.requests: list[EngineRequest] = []
         self.completion_tokens: dict[int, int] = {}
         self.first_token_seconds: float | None = None
         self.unfinished = 0
+        self._held: dict[int, Delta] = {}
+        self._error: Exception | None = None
+        self._running = 0
+        self._patient = False
+        self._wake = asyncio.Event()
 
-    def sink(self, index: int) -> Sink:
+    def sink(self, index: int, mailbox: Mailbox) -> Callable[[Event], None]:
         """Return what the engine calls for one of the answers."""
-        loop = asyncio.get_running_loop()
+        return mailbox.sink(lambda event: self._take(index, event))
 
-        def deliver(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
-
-        return deliver
-
-    def submit(self, jobs: list[Job]) -> None:
-        """Hand the jobs to the engine.
+    def submit(self, requests: list[EngineRequest]) -> None:
+        """Hand the requests to the engine.
 
         Raises:
             ApiError: the queue is full, or the engine does not work.
         """
+        self._running = len(requests)
         try:
-            self.engine.submit(jobs)
+            self.engine.submit(requests)
         except QueueFull as error:
             raise ApiError(429, f"The server is busy: {error} Try again later.", code="queue_full") from error
         except EngineStopped as error:
             raise ApiError(503, "The server is shutting down.") from error
-        self.jobs = jobs
-        self.unfinished = len(jobs)
+        self.requests = requests
+        self.unfinished = len(requests)
 
     def cancel(self) -> None:
         """Stop what is not finished."""
-        for job in self.jobs:
-            self.engine.cancel(job)
+        for request in self.requests:
+            self.engine.cancel(request)
 
-    async def next(self) -> tuple[int, Delta]:
-        """Return what came next, and of which answer.
+    def _take(self, index: int, event: Event) -> None:
+        """Note what the engine tells; in the event loop."""
+        if not isinstance(event, Delta):
+            self._error = self._error or event.error
+        else:
+            if self.first_token_seconds is None:
+                self.first_token_seconds = self.deadline.elapsed()
+            held = self._held.get(index)
+            tokens: list[ShownToken] = event.tokens
+            if held is not None:
+                tokens = held.tokens
+                tokens.extend(event.tokens)
+            text = event.text if held is None else held.text + event.text
+            self._held[index] = Delta(text, tokens, event.completion_tokens, event.finish_reason, event.stop)
+            self._running -= event.finish_reason is not None
+        if self._error is not None or not self._patient or not self._running:
+            self._wake.set()
+
+    async def next(self, whole: bool = False) -> tuple[int, Delta]:
+        """Return what came next, and of which answer; ``whole``: once everything has come.
 
         Raises:
             ApiError: an answer failed, or time ran out.
         """
+        self._patient = whole
         with self.deadline.enforced():
-            index, event = await self.events.get()
-        if not isinstance(event, Delta):
-            if isinstance(event.error, EngineStopped):
-                raise ApiError(503, "The server is shutting down.") from event.error
-            if isinstance(event.error, GrammarError):
-                raise ApiError(400, str(event.error)) from event.error
-            raise ApiError(500, "The server failed to write this answer.") from event.error
-        if self.first_token_seconds is None:
-            self.first_token_seconds = self.deadline.elapsed()
-        self.completion_tokens[index] = event.completion_tokens
-        self.unfinished -= event.finish_reason is not None
-        return index, event
+            while self._error is None and not (self._held and not (whole and self._running)):
+                self._wake.clear()
+                await self._wake.wait()
+        if self._error is not None and not self._held:
+            raise answer_error(self._error)
+        if self._error is not None and whole:
+            raise answer_error(self._error)
+        index = next(iter(self._held))
+        delta = self._held.pop(index)
+        self.completion_tokens[index] = delta.completion_tokens
+        self.unfinished -= delta.finish_reason is not None
+        return index, delta
+
+    async def whole(self) -> list[Delta]:
+        """Return each answer once all of them are done; raises as `next` does."""
+        found = [await self.next(whole=True) for _ in self.requests]
+        return [delta for _, delta in sorted(found, key=lambda pair: pair[0])]
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
         """Yield what comes until all answers are done."""
         while self.unfinished:
             yield await self.next()
+
+
+def answer_error(error: Exception) -> ApiError:
+    """Return what a client is told of an answer that failed."""
+    if isinstance(error, EngineStopped):
+        found = ApiError(503, "The server is shutting down.")
+    elif isinstance(error, GrammarError):
+        found = ApiError(400, str(error))
+    elif isinstance(error, OutOfTokens):
+        found = ApiError(400, f"The prompt is too long for this server. {error}", "messages", "context_length_exceeded")
+    else:
+        found = ApiError(500, "The server failed to write this answer.")
+    found.__cause__ = error
+    return found

@@ -6,8 +6,11 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
+import anyio
+import anyio.to_thread
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
@@ -15,19 +18,25 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from deepseek_vl2 import __version__
+from deepseek_vl2.engine.detokenizer import token_bytes_of
+from deepseek_vl2.engine.engine import end_ids
+from deepseek_vl2.engine.holder import engine_of, existing_engine, release_model
+from deepseek_vl2.engine.scheduler import EngineOptions
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 
 from .chat import ChatService, check_api_key
-from .engine import Engine, EngineOptions, end_ids
 from .errors import ApiError, error_response, handle_api_error
 from .grammar import GrammarCompiler
+from .grammar_process import GrammarService
+from .guard import Guard, RunningRequests
 from .metrics import Metrics
 from .prompts import PromptBuilder
 from .schemas import ChatRequest
 from .settings import Settings
-from .token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
+
+LAST_WORDS_SECONDS = 1.0
 
 ERROR_SCHEMA = {
     "type": "object",
@@ -69,7 +78,7 @@ CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
         "description": "The answers: one object, or with stream a series of server-sent events.",
         "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
     },
-    **error_entries(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
+    **error_entries(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504),
 }
 
 
@@ -96,16 +105,27 @@ class Server:
     ) -> None:
         tokenizer = processor.tokenizer
         hidden = {*end_ids(model), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
-        token_bytes = TokenBytes(tokenizer, sorted(hidden))
+        token_bytes = token_bytes_of(tokenizer, sorted(hidden))
+        if options.max_length is None:
+            options = replace(options, max_length=model.config.language_config.max_position_embeddings)
+        assert options.max_length is not None
+        if options.kv_cache_tokens is not None and options.kv_cache_tokens < options.max_length:
+            raise ValueError(
+                f"The KV cache of {options.kv_cache_tokens} tokens does not hold one prompt and answer of "
+                f"{options.max_length}: give it more memory, or lower the length."
+            )
+        self.model = model
         self.settings = settings
         self.created = int(time.time())
-        self.engine = Engine(model, token_bytes, options)
+        self.engine = engine_of(model, options)
         self.metrics = Metrics(self.engine)
         builder = PromptBuilder(
-            processor, options.max_length, token_bytes.longest(), settings.images, settings.preparing_threads
+            model, processor, options.max_length, token_bytes.longest(), settings.images, settings.preparing_threads
         )
-        compiler = GrammarCompiler(token_bytes, model.config.language_config.vocab_size, end_ids(model))
-        self.chat = ChatService(self.engine, builder, compiler, self.metrics, settings)
+        compiler = GrammarCompiler(token_bytes, model.config.language_config.vocab_size, sorted(end_ids(model)))
+        self.grammars = GrammarService(compiler, settings.grammars)
+        self.running = RunningRequests()
+        self.chat = ChatService(self.engine, token_bytes, builder, self.grammars, self.metrics, settings)
         self.app = self._application()
 
     def _application(self) -> FastAPI:
@@ -121,15 +141,28 @@ class Server:
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         self.engine.start()
         yield
-        self.engine.stop()
+        await self.grammars.stop()
+        await anyio.to_thread.run_sync(self.engine.stop)
+        if existing_engine(self.model) is self.engine:
+            release_model(self.model)  # with the server's bounds, which are not for whoever generates later
+
+    async def abort(self) -> None:
+        """End the requests at work, each with the answer that the server shuts down."""
+        await anyio.to_thread.run_sync(self.engine.stop)
+        with anyio.move_on_after(LAST_WORDS_SECONDS):
+            while self.running:  # what waited for the engine ends by itself
+                await anyio.sleep(0.05)
+        self.running.end()
 
     def _add_middleware(self, app: FastAPI) -> None:
+        app.add_middleware(Guard, running=self.running, allowed_hosts=self.settings.allowed_hosts)
         if self.settings.cors_origins:
             app.add_middleware(
                 CORSMiddleware,
                 allow_origins=list(self.settings.cors_origins),
                 allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type"],
+                allow_headers=["*"],  # clients send many of their own: the browser's answer names those it asked for
+                expose_headers=["Retry-After", "X-Request-Id"],
             )
 
     @staticmethod

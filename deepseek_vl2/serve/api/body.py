@@ -1,6 +1,10 @@
-"""Reading a request's body, however long it would like to be."""
+"""Reading a request's body, however long it would like to be, and however slowly it comes."""
 
 from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import anyio
 from starlette.requests import Request
@@ -19,11 +23,42 @@ def check_content_type(request: Request) -> None:
         raise ApiError(415, f"The body must be application/json, got {kind or 'no Content-Type'}.")
 
 
-async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
+class BodyBudget:
+    """The memory of bodies that are still coming; they are no requests yet, and take no request's place.
+
+    Args:
+        most_bytes: of all of them; one address may hold half.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self.held: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def share(self, address: str) -> Iterator[Callable[[int], None]]:
+        """Yield what is told of each piece of a body; the body's bytes are given back at the end of the block."""
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if self.held.total() + size > self.most_bytes or 2 * (self.held[address] + size) > self.most_bytes:
+                raise ApiError(503, "Too many bodies are coming at the same time. Try again later.", code="queue_full")
+            self.held[address] += size
+            taken += size
+
+        try:
+            yield take
+        finally:
+            self.held[address] -= taken
+            if not self.held[address]:
+                del self.held[address]
+
+
+async def read_body(request: Request, max_bytes: int, seconds: float, budget: BodyBudget) -> bytes:
     """Return a request's body; it is counted while it comes, whatever its headers say.
 
     Raises:
-        ApiError: it is too large, or did not come in time.
+        ApiError: it is too large, or did not come in time, or too many others come.
         ClientDisconnect: the client left.
     """
     too_large = ApiError(413, f"The body has more than the {max_bytes:,} bytes allowed.", code="request_too_large")
@@ -31,9 +66,11 @@ async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
     if declared.isdigit() and int(declared[:18]) > max_bytes:
         raise too_large
     body = bytearray()
+    address = request.client.host if request.client else ""
     try:
-        with anyio.fail_after(seconds):
+        with budget.share(address) as take, anyio.fail_after(seconds):
             async for chunk in request.stream():
+                take(len(chunk))
                 body += chunk
                 if len(body) > max_bytes:
                     raise too_large

@@ -2,91 +2,76 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
+import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 import anyio
 import anyio.to_thread
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
 
-from .answers import Answers, Deadline, Disconnected, unless_disconnected
-from .body import check_content_type, read_body
-from .engine import Engine
+from deepseek_vl2.engine.detokenizer import TokenBytes
+from deepseek_vl2.engine.engine import Engine
+from deepseek_vl2.engine.request import Delta
+from deepseek_vl2.engine.request import Request as EngineRequest
+from deepseek_vl2.engine.sampling_params import Constraint, SamplingParams
+
+from .answers import Answers, Deadline, Disconnected, Mailbox, unless_disconnected
+from .body import BodyBudget, check_content_type, read_body
 from .errors import ApiError
-from .grammar import Constraint, GrammarCompiler
+from .event_stream import CLIENT_LEFT, EventStream
+from .grammar_process import GrammarService
+from .grammar_rules import Kind
 from .metrics import Metrics
 from .prompts import PreparedPrompt, PromptBuilder
 from .replies import Reply
-from .sampling import SamplingOptions
 from .schemas import LOWEST_TEMPERATURE, ChatRequest, JsonObjectFormat, JsonSchemaFormat, parse_request
-from .sequence import Job
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
 
-CLIENT_LEFT = 499  # what nginx calls it; nobody is there to read it
+PARSING_THREADS = 2  # Python runs one at a time; the event loop is to be the next in turn
 LAST_WORDS_SECONDS = 5.0  # for the event that tells a reading client that time ran out
 
 
-class EventStream(Response):
-    """A stream of server-sent events, which ends when the client leaves.
-
-    Args:
-        events: the events.
-        close: called at the end, however it comes.
-        seconds: when it ends all the same, for a client that stays and reads nothing; ``None`` for never.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None], seconds: float | None = None) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self.events = events
-        self.close = close
-        self.seconds = seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
-        try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._watch, receive, group.cancel_scope)
-                if self.seconds is not None:
-                    group.cancel_scope.deadline = anyio.current_time() + self.seconds
-                with contextlib.suppress(OSError):  # the client left while it was written to
-                    async for event in self.events:
-                        await send({"type": "http.response.body", "body": event, "more_body": True})
-                    await send({"type": "http.response.body", "body": b"", "more_body": False})
-                group.cancel_scope.cancel()
-        finally:
-            self.close()
-
-    @staticmethod
-    async def _watch(receive: Receive, scope: anyio.CancelScope) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        scope.cancel()
+LEAST_TOP_P = 1e-9  # keeps the most likely token alone, as 0 does
 
 
-def sampling_options(request: ChatRequest, index: int) -> SamplingOptions:
-    """Return how to choose the tokens of a request's ``index``-th answer."""
+def sampling_params(
+    request: ChatRequest, index: int, max_tokens: int, constraint: Constraint | None = None
+) -> SamplingParams:
+    """Return how to choose the tokens of a request's ``index``-th answer, and what ends it."""
     temperature = 1.0 if request.temperature is None else request.temperature
     seed = None if request.seed is None else (request.seed + index) % 2**63
-    return SamplingOptions(
+    return SamplingParams(
+        max_tokens=max_tokens,
         temperature=0.0 if temperature < LOWEST_TEMPERATURE else temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
+        top_p=1.0 if request.top_p is None else max(request.top_p, LEAST_TOP_P),
         seed=seed,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         repetition_penalty=request.repetition_penalty or 1.0,
         logit_bias={int(token): value for token, value in (request.logit_bias or {}).items()},
-        top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        stop=request.stop_words,
+        ignore_eos=bool(request.ignore_eos),
+        grammar=None if constraint is None else lambda: constraint,
     )
+
+
+def grammar_of(asked: ChatRequest) -> tuple[Kind, str] | None:
+    """Return the grammar that a request's answers must follow."""
+    if asked.regex is not None:
+        return "regex", asked.regex
+    form = asked.response_format
+    if isinstance(form, JsonSchemaFormat):
+        return "json_schema", json.dumps(form.json_schema.schema_)
+    return ("json_schema", json.dumps({"type": "object"})) if isinstance(form, JsonObjectFormat) else None
 
 
 class ChatService:
@@ -94,8 +79,9 @@ class ChatService:
 
     Args:
         engine: the engine.
+        token_bytes: the tokenizer's table.
         builder: prepares prompts.
-        compiler: makes constraints.
+        grammars: makes constraints.
         metrics: counts.
         settings: what the operator decided.
     """
@@ -103,23 +89,27 @@ class ChatService:
     def __init__(
         self,
         engine: Engine,
+        token_bytes: TokenBytes,
         builder: PromptBuilder,
-        compiler: GrammarCompiler,
+        grammars: GrammarService,
         metrics: Metrics,
         settings: Settings,
     ) -> None:
         self.engine = engine
+        self.token_bytes = token_bytes
+        self.mailbox: Mailbox | None = None
         self.builder = builder
-        self.compiler = compiler
+        self.grammars = grammars
         self.metrics = metrics
         self.settings = settings
         self.in_hand = 0
+        self.bodies = BodyBudget(settings.body_bytes)
+        self.parsing = anyio.CapacityLimiter(PARSING_THREADS)
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[contextlib.ExitStack]:
-        """Count a request from its body on; what is put on the stack outlives the block with a stream."""
-        if self.in_hand >= self.settings.max_requests:
-            raise ApiError(429, f"The server has {self.in_hand} requests in hand. Try again later.", code="queue_full")
+        """Count a request; what is put on the stack outlives the block with a stream."""
+        self._check_room()
         self.in_hand += 1
         stack = contextlib.ExitStack()
         stack.callback(self._release)
@@ -128,6 +118,10 @@ class ChatService:
         except BaseException:
             stack.close()
             raise
+
+    def _check_room(self) -> None:
+        if self.in_hand >= self.settings.max_requests:
+            raise ApiError(429, f"The server has {self.in_hand} requests in hand. Try again later.", code="queue_full")
 
     def _release(self) -> None:
         self.in_hand -= 1
@@ -145,9 +139,10 @@ class ChatService:
             self.metrics.count(status, deadline.elapsed(), answers.first_token_seconds)
 
         try:
+            asked = await self._read(request)
             with self._admitted() as stack:
                 stack.callback(answers.cancel)
-                response = await self._respond(request, answers, stack)
+                response = await self._respond(request, asked, answers, stack)
         except ApiError as error:
             count(error.status)
             raise
@@ -158,16 +153,22 @@ class ChatService:
             count(500)
             raise
         if isinstance(response, EventStream):
-            stack.callback(count, response.status_code)  # a stream is over when its last event is sent
+            response.on_end = count  # a stream is over when its last event is sent
         else:
             count(response.status_code)
         return response
 
-    async def _respond(self, request: Request, answers: Answers, stack: contextlib.ExitStack) -> Response:
+    async def _read(self, request: Request) -> ChatRequest:
+        """Read a request's body; until it has come, however slowly, it takes nobody's place."""
         check_content_type(request)
-        body = await read_body(request, self.settings.max_body_bytes, self.settings.body_seconds)
-        asked = await anyio.to_thread.run_sync(parse_request, body)
-        del body
+        self._check_room()
+        settings = self.settings
+        body = await read_body(request, settings.max_body_bytes, settings.body_seconds, self.bodies)
+        return await anyio.to_thread.run_sync(parse_request, body, limiter=self.parsing)
+
+    async def _respond(
+        self, request: Request, asked: ChatRequest, answers: Answers, stack: contextlib.ExitStack
+    ) -> Response:
         self._check(asked)
 
         async def prepare() -> Reply:
@@ -176,13 +177,23 @@ class ChatService:
 
         reply = await unless_disconnected(request, prepare)
         if asked.stream:
-            # Only after the first token, so that what fails before has a status of its own.
-            first = await unless_disconnected(request, answers.next)
+            # After the first token, so that what fails before has a status of its own; but not much later, since
+            # clients and proxies give up a connection on which nothing comes.
+            first = await unless_disconnected(request, functools.partial(self._first, answers))
             left = answers.deadline.left()
-            return EventStream(reply.stream(first), stack.close, None if left is None else left + LAST_WORDS_SECONDS)
+            seconds = None if left is None else left + LAST_WORDS_SECONDS
+            return EventStream(
+                reply.stream(first), stack.close, seconds, self.settings.ping_seconds, lambda: reply.status
+            )
         response = JSONResponse(await unless_disconnected(request, reply.whole))
         stack.close()
         return response
+
+    async def _first(self, answers: Answers) -> tuple[int, Delta] | None:
+        """Return what comes first; ``None`` when it takes long."""
+        with anyio.move_on_after(self.settings.first_byte_seconds):
+            return await answers.next()
+        return None
 
     def _check(self, asked: ChatRequest) -> None:
         name = self.settings.model_name
@@ -191,51 +202,46 @@ class ChatService:
             raise ApiError(404, message, "model", "model_not_found")
         if asked.n is not None and asked.n > self.settings.max_choices:
             raise ApiError(400, f"n is {asked.n}; this server writes at most {self.settings.max_choices} answers.", "n")
-        vocabulary = self.compiler.vocabulary
+        vocabulary = self.grammars.compiler.vocabulary
         for token in asked.logit_bias or {}:
             if int(token) >= vocabulary:
                 message = f"logit_bias: there is no token {token}; the vocabulary has {vocabulary}."
                 raise ApiError(400, message, "logit_bias")
 
     async def _submit(self, asked: ChatRequest, answers: Answers) -> Reply:
-        """Prepare the prompt and hand the jobs to the engine."""
+        """Prepare the prompt and hand a request for each answer to the engine."""
         count = asked.n or 1
-        constraints = await anyio.to_thread.run_sync(self._constraints, asked, count, limiter=self.builder.limiter)
+        constraints = await self._constraints(asked, count)
         prepared = await self.builder.build(asked)
         max_tokens = self._max_tokens(asked, prepared)
-        jobs = [
-            Job(
+        if self.mailbox is None or self.mailbox.loop is not asyncio.get_running_loop():
+            self.mailbox = Mailbox()
+        requests = [
+            EngineRequest(
                 prompt=prepared.prompt,
-                sampling=sampling_options(asked, index),
-                max_tokens=max_tokens,
-                deliver=answers.sink(index),
-                stop_words=asked.stop_words,
-                constraint=constraints[index],
-                ignore_eos=bool(asked.ignore_eos),
+                params=sampling_params(asked, index, max_tokens, constraints[index]),
+                deliver=answers.sink(index, self.mailbox),
+                token_bytes=self.token_bytes,
             )
             for index in range(count)
         ]
-        answers.submit(jobs)
+        answers.submit(requests)
         tokens, sizes = len(prepared.prompt), prepared.image_sizes
-        return Reply(asked, self.settings.model_name, tokens, sizes, answers, self.engine.token_bytes)
+        return Reply(asked, self.settings.model_name, tokens, sizes, answers, self.token_bytes)
 
-    def _constraints(self, asked: ChatRequest, count: int) -> list[Constraint | None]:
+    async def _constraints(self, asked: ChatRequest, count: int) -> Sequence[Constraint | None]:
+        """Return the grammar of each answer; it is compiled once for all of them."""
+        grammar = await anyio.to_thread.run_sync(grammar_of, asked, limiter=self.parsing)
+        if grammar is None:
+            return [None] * count
         try:
-            return [self._constraint(asked) for _ in range(count)]
+            return await self.grammars.constraints(*grammar, count)
         except ValueError as error:
             raise ApiError(400, str(error), "regex" if asked.regex else "response_format") from error
 
-    def _constraint(self, asked: ChatRequest) -> Constraint | None:
-        if asked.regex is not None:
-            return self.compiler.regex(asked.regex)
-        form = asked.response_format
-        if isinstance(form, JsonSchemaFormat):
-            return self.compiler.json_schema(form.json_schema.schema_)
-        return self.compiler.json_object() if isinstance(form, JsonObjectFormat) else None
-
     def _max_tokens(self, asked: ChatRequest, prepared: PreparedPrompt) -> int:
         """Return how long the answer may become: what was asked for, or all the room there is."""
-        prompt, limit = len(prepared.prompt), self.engine.options.max_length
+        prompt, limit = len(prepared.prompt), self.builder.max_length
         if prompt >= limit:
             raise self.builder.too_long(f"The prompt has {prompt} tokens, which leaves no room for an answer within")
         wanted = asked.wanted_tokens
@@ -249,7 +255,9 @@ def check_api_key(request: Request, keys: tuple[str, ...]) -> None:
     if not keys:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    # Headers are bytes: some clients write other letters than ASCII in UTF-8, some in Latin-1.
+    forms = given.strip().encode("latin-1"), given.strip().encode()
     # All of them are compared, each in constant time, so that the time tells nothing.
-    matches = [secrets.compare_digest(given.strip().encode(), key.encode()) for key in keys]
+    matches = [secrets.compare_digest(form, key.encode()) for key in keys for form in forms]
     if scheme.lower() != "bearer" or not any(matches):
         raise ApiError(401, "Give a valid API key: 'Authorization: Bearer KEY'.", code="invalid_api_key")

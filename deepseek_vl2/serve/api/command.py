@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -10,7 +11,11 @@ import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deepseek_vl2.engine.scheduler import EngineOptions
+    from deepseek_vl2.serve.api.settings import Settings
 
 from deepseek_vl2.cli.options import add_memory_arguments
 
@@ -25,6 +30,7 @@ KEY_VARIABLE = "DEEPSEEK_VL2_API_KEY"
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_LENGTH = 4096
+GPU_SLOTS, CPU_SLOTS = 256, 32
 
 
 def positive(text: str) -> int:
@@ -48,6 +54,14 @@ def seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a time above 0 seconds")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """Read a number above zero."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value
 
 
@@ -79,6 +93,11 @@ def _add_http_arguments(group: Any) -> None:
         "--cors_origin", action="append", default=[], metavar="ORIGIN", help="web pages from there may call; repeatable"
     )
     group.add_argument(
+        "--allowed_host", action="append", default=[], metavar="NAME",
+        help="a server without a key that listens on this machine alone answers under local names; also under this "
+        "one; repeatable",
+    )  # fmt: skip
+    group.add_argument(
         "--shutdown_seconds", type=seconds, default=120.0, help="time to finish after SIGTERM (default: %(default)g)"
     )
     group.add_argument("--log_level", default="info", choices=("debug", "info", "warning", "error"))
@@ -90,21 +109,35 @@ def _add_engine_arguments(group: Any) -> None:
         "--dtype", default="bfloat16", choices=DTYPES, help="dtype of the weights (default: %(default)s)"
     )
     add_memory_arguments(group)
-    group.add_argument("--slots", type=positive, default=16, help="answers written together (default: %(default)s)")
+    group.add_argument(
+        "--slots", type=positive, help=f"answers written together (default: {GPU_SLOTS} on a GPU, {CPU_SLOTS} on a CPU)"
+    )
     group.add_argument(
         "--max_length", type=positive,
-        help="tokens of a prompt and its answer; slots times this many are reserved "
-        f"(default: {MAX_LENGTH}, or what the model knows if that is less)",
+        help=f"tokens of a prompt and its answer (default: {MAX_LENGTH}, or what the model knows if that is less)",
     )  # fmt: skip
+    group.add_argument(
+        "--kv_cache_gib", type=above_zero, metavar="GIB",
+        help="memory of the KV cache, on all devices together (default: slots times max-length tokens, but at most "
+        "half of what is free beside the model)",
+    )  # fmt: skip
+    group.add_argument(
+        "--image_cache_mib", type=not_negative, default=512, metavar="MIB",
+        help="memory of image embeddings that are kept for the next question about a picture (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--no_prefix_cache", action="store_true", help="do not reuse the KV cache of prompts that began alike"
+    )
     group.add_argument(
         "--queue", type=not_negative, default=64, help="requests that may wait for a slot (default: %(default)s)"
     )
     group.add_argument(
-        "--prefill_chunk", type=positive, default=512,
-        help="tokens of prompts that run between two tokens of the answers under way (default: %(default)s)",
+        "--prefill_chunk", type=positive,
+        help="tokens of a prompt that run between two tokens of the answers under way (default: 2048 on a GPU, "
+        "512 on a CPU)",
     )  # fmt: skip
     group.add_argument(
-        "--tiles_a_step", type=positive, default=4, help="image tiles encoded at once (default: %(default)s)"
+        "--tiles_a_step", type=positive, help="image tiles encoded at once (default: 32 on a GPU, 4 on a CPU)"
     )
 
 
@@ -116,6 +149,19 @@ def _add_limit_arguments(group: Any) -> None:
     )
     group.add_argument(
         "--request_seconds", type=seconds, default=600.0, help="time of a whole request (default: %(default)g)"
+    )
+    group.add_argument(
+        "--max_connections", type=positive,
+        help="open at the same time (default: 512, or four times the requests there is room for if that is more)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max_connections_per_address", type=positive, help="of them, from one address (default: half of them)"
+    )
+    group.add_argument(
+        "--header_seconds", type=seconds, default=10.0, help="time for a request's headers (default: %(default)g)"
+    )
+    group.add_argument(
+        "--idle_seconds", type=seconds, default=15.0, help="time between two requests (default: %(default)g)"
     )
     group.add_argument("--max_images", type=positive, default=16, help="images of a request (default: %(default)s)")
     group.add_argument(
@@ -160,6 +206,25 @@ def chosen_model(args: argparse.Namespace) -> str:
     return args.name or args.model or (NANO_NAME if nano_is_installed() else DEMO_NAME)
 
 
+def api_keys(given: list[str]) -> tuple[str, ...]:
+    """Return the keys of the options and the environment, without the line breaks that files and secrets end in.
+
+    Raises:
+        ValueError: one is empty, or cannot be sent in a header.
+    """
+    keys = tuple(key.strip() for key in (*given, *filter(None, [os.environ.get(KEY_VARIABLE)])))
+    if not all(keys):
+        raise ValueError("An API key is empty, as from a variable that is not set: name one, or leave --api-key out.")
+    if not all(key.isprintable() for key in keys):
+        raise ValueError("An API key has characters that no header can bear, such as a line break.")
+    return keys
+
+
+def is_local(host: str) -> bool:
+    """Whether an address to listen on can be reached from this machine alone."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def room(wanted: int | None, positions: int) -> int:
     """Return the tokens of a prompt and its answer: what was asked for, else the default or all the model knows.
 
@@ -169,6 +234,75 @@ def room(wanted: int | None, positions: int) -> int:
     if wanted is not None and wanted > positions:
         raise ValueError(f"--max-length {wanted} exceeds the {positions} positions the model knows.")
     return min(MAX_LENGTH, positions) if wanted is None else wanted
+
+
+def server_settings(args: argparse.Namespace, keys: tuple[str, ...], name: str, slots: int) -> Settings:
+    """Return what the options say of the HTTP side."""
+    from deepseek_vl2.serve.api.settings import MEBI, ConnectionLimits, ImageLimits, Settings
+
+    images = ImageLimits(
+        max_images=args.max_images,
+        max_bytes=args.max_image_mib * MEBI,
+        max_pixels=args.max_megapixels * 1_000_000,
+        allow_urls=args.allow_image_urls or args.allow_private_image_urls,
+        allow_private=args.allow_private_image_urls,
+        seconds=args.image_seconds,
+    )
+    requests = 2 * (slots + args.queue)
+    most = args.max_connections or max(512, 4 * requests)
+    connections = ConnectionLimits(
+        most=most,
+        per_address=args.max_connections_per_address or (most + 1) // 2,
+        header_seconds=args.header_seconds,
+        idle_seconds=args.idle_seconds,
+    )
+    return Settings(
+        model_name=args.served_model_name or model_name(name),
+        api_keys=keys,
+        cors_origins=tuple(args.cors_origin),
+        images=images,
+        max_body_bytes=args.max_body_mib * MEBI,
+        body_seconds=args.body_seconds,
+        request_seconds=args.request_seconds,
+        max_choices=args.max_choices,
+        max_requests=requests,
+        # A page of the web can reach what listens here, under its own name (DNS rebinding); a key keeps it out.
+        allowed_hosts=None if keys or not is_local(args.host) else tuple(args.allowed_host),
+        connections=connections,
+    )
+
+
+def engine_options(args: argparse.Namespace, model: Any) -> EngineOptions:
+    """Return the engine's bounds for a loaded model.
+
+    Raises:
+        ValueError: more tokens are asked for than the model knows.
+    """
+    from deepseek_vl2.engine.kv_cache import affordable_tokens, bytes_per_token, layer_shapes
+    from deepseek_vl2.engine.scheduler import EngineOptions
+
+    on_gpu = model.device.type == "cuda"
+    slots = args.slots or (GPU_SLOTS if on_gpu else CPU_SLOTS)
+    length = room(args.max_length, model.config.language_config.max_position_embeddings)
+    shapes = layer_shapes(model.language)
+    if args.kv_cache_gib is not None:
+        tokens = int(args.kv_cache_gib * 2**30) // bytes_per_token(shapes)
+    else:
+        tokens = min(slots * length, max(length, affordable_tokens(shapes, share=0.5)))
+    chunk = args.prefill_chunk or (2048 if on_gpu else 512)
+    size = tokens * bytes_per_token(shapes) / 2**30
+    logging.getLogger(__name__).info("The KV cache of %d tokens takes %.2f GiB on %s.", tokens, size, model.device)
+    return EngineOptions(
+        max_batch=slots,
+        max_length=length,
+        queue_size=args.queue,
+        kv_cache_tokens=tokens,
+        prefill_tokens=4 * chunk if on_gpu else chunk,
+        prefill_chunk=chunk,
+        tiles_a_pass=args.tiles_a_step or (32 if on_gpu else 4),
+        image_cache_bytes=args.image_cache_mib << 20,
+        share_prefixes=not args.no_prefix_cache,
+    )
 
 
 def build_server(args: argparse.Namespace) -> Any:
@@ -181,47 +315,16 @@ def build_server(args: argparse.Namespace) -> Any:
 
     from deepseek_vl2.cli.options import check_device, check_reachable, loading_options
     from deepseek_vl2.serve.api.app import Server
-    from deepseek_vl2.serve.api.engine import EngineOptions
-    from deepseek_vl2.serve.api.settings import MEBI, ImageLimits, Settings
-    from deepseek_vl2.serve.api.slots import cache_bytes
     from deepseek_vl2.utils.io import load_pretrained_model
 
-    keys = (*args.api_key, *filter(None, [os.environ.get(KEY_VARIABLE)]))
-    if not all(key.strip() for key in keys):
-        raise ValueError("An API key is empty, as from a variable that is not set: name one, or leave --api-key out.")
+    keys = api_keys(args.api_key)
     name = chosen_model(args)
     if args.device is not None:
         check_device(args.device)
     check_reachable(name)
-    images = ImageLimits(
-        max_images=args.max_images,
-        max_bytes=args.max_image_mib * MEBI,
-        max_pixels=args.max_megapixels * 1_000_000,
-        allow_urls=args.allow_image_urls or args.allow_private_image_urls,
-        allow_private=args.allow_private_image_urls,
-        seconds=args.image_seconds,
-    )
-    settings = Settings(
-        model_name=args.served_model_name or model_name(name),
-        api_keys=keys,
-        cors_origins=tuple(args.cors_origin),
-        images=images,
-        max_body_bytes=args.max_body_mib * MEBI,
-        body_seconds=args.body_seconds,
-        request_seconds=args.request_seconds,
-        max_choices=args.max_choices,
-        max_requests=2 * (args.slots + args.queue),
-    )
-    dtype = getattr(torch, args.dtype)
-    _, processor, model = load_pretrained_model(name, dtype=dtype, **loading_options(args))
-    config = model.config.language_config
-    length = room(args.max_length, config.max_position_embeddings)
-    options = EngineOptions(args.slots, length, args.queue, args.prefill_chunk, args.tiles_a_step)
-    size = cache_bytes(config, args.slots, length, dtype) / 2**30
-    logging.getLogger(__name__).info(
-        "The cache of %d slots of %d tokens takes %.2f GiB on %s.", args.slots, length, size, model.device
-    )
-    return Server(model, processor, settings, options)
+    _, processor, model = load_pretrained_model(name, dtype=getattr(torch, args.dtype), **loading_options(args))
+    options = engine_options(args, model)
+    return Server(model, processor, server_settings(args, keys, name, options.max_batch), options)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -233,23 +336,17 @@ def main(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    import uvicorn
+    from deepseek_vl2.serve.api.serving import http_server
 
     # uvicorn finishes what runs, and then raises the signal once more, which would end in an error code.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
-    local = args.host in ("127.0.0.1", "localhost", "::1")
-    if not local and not server.settings.api_keys:
+    if not is_local(args.host) and not server.settings.api_keys:
         logging.getLogger(__name__).warning(
             "Listening on %s without an API key: whoever reaches the port may use the model. Set %s.",
             args.host,
             KEY_VARIABLE,
         )
-    uvicorn.run(
-        server.app,
-        host=args.host,
-        port=args.port,
-        log_level=args.log_level,
-        timeout_graceful_shutdown=int(max(1, args.shutdown_seconds)),
-        server_header=False,
-    )
+    listening = http_server(server, args.shutdown_seconds, host=args.host, port=args.port, log_level=args.log_level)
+    with contextlib.suppress(KeyboardInterrupt):
+        listening.run()
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import socket
 import ssl
 from dataclasses import dataclass
@@ -20,7 +21,15 @@ from deepseek_vl2 import __version__
 
 from .settings import ImageLimits
 
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
+logger = logging.getLogger(__name__)
+
+GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
+# Of IANA's special-purpose addresses, those that not every supported version of Python knows.
+SPECIAL_V4 = [ipaddress.IPv4Network(text) for text in ("192.0.0.0/24", "192.88.99.0/24", "100.64.0.0/10")]
+SPECIAL_V6 = [ipaddress.IPv6Network(text) for text in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")]
+# Whose last 32 bits are an IPv4 address, behind a gateway (NAT64, RFC 6052) or a translator (RFC 2765).
+TRANSLATED = [ipaddress.IPv6Network(text) for text in ("64:ff9b::/96", "::ffff:0:0:0/96")]
+ISATAP = 0x00005EFE  # before the IPv4 address in the interface's identifier (RFC 5214)
 REDIRECTS = (301, 302, 303, 307, 308)
 CHUNK = 65_536
 MAX_URL_LENGTH = 4096
@@ -30,16 +39,30 @@ class DownloadError(ValueError):
     """An image could not be fetched, or must not be."""
 
 
+def inner_addresses(ip: ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    """Return the IPv4 addresses that an IPv6 address leads to, through a gateway or a tunnel."""
+    last = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    found = [inner for inner in (ip.ipv4_mapped, ip.sixtofour) if inner is not None]
+    if ip.teredo is not None:
+        found += ip.teredo
+    if any(ip in network for network in TRANSLATED) or (int(ip) >> 32) & 0xFDFFFFFF == ISATAP:
+        found.append(last)
+    return found
+
+
 def is_public(address: str) -> bool:
     """Whether an IP address belongs to the public internet, also when it is wrapped into an IPv6 address."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is None and ip in NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(str(inner))
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified or ip.is_loopback)
+    if isinstance(ip, ipaddress.IPv4Address):
+        special = any(ip in network for network in SPECIAL_V4)
+        return ip.is_global and not (special or ip.is_multicast or ip.is_reserved)
+    inner = inner_addresses(ip)
+    if not all(is_public(str(wrapped)) for wrapped in inner):
+        return False
+    if inner and (ip.ipv4_mapped is not None or any(ip in network for network in TRANSLATED)):
+        return True  # such an address is no more than another spelling of the inner one
+    # What is not listed is not public: site-local fec0::/10, for one, is in none of Python's lists.
+    return ip in GLOBAL_V6 and ip.is_global and not any(ip in network for network in SPECIAL_V6)
 
 
 def split_url(url: str) -> SplitResult:
@@ -172,4 +195,6 @@ async def download(url: str, limits: ImageLimits) -> bytes:
     except TimeoutError as error:
         raise DownloadError(f"The image did not come within {limits.seconds:g} seconds.") from error
     except (OSError, UnicodeError, h11.ProtocolError) as error:
-        raise DownloadError(f"The image could not be fetched: {error}.") from error
+        # The error's own words tell addresses and open ports, which are the operator's to know.
+        logger.info("An image could not be fetched: %s", error)
+        raise DownloadError("The image could not be fetched from its host.") from error

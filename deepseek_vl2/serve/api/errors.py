@@ -5,19 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import anyio
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 KINDS = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "server_error",
     504: "timeout_error",
 }
+MOST_ERRORS = 1000
 DRAINED_BYTES = 64 << 20
 DRAIN_SECONDS = 3.0
 
@@ -100,8 +102,11 @@ def _place(error: ErrorDetails) -> str:
     return ".".join(parts)
 
 
-def from_validation(errors: list[ErrorDetails]) -> ApiError:
+def from_validation(failed: ValidationError) -> ApiError:
     """Return the clearest of pydantic's errors: of the branches of a union, those that got furthest."""
+    if failed.error_count() > MOST_ERRORS:  # to describe them all takes longer than to find them
+        return ApiError(400, f"The request has {failed.error_count():,} wrong or unknown fields.")
+    errors = failed.errors(include_url=False, include_context=False, include_input=False)
     depth = max(len(error["loc"]) for error in errors)
     furthest = [error for error in errors if len(error["loc"]) == depth]
     error, place = furthest[0], _place(furthest[0])

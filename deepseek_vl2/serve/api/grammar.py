@@ -1,7 +1,8 @@
 """Answers that follow a JSON schema or a regular expression, through llguidance.
 
 That library was chosen among its kind because it refuses what it cannot enforce (others drop parts of a schema in
-silence), bounds the work that a grammar may cause, and installs everywhere, without a GPU and without dependencies.
+silence), bounds the work of each step, and installs everywhere, without a GPU and without dependencies. The work of
+compiling it does not bound: `grammar_process` does.
 """
 
 from __future__ import annotations
@@ -13,14 +14,9 @@ import llguidance
 import numpy as np
 import torch
 
-from .token_bytes import TokenBytes
+from deepseek_vl2.engine.detokenizer import TokenBytes
 
-MAX_GRAMMAR_CHARACTERS = 100_000
-# A line break and an indentation, but not blanks without end, which a model may fall into.
-JSON_OPTIONS: Any = {"whitespace_pattern": r"\n?[ ]{0,40}", "lenient": False}
-# One to two kB each, and as many matchers may live as there are slots and waiting requests.
-MAX_LEXER_STATES = 20_000
-MAX_REASON = 300  # characters of the library's explanation
+from .grammar_rules import MAX_REASON, Kind, build_tokenizer, check_length, compile_matcher
 
 
 class GrammarError(RuntimeError):
@@ -67,8 +63,8 @@ class Constraint:
             raise GrammarError(f"The grammar could not be followed: {reason}")
 
 
-class GrammarTokenizer:
-    """A tokenizer as llguidance wants to see it.
+class GrammarCompiler:
+    """Makes constraints for one tokenizer.
 
     The tags of boxes are ordinary text here: to the library's own reading of a tokenizer's files they are special, and
     special tokens satisfy no grammar; but a pattern with boxes in it means their tags.
@@ -76,35 +72,30 @@ class GrammarTokenizer:
     Args:
         token_bytes: the tokenizer's table; what it hides stays special.
         vocabulary: the number of the model's logits.
-        eos_id: what ends an answer.
-    """
-
-    bos_token_id = None
-
-    def __init__(self, token_bytes: TokenBytes, vocabulary: int, eos_id: int) -> None:
-        self.tokenizer = token_bytes.tokenizer
-        self.eos_token_id = eos_id
-        self.tokens = [token_bytes[i] for i in range(vocabulary)]
-        self.special_token_ids = [i for i, raw in enumerate(self.tokens) if not raw or i in token_bytes.hidden]
-
-    def __call__(self, text: bytes) -> list[int]:
-        """Return the tokens of a text."""
-        return self.tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False)
-
-
-class GrammarCompiler:
-    """Makes constraints for one tokenizer.
-
-    Args:
-        token_bytes: the tokenizer's table.
-        vocabulary: the number of the model's logits.
         eos_ids: what may end an answer.
     """
 
     def __init__(self, token_bytes: TokenBytes, vocabulary: int, eos_ids: list[int]) -> None:
         self.vocabulary = vocabulary
-        wrapper = llguidance.TokenizerWrapper(GrammarTokenizer(token_bytes, vocabulary, eos_ids[0]))
-        self.tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=vocabulary, eos_token=eos_ids)
+        self.eos_ids = eos_ids
+        self.tokens = [token_bytes[i] for i in range(vocabulary)]
+        self.special = [i for i, raw in enumerate(self.tokens) if not raw or i in token_bytes.hidden]
+        encode = token_bytes.tokenizer.encode
+        self.tokenizer = build_tokenizer(
+            self.tokens,
+            self.special,
+            eos_ids,
+            lambda text: encode(text.decode(errors="replace"), add_special_tokens=False),
+        )
+
+    def matcher(self, kind: Kind, text: str) -> llguidance.LLMatcher:
+        """Compile a grammar, in this process and however long it takes; see `grammar_process` for strangers' ones.
+
+        Raises:
+            ValueError: it is not valid, or asks for what cannot be enforced.
+        """
+        check_length(kind, text)
+        return compile_matcher(self.tokenizer, kind, text)
 
     def json_schema(self, schema: Any) -> Constraint:
         """Return a constraint to JSON of a schema.
@@ -112,15 +103,7 @@ class GrammarCompiler:
         Raises:
             ValueError: the schema is not one, or asks for what cannot be enforced.
         """
-        text = json.dumps(schema)
-        self._check_length(text, "JSON schema")
-        return self._constraint(
-            lambda: llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS), "json_schema"
-        )
-
-    def json_object(self) -> Constraint:
-        """Return a constraint to any JSON object."""
-        return self.json_schema({"type": "object"})
+        return Constraint(self.matcher("json_schema", json.dumps(schema)), self.vocabulary)
 
     def regex(self, pattern: str) -> Constraint:
         """Return a constraint to a whole answer that matches a pattern, in the syntax of Rust's regex crate.
@@ -128,26 +111,4 @@ class GrammarCompiler:
         Raises:
             ValueError: the pattern is not valid, or uses what a finite automaton cannot (look-around, back-references).
         """
-        self._check_length(pattern, "regular expression")
-        return self._constraint(lambda: llguidance.LLMatcher.grammar_from_regex(pattern), "regex")
-
-    @staticmethod
-    def _check_length(text: str, name: str) -> None:
-        if len(text) > MAX_GRAMMAR_CHARACTERS:
-            raise ValueError(
-                f"The {name} has {len(text):,} characters, more than the {MAX_GRAMMAR_CHARACTERS:,} allowed."
-            )
-
-    def _constraint(self, write: Any, name: str) -> Constraint:
-        try:
-            grammar = write()
-            problem = llguidance.LLMatcher.validate_grammar(grammar, self.tokenizer)
-            if problem:
-                raise ValueError(problem)
-            limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-            matcher = llguidance.LLMatcher(self.tokenizer, grammar, log_level=0, limits=limits)
-            constraint = Constraint(matcher, self.vocabulary)
-            constraint.allowed()  # what is too large shows when the first mask is computed
-        except (ValueError, RuntimeError, RecursionError) as error:
-            raise ValueError(f"This {name} cannot be used: {str(error)[:MAX_REASON]}") from error
-        return constraint
+        return Constraint(self.matcher("regex", pattern), self.vocabulary)

@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from .engine import Engine
+from deepseek_vl2.engine.engine import Engine
 
 PREFIX = "deepseek_vl2"
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -24,11 +24,15 @@ class EngineCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Yield gauges of the present and counters since the start."""
         engine, stats = self.engine, self.engine.stats
+        scheduler, prefixes, images = engine.scheduler, engine.scheduler.prefixes, engine.images
         gauges = {
-            "slots": ("Answers that may be written at the same time.", engine.options.slots),
-            "slots_busy": ("Answers being written, prompts at work included.", engine.busy_slots),
+            "slots": ("Answers that may be written at the same time.", scheduler.max_batch),
+            "slots_busy": ("Answers being written, prompts at work included.", engine.busy),
+            "running": ("Answers being written.", len(scheduler.running)),
             "queue_length": ("Requests that wait for a slot.", engine.waiting),
-            "cached_tokens": ("Tokens in the cache.", engine.cached_tokens),
+            "cached_tokens": ("Tokens in the cache of the answers being written.", engine.cached_tokens),
+            "kv_cache_tokens": ("Tokens that the KV cache has room for.", engine.kv_cache.tokens),
+            "image_cache_bytes": ("Bytes of image embeddings that are kept.", images.bytes),
             "engine_healthy": ("Whether the engine works.", int(engine.healthy)),
         }
         counters = {
@@ -38,6 +42,14 @@ class EngineCollector(Collector):
             "answers_finished": ("Answers that came to their end.", stats.finished),
             "answers_cancelled": ("Answers whose client left or whose time ran out.", stats.cancelled),
             "answers_failed": ("Answers that ended in an error.", stats.failed),
+            "preemptions": (
+                "Answers that a full KV cache made begin anew.",
+                scheduler.preempted,
+            ),
+            "image_cache_hits": ("Images whose embeddings were kept from before.", images.hits),
+            "image_cache_misses": ("Images that went through the vision tower.", images.misses),
+            "prefix_cache_hits": ("Prompts that began like one in the KV cache.", prefixes.hits),
+            "prefix_cache_tokens_saved": ("Tokens of prompts that were not computed again.", prefixes.tokens_saved),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"{PREFIX}_{name}", text, value=value)

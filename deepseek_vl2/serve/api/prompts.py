@@ -9,11 +9,12 @@ import anyio
 import anyio.to_thread
 from PIL import Image
 
-from deepseek_vl2.models import DeepseekVLV2Processor
+from deepseek_vl2.engine.prompts import prompt_of
+from deepseek_vl2.engine.request import Prompt
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 
 from .errors import ApiError
 from .images import decode_images, read_image_file
-from .prefill import Prompt
 from .schemas import ChatRequest, ImagePart
 from .settings import ImageLimits
 
@@ -32,7 +33,8 @@ class PromptBuilder:
     """Prepares prompts, a few at a time, without holding up the event loop.
 
     Args:
-        processor: the model's processor.
+        model: the model.
+        processor: its processor.
         max_length: tokens that a prompt may have at most.
         longest_token: bytes of the tokenizer's longest token.
         limits: limits of images.
@@ -41,12 +43,14 @@ class PromptBuilder:
 
     def __init__(
         self,
+        model: DeepseekVLV2ForCausalLM,
         processor: DeepseekVLV2Processor,
         max_length: int,
         longest_token: int,
         limits: ImageLimits,
         threads: int,
     ) -> None:
+        self.model = model
         self.processor = processor
         self.max_length = max_length
         self.most_bytes = max_length * longest_token
@@ -111,7 +115,7 @@ class PromptBuilder:
             )
         except ValueError as error:
             raise ApiError(400, str(error), "messages") from error
-        return PreparedPrompt(Prompt(inputs), sizes)
+        return PreparedPrompt(prompt_of(self.model, inputs), sizes)
 
     @staticmethod
     def _part(part: Any, images: Any) -> dict[str, str | Image.Image]:

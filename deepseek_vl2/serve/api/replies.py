@@ -10,14 +10,13 @@ from dataclasses import asdict
 from typing import Any
 
 from deepseek_vl2 import __version__
+from deepseek_vl2.engine.detokenizer import ShownToken, TokenBytes
+from deepseek_vl2.engine.request import Delta
 from deepseek_vl2.utils.grounding import parse_grounding
 
 from .answers import Answers
 from .errors import ApiError
 from .schemas import ChatRequest
-from .sequence import Delta
-from .text import ShownToken
-from .token_bytes import TokenBytes
 
 # JSON has no infinity; OpenAI writes this for what cannot happen.
 LEAST_LOGPROB = -9999.0
@@ -42,6 +41,9 @@ class Reply:
         sizes: (width, height) in pixels of the request's images.
         answers: where the answers come from.
         token_bytes: the tokenizer's table.
+
+    Attributes:
+        status: what the response is counted as: an error's, when one ended a stream.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Reply:
         self.sizes = sizes
         self.answers = answers
         self.token_bytes = token_bytes
+        self.status = 200
         self.head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -99,13 +102,8 @@ class Reply:
         Raises:
             ApiError: one of them failed.
         """
-        count = len(self.answers.jobs)
-        texts, tokens, reasons = [""] * count, [[] for _ in range(count)], [""] * count  # type: ignore[var-annotated]
-        async for index, delta in self.answers:
-            texts[index] += delta.text
-            tokens[index] += delta.tokens
-            reasons[index] = delta.finish_reason or ""
-        choices = [self._choice(i, texts[i], tokens[i], reasons[i]) for i in range(count)]
+        found = await self.answers.whole()
+        choices = [self._choice(i, one.text, one.tokens, one.finish_reason or "") for i, one in enumerate(found)]
         return {**self.head, "object": "chat.completion", "choices": choices, "usage": self.usage()}
 
     def _choice(self, index: int, text: str, tokens: Sequence[ShownToken], reason: str) -> dict[str, Any]:
@@ -131,22 +129,24 @@ class Reply:
         logprobs = self.logprobs(tokens) if tokens else None
         return self._event([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}])
 
-    async def stream(self, first: tuple[int, Delta]) -> AsyncIterator[bytes]:
+    async def stream(self, first: tuple[int, Delta] | None) -> AsyncIterator[bytes]:
         """Yield the response as server-sent events; what goes wrong from here on is an event too.
 
         Args:
-            first: what came first, and of which answer.
+            first: what came first, and of which answer; ``None`` when nothing has come yet.
         """
-        texts = [""] * len(self.answers.jobs)
+        texts = [""] * len(self.answers.requests)
         for index in range(len(texts)):
             yield self._piece(index, {"role": "assistant", "content": ""}, [], None)
         try:
-            for event in self._pieces(first, texts):
-                yield event
+            if first is not None:
+                for event in self._pieces(first, texts):
+                    yield event
             async for found in self.answers:
                 for event in self._pieces(found, texts):
                     yield event
         except ApiError as error:
+            self.status = error.status
             yield server_sent(error.body())
             return
         if self._include_usage:

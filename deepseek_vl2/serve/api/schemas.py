@@ -8,9 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import from_json
 
 from .errors import ApiError, from_validation
+from .json_size import MAX_VALUES, count_values
 
 MAX_STOP_WORDS = 16
 MAX_BIASED_TOKENS = 1024
+MAX_MESSAGES = 1024
+MAX_PARTS = 256
+MAX_LABELS = 64
 # Below this a temperature means the most likely token: dividing by it would overflow.
 LOWEST_TEMPERATURE = 1e-4
 
@@ -69,7 +73,7 @@ class Message(Strict):
     """A turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    content: str | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
     # What clients send back with an answer of the server's.
     refusal: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -132,7 +136,7 @@ class ChatRequest(Strict):
     """The body of a chat completion request."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1)] | None = None
@@ -141,7 +145,7 @@ class ChatRequest(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Seed | None = None
-    stop: StopWord | Annotated[list[StopWord], Field(max_length=MAX_STOP_WORDS)] | None = None
+    stop: StopWord | Annotated[list[StopWord], Field(max_length=MAX_STOP_WORDS, fail_fast=True)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASED_TOKENS)] | None = None
@@ -152,7 +156,7 @@ class ChatRequest(Strict):
     )
     # Labels of a request, which leave the answer as it is.
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_LABELS)] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     # Beyond OpenAI's fields.
@@ -213,6 +217,8 @@ def parse_request(body: bytes) -> ChatRequest:
     Raises:
         ApiError: it is not JSON, or not a request this server can serve.
     """
+    if count_values(body, MAX_VALUES) > MAX_VALUES:
+        raise ApiError(400, f"The body holds more than the {MAX_VALUES:,} values allowed.", code="request_too_large")
     try:
         fields = from_json(body, allow_inf_nan=False, allow_partial=False)
     except ValueError as error:
@@ -222,4 +228,4 @@ def parse_request(body: bytes) -> ChatRequest:
     try:
         return ChatRequest.model_validate(_refuse_unsupported(fields))
     except ValidationError as error:
-        raise from_validation(error.errors(include_url=False, include_context=False)) from error
+        raise from_validation(error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 MEBI = 1 << 20
@@ -31,6 +32,42 @@ class ImageLimits:
 
 
 @dataclass(frozen=True)
+class ConnectionLimits:
+    """What connections may do.
+
+    Attributes:
+        most: connections at the same time.
+        per_address: of them, from one address.
+        header_seconds: time for a request's line and headers to come, from its first byte (or the connection's begin).
+        idle_seconds: time between a response and the next request.
+        write_seconds: time for a client to read what fills its connection.
+    """
+
+    most: int = 512
+    per_address: int = 256
+    header_seconds: float = 10.0
+    idle_seconds: float = 15.0
+    write_seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class GrammarLimits:
+    """What grammars may cost.
+
+    Attributes:
+        seconds: of a CPU, to compile one; the server spends them twice, first in a process that is ended in time.
+        memory: bytes to compile one.
+        processes: grammars that are tried out at the same time.
+        cached_bytes: memory of the compiled grammars that are kept.
+    """
+
+    seconds: int = 2
+    memory: int = 256 * MEBI
+    processes: int = 2
+    cached_bytes: int = 256 * MEBI
+
+
+@dataclass(frozen=True)
 class Settings:
     """What an operator decides of the HTTP side; the engine's bounds are in `EngineOptions`.
 
@@ -43,7 +80,12 @@ class Settings:
         body_seconds: time for a body to arrive.
         request_seconds: time for a request, from its first byte to its last; ``None``: no limit.
         max_choices: largest ``n``.
-        max_requests: chat requests in hand at the same time, whatever they are doing.
+        max_requests: requests in hand at the same time, whatever they are doing; they begin when their body has come.
+        allowed_hosts: names that requests may be sent to, beside local ones; ``None``: any.
+        connections: limits of connections.
+        grammars: limits of grammars.
+        first_byte_seconds: after which a stream begins, though there is no token yet.
+        ping_seconds: silence of a stream after which a comment is sent.
         preparing_threads: requests whose images are decoded and whose text is tokenized at the same time.
     """
 
@@ -56,4 +98,14 @@ class Settings:
     request_seconds: float | None = 600.0
     max_choices: int = 8
     max_requests: int = 128
-    preparing_threads: int = 2
+    preparing_threads: int = field(default_factory=lambda: max(2, min(8, (os.cpu_count() or 2) // 2)))
+    allowed_hosts: tuple[str, ...] | None = None
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
+    grammars: GrammarLimits = field(default_factory=GrammarLimits)
+    first_byte_seconds: float = 1.0
+    ping_seconds: float = 10.0
+
+    @property
+    def body_bytes(self) -> int:
+        """Return the memory of all bodies that are coming."""
+        return 16 * self.max_body_bytes

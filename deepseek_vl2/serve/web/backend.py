@@ -13,12 +13,16 @@ from typing import Any, Protocol
 import torch
 from transformers.utils import logging as transformers_logging
 
+from deepseek_vl2.engine.holder import engine_of
+from deepseek_vl2.engine.scheduler import EngineOptions
 from deepseek_vl2.models.quantized_layers import count_weights, packed_layers
 from deepseek_vl2.serve.inference import generate
 from deepseek_vl2.serve.streaming import Answer
 from deepseek_vl2.serve.web.state import Settings
 from deepseek_vl2.utils.demo import DEMO_NAME
 from deepseek_vl2.utils.io import NANO_NAME, load_pretrained_model, nano_is_installed
+
+IMAGE_CACHE_BYTES = 256 << 20  # the next question about a picture does not encode it again
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +168,9 @@ class ModelBackend:
         begin = time.monotonic()
         try:
             with _watch_loading(self._report):
-                self._loaded = load_pretrained_model(self.model_path, dtype=self.dtype, **self.where)
+                loaded = load_pretrained_model(self.model_path, dtype=self.dtype, **self.where)
+            engine_of(loaded[2], EngineOptions(share_prefixes=True, image_cache_bytes=IMAGE_CACHE_BYTES))
+            self._loaded = loaded
             self._status = LoadStatus(ready=True, text=self._describe(self._loaded[2]), fraction=1.0)
             logger.info("loaded %s in %.1f s", self._status.text, time.monotonic() - begin)
         except Exception as error:  # shown on the page, where whoever waits for the model looks
@@ -205,12 +211,12 @@ class ModelBackend:
         Raises:
             ValueError: the last question alone is longer.
         """
-        _, processor, model = self._loaded
+        _, processor, _ = self._loaded
         for dropped in range((len(messages) + 1) // 2):
             inputs = processor(conversations=messages[2 * dropped :])
             length = inputs["input_ids"].shape[1]
             if length <= budget:
-                return Prompt(inputs.to(model.device), dropped)
+                return Prompt(inputs, dropped)
         raise ValueError(
             f"The question and its pictures take {length:,} tokens, more than the {budget:,} that the prompt may have: "
             "raise 'Prompt tokens' in the settings, send fewer or smaller pictures (up to two are read in detail, more "

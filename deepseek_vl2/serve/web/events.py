@@ -75,8 +75,9 @@ class DemoEvents:
     def busy(chat: Chat) -> tuple[Any, ...]:
         """Show the controls as they are while an answer is made: a stop button, and nothing that changes the past."""
         if not chat.open:
-            return (gr.skip(),) * 4
-        return gr.update(submit_btn=False, stop_btn=True), *(gr.update(interactive=False) for _ in range(3))
+            return (gr.skip(),) * 5
+        controls = (gr.update(interactive=False) for _ in range(3))
+        return gr.update(submit_btn=False, stop_btn=True), *controls, gr.update(visible=False)
 
     # ------------------------------------------------------------ the answer
 
@@ -144,29 +145,53 @@ class DemoEvents:
         elif job.stage is Stage.DONE and not job.text.strip():
             notes.append("The model gave an empty answer.")
         try:
-            self._draw(turn, chat.last_image())
+            self._draw(turn, chat.pictures())
         except (ValueError, OSError) as error:
             notes.append(f"The boxes could not be drawn: {error}")
         turn.note = " ".join(notes)
 
-    def _draw(self, turn: Turn, file: str | None) -> None:
-        """Add the drawing of an answer's boxes, if there is a picture and there are boxes."""
-        if file is None or "<|det|>" not in turn.answer:
+    def _draw(self, turn: Turn, pictures: list[str], number: int = 0) -> None:
+        """Add the drawing of an answer's boxes, if there is a picture and there are boxes.
+
+        Args:
+            turn: of the answer.
+            pictures: files of the conversation's pictures.
+            number: which of them, counted from 1; 0: the last, in which the model was trained to find things.
+        """
+        if not pictures or "<|det|>" not in turn.answer:
             return
-        image = load_image(file, max_pixels=self.limits.pixels)
+        image = load_image(pictures[number - 1], max_pixels=self.limits.pixels)
         drawing = rendering.draw_answer(turn.answer, image)
         if drawing is not None:
             turn.drawing = save_pil_to_cache(drawing, get_upload_folder(), name="boxes")
-            turn.boxes = rendering.box_list(turn.answer, image.size)
+            turn.picture = number or len(pictures), len(pictures)
+            turn.boxes = rendering.box_list(turn.answer, image.size, turn.picture)
+
+    def choose_picture(self, chat: Chat, number: int | None, request: gr.Request) -> tuple[Any, ...]:
+        """Draw the last answer's boxes on another of the conversation's pictures."""
+        pictures = chat.pictures()
+        if request.session_hash in self._running or not chat.turns or chat.turns[-1].picture is None:
+            return gr.skip(), gr.skip()
+        if number is None or not 1 <= int(number) <= len(pictures):
+            return gr.skip(), gr.skip()
+        try:
+            self._draw(chat.turns[-1], pictures, int(number))
+        except (ValueError, OSError) as error:
+            refuse(error)
+            return gr.skip(), gr.skip()
+        return chat, rendering.chat_messages(chat)
 
     # ------------------------------------------------------------ after an answer
 
     def idle(self, chat: Chat, request: gr.Request) -> tuple[Any, ...]:
         """Show the controls as they are between answers."""
         if request.session_hash in self._running:
-            return (gr.skip(),) * 4
-        some = bool(chat.turns)
-        return gr.update(submit_btn=True, stop_btn=False), *(gr.update(interactive=some) for _ in range(3))
+            return (gr.skip(),) * 5
+        controls = [gr.update(interactive=bool(chat.turns)) for _ in range(3)]
+        choices = rendering.picture_choices(chat)
+        drawn = chat.turns[-1].picture if choices else None
+        pictures = gr.update(visible=bool(choices), choices=choices, value=drawn[0] if drawn else None)
+        return gr.update(submit_btn=True, stop_btn=False), *controls, pictures
 
     def stop(self, request: gr.Request) -> None:
         """End the visitor's running job, if any; also when the page is closed."""

@@ -27,7 +27,7 @@ HELP = """\
 ### How to ask
 
 **For boxes**: put `<|ref|>` and `<|/ref|>` around what to find, or begin with `<|grounding|>` for an answer that points
-at what it speaks of. Boxes are drawn on the picture sent last.
+at what it speaks of. Boxes are drawn on the picture sent last; with several pictures you choose under the answer.
 
 **About several pictures**: `<image>` marks where each stands in the text; without it they stand in front. Up to two are
 read in detail, more at 384 pixels each.
@@ -44,12 +44,13 @@ class Controls:
     regenerate: gr.Button
     remove: gr.Button
     anew: gr.Button
+    picture: gr.Radio
     settings: list[gr.components.Component]
 
     @property
     def buttons(self) -> list[Any]:
         """What `DemoEvents.busy` and `DemoEvents.idle` switch."""
-        return [self.box, self.regenerate, self.remove, self.anew]
+        return [self.box, self.regenerate, self.remove, self.anew, self.picture]
 
 
 def theme() -> gr.themes.Base:
@@ -110,6 +111,9 @@ def _controls(limits: Limits) -> Controls:
         examples=_chat_examples(),
         placeholder="### Ask about pictures\nAttach, paste or drop some, or begin with an example.",
     )
+    picture = gr.Radio(
+        [], label="Boxes are drawn on", elem_id="picture", visible=False, interactive=True, container=True
+    )
     box = gr.MultimodalTextbox(
         elem_id="box",
         label="Message",
@@ -126,7 +130,7 @@ def _controls(limits: Limits) -> Controls:
         regenerate = gr.Button("Regenerate", size="sm", interactive=False, min_width=80)
         remove = gr.Button("Remove last turn", size="sm", interactive=False, min_width=80)
         anew = gr.Button("New conversation", size="sm", interactive=False, min_width=80)
-    return Controls(chat, chatbot, box, regenerate, remove, anew, settings)
+    return Controls(chat, chatbot, box, regenerate, remove, anew, picture, settings)
 
 
 def _connect(controls: Controls, events: DemoEvents) -> None:
@@ -146,6 +150,8 @@ def _connect(controls: Controls, events: DemoEvents) -> None:
     controls.anew.click(events.start_anew, None, [chat, chatbot, box], **quick).then(
         events.idle, [chat], controls.buttons, **quick
     )
+    # of the visitor alone: what the page sets itself is drawn already
+    controls.picture.input(events.choose_picture, [chat, controls.picture], [chat, chatbot], **quick)
     chatbot.example_select(events.take_example, None, [box], **quick)
 
 

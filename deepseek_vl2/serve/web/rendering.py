@@ -60,12 +60,13 @@ def draw_answer(answer: str, image: Image.Image) -> Image.Image | None:
     return draw_boxes(image, objects) if objects else None
 
 
-def box_list(answer: str, size: tuple[int, int]) -> str:
+def box_list(answer: str, size: tuple[int, int], picture: tuple[int, int] | None = None) -> str:
     """Return an answer's boxes and its text with all tags, as HTML to be unfolded.
 
     Args:
         answer: the model's text.
         size: (width, height) of the picture, in whose pixels the boxes are listed.
+        picture: its number, counted from 1, and how many pictures there are.
     """
     items = [
         f"<li>{html.escape(found.label or UNNAMED)} <code>{', '.join(map(str, to_pixels(box, size)))}</code></li>"
@@ -75,9 +76,22 @@ def box_list(answer: str, size: tuple[int, int]) -> str:
     count = "1 box" if len(items) == 1 else f"{len(items)} boxes"
     raw = html.escape(answer).replace("\n", "<br>")  # an empty line would end the HTML for Markdown
     return (
-        f'<details class="boxes"><summary>{count} in pixels</summary>Left, top, right, bottom:'
+        f'<details class="boxes"><summary>{count} in pixels{_of_picture(picture)}</summary>Left, top, right, bottom:'
         f"<ul>{''.join(items)}</ul>The answer with its tags:<br><code>{raw}</code></details>"
     )
+
+
+def _of_picture(picture: tuple[int, int] | None) -> str:
+    """Return which picture is meant, where there are several."""
+    return "" if picture is None or picture[1] < 2 else f" of picture {picture[0]} of {picture[1]}"
+
+
+def picture_choices(chat: Chat) -> list[tuple[str, int]]:
+    """Return the pictures that the last answer's boxes can be drawn on, each with its number; none without a choice."""
+    if not chat.turns or chat.turns[-1].picture is None:
+        return []
+    numbers = range(1, chat.turns[-1].picture[1] + 1)
+    return [(f"Picture {number}", number) for number in numbers] if len(numbers) > 1 else []
 
 
 def progress_text(job: Job, loading: LoadStatus) -> str:
@@ -101,7 +115,10 @@ def _answer_messages(turn: Turn, progress: str, writing: bool) -> list[dict[str,
     elif progress:
         content.append(f'<span class="progress">{progress}</span>')
     if turn.drawing:
-        content.append({"path": turn.drawing, "alt_text": "the picture with the answer's boxes"})
+        which = _of_picture(turn.picture)
+        if turn.picture and which:
+            content.append(f'<span class="note">Boxes on picture {turn.picture[0]} of {turn.picture[1]}</span>')
+        content.append({"path": turn.drawing, "alt_text": f"the answer's boxes{which or ' on the picture'}"})
     if turn.boxes:
         content.append(turn.boxes)
     if turn.note:

@@ -48,6 +48,7 @@ class Turn:
         error: why there is no answer, or no whole one.
         drawing: file of a picture with the answer's boxes.
         boxes: the boxes in pixels, as HTML.
+        picture: which of the conversation's pictures, counted from 1, the boxes are drawn on, and how many there are.
         open: nothing has come of it yet.
     """
 
@@ -58,12 +59,13 @@ class Turn:
     error: str = ""
     drawing: str | None = None
     boxes: str = ""
+    picture: tuple[int, int] | None = None
     open: bool = True
 
     def forget_answer(self) -> None:
         """Go back to the question alone."""
         self.answer = self.note = self.error = self.boxes = ""
-        self.drawing, self.open = None, True
+        self.drawing, self.picture, self.open = None, None, True
 
 
 @dataclass
@@ -96,9 +98,13 @@ class Chat:
         """Whether a question waits for its answer."""
         return bool(self.turns) and self.turns[-1].open
 
+    def pictures(self) -> list[str]:
+        """Return the files of all pictures, in the order shown; boxes speak of the last, unless the visitor says so."""
+        return [file for turn in self.turns for file in turn.images]
+
     def last_image(self) -> str | None:
-        """Return the file of the picture shown last: the one that boxes speak of."""
-        return next((turn.images[-1] for turn in reversed(self.turns) if turn.images), None)
+        """Return the file of the picture shown last."""
+        return next(reversed(self.pictures()), None)
 
     def messages(self) -> list[dict[str, Any]]:
         """Return the conversation for the processor, up to the question that waits for its answer.

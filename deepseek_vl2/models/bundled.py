@@ -1,0 +1,19 @@
+"""Where the model is that ships with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+NANO_NAME = "nano"
+
+
+def locate_bundled(source: Any) -> Any:
+    """Return the directory of the small model for the name "nano", where it is installed; anything else as it is.
+
+    A directory of that name is written "./nano". As remote code these files have no such model beside them.
+    """
+    if not isinstance(source, str) or source != NANO_NAME:
+        return source
+    directory = Path(__file__).resolve().parents[1] / "assets" / NANO_NAME
+    return str(directory) if (directory / "config.json").is_file() else source

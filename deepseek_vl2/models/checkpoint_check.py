@@ -1,0 +1,151 @@
+"""What can be wrong with a checkpoint directory, each in one sentence that names the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configuration_deepseek import DeepseekV2Config
+
+HOLDS = "a checkpoint directory holds config.json, tokenizer.json and model.safetensors"
+MOST_NAMED = 3  # tensors in a message
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises:
+        ValueError: the file is empty, or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text.") from error
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} in line {error.lineno}" if path.stat().st_size else "it is empty"
+        raise ValueError(f"{path} is not valid JSON: {where}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object.")
+    return content
+
+
+def check_config(directory: Path, model_type: str) -> dict[str, Any]:
+    """Return the content of a checkpoint's config.json.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read, or is another model's.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        what = "has no config.json" if any(directory.iterdir()) else "is empty"
+        raise FileNotFoundError(f"{directory} {what}: {HOLDS}.")
+    config = read_json_object(path)
+    found = config.get("model_type")
+    if found != model_type:
+        whose = "names no model_type" if found is None else f"is of a model of type {found!r}"
+        raise ValueError(f"{path} {whose}, not {model_type!r}: it is no checkpoint of DeepSeek-VL2.")
+    return config
+
+
+def _token_ids(path: Path) -> dict[str, int]:
+    """Return the ids of a tokenizer.json by their tokens."""
+    content = read_json_object(path)
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        ids = dict(vocabulary)
+    elif isinstance(vocabulary, list):  # of a unigram model: pairs of token and score
+        ids = {str(pair[0]): index for index, pair in enumerate(vocabulary)}
+    else:
+        raise ValueError(f"{path} is no tokenizer: it has no vocabulary.")
+    ids.update({token["content"]: token["id"] for token in content.get("added_tokens") or []})
+    return ids
+
+
+def check_tokenizer(directory: Path, config: dict[str, Any]) -> None:
+    """Check that a checkpoint's tokenizer belongs to its model.
+
+    Args:
+        directory: the checkpoint's.
+        config: the content of its config.json.
+
+    Raises:
+        FileNotFoundError: there is no tokenizer.json.
+        ValueError: it cannot be read, or its ids are not those of the config.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} has no tokenizer.json: {HOLDS}.")
+    ids = _token_ids(path)
+    language = DeepseekV2Config(**(config.get("language_config") or {}))
+    highest = max(ids.values(), default=-1)
+    if highest >= language.vocab_size:
+        raise ValueError(
+            f"{path} is another model's tokenizer: it has ids up to {highest}, the model embeds {language.vocab_size}."
+        )
+    settings = directory / "tokenizer_config.json"
+    named = read_json_object(settings) if settings.is_file() else {}
+    wanted = {"bos_token": language.bos_token_id, "eos_token": language.eos_token_id}
+    for name, expected in wanted.items():
+        token = named.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        allowed = expected if isinstance(expected, (list, tuple)) else [expected]
+        if token is not None and ids.get(token) not in allowed:
+            raise ValueError(
+                f"{path} is another model's tokenizer: its {name} {token!r} has the id {ids.get(token)}, in "
+                f"config.json it has {expected}."
+            )
+    image_id = config.get("image_token_id")
+    if image_id is not None and ids.get("<image>", image_id) != image_id:
+        raise ValueError(
+            f"{path} is another model's tokenizer: its <image> has the id {ids['<image>']}, in config.json it has "
+            f"{image_id}."
+        )
+
+
+def first_names(names: list[str]) -> str:
+    """Return names as a message lists them: a few, and how many more."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+@torch.no_grad()
+def find_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """Return the names of tensors that hold NaN or infinity; those without numbers at hand are left out.
+
+    A sum tells: one pass over memory, and one transfer from each device.
+    """
+    sums: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and tensor.device.type != "meta":
+            sums.setdefault(tensor.device, []).append((name, tensor.sum(dtype=torch.float32)))
+    return [
+        name
+        for pairs in sums.values()
+        for (name, _), finite in zip(pairs, torch.stack([s for _, s in pairs]).isfinite().tolist(), strict=True)
+        if not finite
+    ]
+
+
+def check_finite(model: nn.Module, files: dict[str, Path], source: Any) -> None:
+    """Check that all weights of a loaded model are numbers.
+
+    Args:
+        model: the model.
+        files: the file of each stored tensor.
+        source: where it was loaded from.
+
+    Raises:
+        ValueError: some are NaN or infinite; the file is named.
+    """
+    wrong = find_not_finite(model.named_parameters())
+    if wrong:
+        stem = wrong[0].removesuffix("gate_up_proj").removesuffix("down_proj")
+        file = next((path for name, path in files.items() if name.startswith(stem)), source)
+        raise ValueError(f"{file} has weights that are NaN or infinite, in {first_names(wrong)}: it is damaged.")

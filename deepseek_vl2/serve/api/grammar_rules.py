@@ -1,0 +1,92 @@
+"""What a grammar may cost, and how it becomes a matcher.
+
+The server and the process that tries grammars out first (`grammar_worker`) share this module, so that both do exactly
+the same work. It imports llguidance and nothing else: that process is to start quickly and to stay small.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import llguidance
+
+Kind = Literal["json_schema", "regex"]
+
+MAX_GRAMMAR_CHARACTERS = 100_000
+HEADER = struct.Struct("!I")  # before each message between the processes: its length
+MAX_REASON = 300  # characters of the library's explanation
+# A line break and an indentation, but not blanks without end, which a model may fall into.
+JSON_OPTIONS: Any = {"whitespace_pattern": r"\n?[ ]{0,40}", "lenient": False}
+# These bound a step, which no process can be ended for: measured, the costliest mask takes some 40 ms. A state of the
+# lexer takes one to two kB, and as many matchers may live as there are slots and waiting requests.
+LIMITS = llguidance.LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
+NAMES = {"json_schema": "JSON schema", "regex": "regular expression"}
+
+
+class VocabularyTokenizer:
+    """A tokenizer as llguidance wants to see it.
+
+    Args:
+        tokens: the bytes of each token.
+        special: ids that satisfy no grammar.
+        eos_id: what ends an answer.
+        encode: returns the tokens of a text.
+    """
+
+    bos_token_id = None
+
+    def __init__(
+        self, tokens: Sequence[bytes], special: Sequence[int], eos_id: int, encode: Callable[[bytes], list[int]]
+    ) -> None:
+        self.tokens = list(tokens)
+        self.special_token_ids = list(special)
+        self.eos_token_id = eos_id
+        self.encode = encode
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Return the tokens of a text."""
+        return self.encode(text)
+
+
+def build_tokenizer(
+    tokens: Sequence[bytes], special: Sequence[int], eos_ids: Sequence[int], encode: Callable[[bytes], list[int]]
+) -> llguidance.LLTokenizer:
+    """Return the library's own form of a vocabulary."""
+    wrapper = llguidance.TokenizerWrapper(VocabularyTokenizer(tokens, special, eos_ids[0], encode))
+    return llguidance.LLTokenizer(wrapper, n_vocab=len(tokens), eos_token=list(eos_ids))
+
+
+def check_length(kind: Kind, text: str) -> None:
+    """Raise ``ValueError`` for a grammar that is too long to look at."""
+    if len(text) > MAX_GRAMMAR_CHARACTERS:
+        raise ValueError(
+            f"The {NAMES[kind]} has {len(text):,} characters, more than the {MAX_GRAMMAR_CHARACTERS:,} allowed."
+        )
+
+
+def compile_matcher(tokenizer: llguidance.LLTokenizer, kind: Kind, text: str) -> llguidance.LLMatcher:
+    """Return a matcher that has computed its first mask: what is too large shows there.
+
+    Raises:
+        ValueError: the grammar is not valid, cannot be enforced, or takes more work than its bounds allow.
+    """
+    try:
+        if kind == "regex":
+            grammar = llguidance.LLMatcher.grammar_from_regex(text)
+        else:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
+        matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
+        empty = not matcher.is_error() and not any(matcher.compute_bitmask())
+    except (ValueError, RuntimeError, RecursionError) as error:
+        raise ValueError(unusable(kind, str(error))) from error
+    problem = matcher.get_error() or " ".join(matcher.get_grammar_warnings())
+    if problem or empty:
+        raise ValueError(unusable(kind, problem or "it leaves no token to begin with"))
+    return matcher
+
+
+def unusable(kind: Kind, reason: str) -> str:
+    """Return the message for a grammar that cannot be used."""
+    return f"This {kind} cannot be used: {reason[:MAX_REASON]}"
