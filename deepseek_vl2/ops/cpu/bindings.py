@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -38,7 +39,7 @@ THREAD_LIBRARIES = ("libgomp", "libiomp5")
 COMPILING_TAKES_AT_MOST_S = 60
 
 POINTER, INTEGER, THREADS, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-ARGUMENTS = {
+ARGUMENTS: dict[str, list[type]] = {
     "linear": [POINTER] * 4 + [INTEGER] * 2 + [THREADS],
     "logits": [POINTER] * 3 + [INTEGER] * 2 + [THREADS],
     "queries_keys_values": [POINTER] * 7 + [INTEGER] * 4 + [THREADS],
@@ -114,31 +115,31 @@ def _run(command: list[str]) -> None:
         raise Unavailable(f"{Path(command[0]).name} failed: {error}") from error
 
 
-def _build(path: Path, compiler: str) -> None:
+def _build(path: Path, compiler: str, source: Path) -> None:
     """Compile into ``path``, at once: another process may do the same."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         parts = Path(folder) / "rows.o", Path(folder) / "rows.so"
-        _run([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(parts[0])])
+        _run([compiler, *FLAGS, "-c", str(source), "-o", str(parts[0])])
         # Linked without OpenMP: its functions are those of the library that PyTorch has loaded.
         _run([compiler, "-shared", str(parts[0]), "-lm", "-o", str(parts[1])])
         parts[1].replace(path)
 
 
-def build(compiler: str) -> Path:
+def build(compiler: str, source: Path = SOURCE) -> Path:
     """Return the library's path, compiled if it was not yet.
 
     Raises:
         Unavailable: compiling failed.
     """
-    known = "\n".join((SOURCE.read_text(), compiler, *FLAGS, _cpu_flags()))
-    path = _own_folder() / f"rows-{hashlib.sha256(known.encode()).hexdigest()[:24]}.so"
+    known = "\n".join((source.read_text(), compiler, *FLAGS, _cpu_flags()))
+    path = _own_folder() / f"{source.stem}-{hashlib.sha256(known.encode()).hexdigest()[:24]}.so"
     if not path.exists():
-        _build(path, compiler)
+        _build(path, compiler, source)
     return path
 
 
-def load() -> ctypes.CDLL:
-    """Return the library, of the first compiler that gives one which can be loaded.
+def load(source: Path = SOURCE, functions: Mapping[str, list[type]] = ARGUMENTS) -> ctypes.CDLL:
+    """Return the library of a C file, of the first compiler that gives one which can be loaded.
 
     Raises:
         Unavailable: the system or the CPU is another one, or no compiler gives one.
@@ -149,11 +150,11 @@ def load() -> ctypes.CDLL:
     for compiler in _compilers():
         try:
             ctypes.CDLL(_thread_library(), mode=ctypes.RTLD_GLOBAL)
-            library = ctypes.CDLL(str(build(compiler)), mode=os.RTLD_NOW)
+            library = ctypes.CDLL(str(build(compiler, source)), mode=os.RTLD_NOW)
         except (OSError, Unavailable) as error:
             failures.append(str(error))
             continue
-        for name, arguments in ARGUMENTS.items():
+        for name, arguments in functions.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, ctypes.c_int
         return library
