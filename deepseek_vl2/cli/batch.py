@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import glob
-import hashlib
+import contextlib
 import json
 import os
 import secrets
@@ -12,12 +11,27 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from deepseek_vl2.cli.batch_files import (
+    Job,
+    check_answers,
+    check_files,
+    error_record,
+    errors_file,
+    forget,
+    gather,
+    locked,
+    part_files,
+    read_jobs,
+    read_records,
+    record_line,
+    write_answers,
+)
 from deepseek_vl2.cli.images import clean_path, download, open_image
 from deepseek_vl2.cli.options import (
     Loaded,
@@ -51,21 +65,6 @@ LAUNCHED = "DEEPSEEK_VL2_BATCH_LAUNCHED"  # in the environment of processes that
 
 
 @dataclass
-class Job:
-    """One line of the input.
-
-    Fields:
-        line: its number, from 1.
-        key: of its text, to tell whether an answer is to this very line.
-        text: the line.
-    """
-
-    line: int
-    key: str
-    text: str
-
-
-@dataclass
 class Question:
     """A line that can be asked."""
 
@@ -89,27 +88,41 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Answer this process's share of the lines; the first process gathers them all."""
-    jobs = read_jobs(Path(args.input))
-    output = Path(args.output)
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"There is no directory {output.parent} to write {output.name} into.")
+    questions, output = Path(args.input), Path(os.path.realpath(args.output))
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if world == 1 and args.processes > 1 and LAUNCHED not in os.environ:
-        return launch(args) or finish(output, len(jobs))
-    if args.overwrite and rank == 0:
-        for file in (output, errors_file(output), *part_files(output)):
-            file.unlink(missing_ok=True)
+    shared = LAUNCHED in os.environ or rank > 0  # the lock is held by who launched this process, or by the first
+    jobs = read_jobs(questions)
+    if not shared:
+        check_files(questions, output)
+    with contextlib.nullcontext() if shared else locked(output) as lock:
+        if not shared:
+            check_files(questions, output)  # another run may have ended since
+        if world == 1 and args.processes > 1:
+            return launch(args, lock) or finish(output, len(jobs))
+        return answer_share(args, jobs, output, rank, world)
+
+
+def answer_share(args: Namespace, jobs: list[Job], output: Path, rank: int, world: int) -> int:
+    """Answer every ``world``-th line, from the ``rank``-th on."""
     wait = meet_others(args) if world > 1 else lambda: None
     wait()
-    answered = check_answers(jobs, gather(output), output)
+    answered = set() if args.overwrite else check_answers(jobs, gather(output), output)
     mine = [job for job in jobs[rank::world] if job.line not in answered]
-    wait()  # all have read what there was before any writes
+
+    def begin() -> None:
+        wait()  # all have a model, and have read what there was, before anything is written
+        if args.overwrite and rank == 0:
+            forget(output)
+        wait()
+
     try:
         if mine:
-            work(args, mine, output.with_name(f"{output.name}.part{rank}"), len(jobs[rank::world]), show=rank == 0)
+            work(args, mine, output.with_name(f"{output.name}.part{rank}"), len(jobs[rank::world]), rank == 0, begin)
+        else:
+            begin()
         wait()
     finally:
-        if world == 1:
+        if world == 1 and part_files(output):
             write_answers(output)
     if world > 1:
         if rank == 0:
@@ -119,8 +132,8 @@ def run(args: Namespace) -> int:
     return finish(output, len(jobs)) if world == 1 else 0
 
 
-def launch(args: Namespace) -> int:
-    """Run this command in several processes; return the exit code.
+def launch(args: Namespace, lock: int | None) -> int:
+    """Run this command in several processes, which hold the lock too; return the exit code.
 
     Raises:
         ValueError: there are GPUs, but fewer than processes.
@@ -137,7 +150,11 @@ def launch(args: Namespace) -> int:
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     command = [sys.executable, "-m", "deepseek_vl2.cli", "batch", *args.argv]
     workers = [
-        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        subprocess.Popen(
+            command,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            pass_fds=() if lock is None else (lock,),
+        )
         for rank in range(args.processes)
     ]
     try:
@@ -173,100 +190,6 @@ def leave_others() -> None:
         torch.distributed.destroy_process_group()
 
 
-# ---------------------------------------------------------------- files
-
-
-def read_jobs(path: Path) -> list[Job]:
-    """Read the lines that are not blank.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such file, or it is not text or holds nothing.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    try:
-        # Not splitlines: JSON may hold separators such as U+2028 as they are, and they end no line.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error}.") from error
-    jobs = [
-        Job(line, hashlib.sha256(text.encode()).hexdigest()[:16], text)
-        for line, text in enumerate(lines, 1)
-        if text.strip()
-    ]
-    if not jobs:
-        raise ValueError(f"{path} holds no questions.")
-    return jobs
-
-
-def part_files(output: Path) -> list[Path]:
-    """Return what processes have written and nobody has gathered."""
-    return sorted(output.parent.glob(f"{glob.escape(output.name)}.part[0-9]*"))
-
-
-def errors_file(output: Path) -> Path:
-    """Return the file of the lines that could not be answered."""
-    return output.with_name(f"{output.name}.errors")
-
-
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole records of a file; a last line that a killed process left unfinished is none."""
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8") as file:
-        for text in file:
-            try:
-                record = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict) and "line" in record:
-                yield record
-
-
-def gather(output: Path) -> dict[int, dict[str, Any]]:
-    """Return all records of this and earlier runs by line; an answer replaces an error, a later record an earlier."""
-    records: dict[int, dict[str, Any]] = {}
-    for file in (output, *part_files(output)):
-        for record in read_records(file):
-            if "error" not in record or "answer" not in records.get(record["line"], {}):
-                records[record["line"]] = record
-    return records
-
-
-def check_answers(jobs: list[Job], records: dict[int, dict[str, Any]], output: Path) -> set[int]:
-    """Return the lines that are answered.
-
-    Raises:
-        ValueError: the answers belong to another input.
-    """
-    keys = {job.line: job.key for job in jobs}
-    answered = {line for line, record in records.items() if "answer" in record}
-    foreign = sorted(line for line in answered if records[line].get("key") != keys.get(line))
-    if foreign:
-        raise ValueError(
-            f"{output} answers another input: its line {foreign[0]} was another one. "
-            "Name another output, or begin anew with --overwrite."
-        )
-    return answered
-
-
-def write_answers(output: Path) -> None:
-    """Gather all answers into the output, in the input's order, and all errors beside it."""
-    records = gather(output)
-    ordered = [records[line] for line in sorted(records)]
-    parts = part_files(output)
-    for file, kept in ((output, "answer"), (errors_file(output), "error")):
-        chosen = [json.dumps(record, ensure_ascii=False) for record in ordered if kept in record]
-        if chosen or kept == "answer":
-            aside = file.with_name(f"{file.name}.new")
-            aside.write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
-            aside.replace(file)  # a kill half-way leaves the old file whole
-        else:
-            file.unlink(missing_ok=True)
-    for part in parts:
-        part.unlink()
-
-
 def finish(output: Path, total: int) -> int:
     """Tell how it went; the exit code is 1 when lines could not be answered."""
     failed = list(read_records(errors_file(output)))
@@ -282,41 +205,64 @@ def finish(output: Path, total: int) -> int:
 # ---------------------------------------------------------------- answering
 
 
-def work(args: Namespace, jobs: list[Job], part: Path, share: int, show: bool) -> None:
-    """Answer lines, batch by batch, and append each batch's records to this process's part file."""
+def work(args: Namespace, jobs: list[Job], part: Path, share: int, show: bool, begin: Callable[[], None]) -> None:
+    """Answer lines, batch by batch, and append each batch's records to this process's part file.
+
+    What earlier runs wrote stays as it is until ``begin`` is called, with the model loaded.
+    """
     from tqdm import tqdm
 
     loaded = load(args)
+    begin()
     seed = secrets.randbits(32) if args.seed is None else args.seed
     bar = tqdm(total=share, initial=share - len(jobs), unit="line", disable=args.quiet or not show)
-    with bar, open(part, "a", encoding="utf-8") as file:
+    with bar, open(part, "a", encoding="utf-8", newline="\n") as file:
         if part.stat().st_size:
             file.write("\n")  # a killed process may have left its last line unfinished
         for start in range(0, len(jobs), args.batch_size):
             batch = jobs[start : start + args.batch_size]
-            for record in answer_batch(loaded, batch, args, seed):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write("".join(record_line(record) for record in answer_batch(loaded, batch, args, seed)))
             file.flush()
             bar.update(len(batch))
 
 
-def answer_batch(loaded: Loaded, jobs: Iterable[Job], args: Namespace, seed: int) -> list[dict[str, Any]]:
+def answer_batch(loaded: Loaded, jobs: Sequence[Job], args: Namespace, seed: int) -> list[dict[str, Any]]:
     """Return a record for each line: an answer, or an error."""
     questions, records = [], []
     for job in jobs:
         try:
             questions.append(read_question(loaded, job, args.system_prompt))
-        except (ValueError, OSError, TypeError, AttributeError, KeyError) as error:  # whatever shape a line has
-            reason = str(error) if isinstance(error, (ValueError, OSError)) else f"The line has a wrong shape: {error}."
-            records.append({"line": job.line, "key": job.key, "error": reason})
-    if questions:
-        try:
-            records += generate(loaded, questions, args, seed)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise ValueError(f"Out of memory: lower --batch_size ({args.batch_size}). {error}") from error
+        except Exception as error:  # whatever a line says, the others are answered
+            known = isinstance(error, (ValueError, OSError))
+            records.append(error_record(job, str(error) if known else f"The line has a wrong shape: {error}."))
+    return records + answer_questions(loaded, questions, args, seed)
+
+
+def answer_questions(loaded: Loaded, questions: list[Question], args: Namespace, seed: int) -> list[dict[str, Any]]:
+    """Return a record for each question: they are answered together, or where that fails, one by one."""
+    if not questions:
+        return []
+    try:
+        return generate(loaded, questions, args, seed)
+    except Exception as error:
+        if is_broken_device(error):
             raise
-    return records
+        if len(questions) == 1:
+            return [error_record(questions[0].job, why_unanswered(error))]
+        if is_out_of_memory(error):
+            note(f"Out of memory with {len(questions)} lines at a time: lower --batch_size. They are tried one by one.")
+    return [record for question in questions for record in answer_questions(loaded, [question], args, seed)]
+
+
+def is_broken_device(error: Exception) -> bool:
+    """Whether nothing more can be run after an error: a GPU that failed refuses everything from then on."""
+    return type(error).__name__ == "AcceleratorError" or ("CUDA error" in str(error) and not is_out_of_memory(error))
+
+
+def why_unanswered(error: Exception) -> str:
+    """Return what to tell about a question that could not be answered."""
+    memory = is_out_of_memory(error) or isinstance(error, MemoryError) or "allocate memory" in str(error)
+    return f"Out of memory: {error}" if memory else f"{type(error).__name__}: {error}"
 
 
 def read_question(loaded: Loaded, job: Job, system_prompt: str) -> Question:
@@ -327,10 +273,7 @@ def read_question(loaded: Loaded, job: Job, system_prompt: str) -> Question:
     """
     from deepseek_vl2.utils.prompts import question_about
 
-    try:
-        line = json.loads(job.text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"Not JSON: {error}.") from error
+    line = read_line(job)
     if not isinstance(line, dict) or ("prompt" in line) == ("messages" in line):
         raise ValueError('A line is an object with either "prompt" or "messages".')
     if "prompt" in line:
@@ -343,8 +286,36 @@ def read_question(loaded: Loaded, job: Job, system_prompt: str) -> Question:
     turns = loaded.processor.messages_to_conversation([fetched(message) for message in messages])
     shown = [open_image(s) if isinstance(s, str) else s for turn in turns for s in turn["images"]]
     sample = loaded.processor.process_one(conversations=turns, images=shown, system_prompt=system_prompt)
+    length, most = len(sample["input_ids"]), most_tokens(loaded)
+    if length >= most:
+        raise ValueError(f"The prompt has {length:,} tokens; the model knows {most:,}, its answer's included.")
     sizes = [image.size for image in shown if hasattr(image, "size")]
     return Question(job, line.get("id"), sample, sizes)
+
+
+def read_line(job: Job) -> Any:
+    """Return what a line says.
+
+    Raises:
+        ValueError: it is not JSON, or such that no record of it could be written.
+    """
+    if job.text is None:
+        raise ValueError("Not text in UTF-8.")
+    try:
+        line = json.loads(job.text)
+        record_line({"line": line}).encode()
+    except RecursionError:
+        raise ValueError("Not JSON that can be read: it is nested too deeply.") from None
+    except UnicodeEncodeError:
+        raise ValueError("Not text: it has one half of a surrogate pair without the other.") from None
+    except ValueError as error:
+        raise ValueError(f"Not JSON: {error}.") from error
+    return line
+
+
+def most_tokens(loaded: Loaded) -> int:
+    """Return how many tokens a prompt and its answer may have together."""
+    return int(loaded.model.config.language_config.max_position_embeddings)
 
 
 def fetched(message: dict[str, Any]) -> dict[str, Any]:
@@ -376,7 +347,11 @@ def generate(loaded: Loaded, questions: list[Question], args: Namespace, seed: i
     from deepseek_vl2.serve.streaming import GREEDY_BELOW, SeededSampler
 
     options = generation_options(args)
-    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": options.max_new_tokens}
+    most, lengths = most_tokens(loaded), [len(question.sample["input_ids"]) for question in questions]
+    settings: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": min(options.max_new_tokens, most - min(lengths)),
+    }
     if options.repetition_penalty != 1:
         settings["repetition_penalty"] = options.repetition_penalty
     if options.prefill_chunk_size is not None:
@@ -387,7 +362,11 @@ def generate(loaded: Loaded, questions: list[Question], args: Namespace, seed: i
         settings["logits_processor"] = LogitsProcessorList([sampler])
     inputs = loaded.processor.batchify([question.sample for question in questions]).to(loaded.model.device)
     output = loaded.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :].tolist()
-    return [record_of(loaded, question, ids, args) for question, ids in zip(questions, output, strict=True)]
+    return [
+        # Beside a shorter prompt, a longer one's answer may have gone beyond what the model knows.
+        record_of(loaded, question, ids[: most - length], args)
+        for question, ids, length in zip(questions, output, lengths, strict=True)
+    ]
 
 
 def record_of(loaded: Loaded, question: Question, ids: list[int], args: Namespace) -> dict[str, Any]:
