@@ -1,4 +1,4 @@
-"""Chat completions: from a request's bytes to its response."""
+"""From a request's bytes to its response."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, Protocol
 
 import anyio
 import anyio.to_thread
@@ -17,13 +18,8 @@ from .answers import Answers, Deadline, Disconnected, unless_disconnected
 from .body import check_content_type, read_body
 from .engine import Engine
 from .errors import ApiError
-from .grammar import Constraint, GrammarCompiler
 from .metrics import Metrics
-from .prompts import PreparedPrompt, PromptBuilder
-from .replies import Reply
-from .sampling import SamplingOptions
-from .schemas import LOWEST_TEMPERATURE, ChatRequest, JsonObjectFormat, JsonSchemaFormat, parse_request
-from .sequence import Job
+from .sequence import Delta
 from .settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -73,44 +69,40 @@ class EventStream(Response):
         scope.cancel()
 
 
-def sampling_options(request: ChatRequest, index: int) -> SamplingOptions:
-    """Return how to choose the tokens of a request's ``index``-th answer."""
-    temperature = 1.0 if request.temperature is None else request.temperature
-    seed = None if request.seed is None else (request.seed + index) % 2**63
-    return SamplingOptions(
-        temperature=0.0 if temperature < LOWEST_TEMPERATURE else temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        seed=seed,
-        presence_penalty=request.presence_penalty or 0.0,
-        frequency_penalty=request.frequency_penalty or 0.0,
-        repetition_penalty=request.repetition_penalty or 1.0,
-        logit_bias={int(token): value for token, value in (request.logit_bias or {}).items()},
-        top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-    )
+class ResponseWriter(Protocol):
+    """Writes the response to one request."""
+
+    def stream(self, first: tuple[int, Delta]) -> AsyncIterator[bytes]:
+        """Yield the response as server-sent events."""
+
+    async def whole(self) -> dict[str, Any]:
+        """Return the response once all answers are done."""
 
 
-class ChatService:
-    """Serves chat completions.
+class Endpoint(Protocol):
+    """An endpoint that generates: from a request's body to the jobs that answer it."""
+
+    def parse(self, body: bytes) -> Any:
+        """Read a request."""
+
+    def check(self, request: Any) -> None:
+        """Check what a request says about this server's model and limits."""
+
+    async def submit(self, request: Any, answers: Answers) -> ResponseWriter:
+        """Hand the request's jobs to the engine."""
+
+
+class GenerationService:
+    """Serves the endpoints that generate, within limits that they share.
 
     Args:
         engine: the engine.
-        builder: prepares prompts.
-        compiler: makes constraints.
         metrics: counts.
         settings: what the operator decided.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        builder: PromptBuilder,
-        compiler: GrammarCompiler,
-        metrics: Metrics,
-        settings: Settings,
-    ) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics, settings: Settings) -> None:
         self.engine = engine
-        self.builder = builder
-        self.compiler = compiler
         self.metrics = metrics
         self.settings = settings
         self.in_hand = 0
@@ -132,8 +124,8 @@ class ChatService:
     def _release(self) -> None:
         self.in_hand -= 1
 
-    async def serve(self, request: Request) -> Response:
-        """Return the response to a request.
+    async def serve(self, request: Request, endpoint: Endpoint) -> Response:
+        """Return an endpoint's response to a request.
 
         Raises:
             ApiError: with the status to answer.
@@ -147,7 +139,7 @@ class ChatService:
         try:
             with self._admitted() as stack:
                 stack.callback(answers.cancel)
-                response = await self._respond(request, answers, stack)
+                response = await self._respond(request, endpoint, answers, stack)
         except ApiError as error:
             count(error.status)
             raise
@@ -163,16 +155,18 @@ class ChatService:
             count(response.status_code)
         return response
 
-    async def _respond(self, request: Request, answers: Answers, stack: contextlib.ExitStack) -> Response:
+    async def _respond(
+        self, request: Request, endpoint: Endpoint, answers: Answers, stack: contextlib.ExitStack
+    ) -> Response:
         check_content_type(request)
         body = await read_body(request, self.settings.max_body_bytes, self.settings.body_seconds)
-        asked = await anyio.to_thread.run_sync(parse_request, body)
+        asked = await anyio.to_thread.run_sync(endpoint.parse, body)
         del body
-        self._check(asked)
+        endpoint.check(asked)
 
-        async def prepare() -> Reply:
+        async def prepare() -> ResponseWriter:
             with answers.deadline.enforced():
-                return await self._submit(asked, answers)
+                return await endpoint.submit(asked, answers)
 
         reply = await unless_disconnected(request, prepare)
         if asked.stream:
@@ -183,65 +177,6 @@ class ChatService:
         response = JSONResponse(await unless_disconnected(request, reply.whole))
         stack.close()
         return response
-
-    def _check(self, asked: ChatRequest) -> None:
-        name = self.settings.model_name
-        if asked.model != name:
-            message = f"There is no model {asked.model[:100]!r} here, but {name!r}."
-            raise ApiError(404, message, "model", "model_not_found")
-        if asked.n is not None and asked.n > self.settings.max_choices:
-            raise ApiError(400, f"n is {asked.n}; this server writes at most {self.settings.max_choices} answers.", "n")
-        vocabulary = self.compiler.vocabulary
-        for token in asked.logit_bias or {}:
-            if int(token) >= vocabulary:
-                message = f"logit_bias: there is no token {token}; the vocabulary has {vocabulary}."
-                raise ApiError(400, message, "logit_bias")
-
-    async def _submit(self, asked: ChatRequest, answers: Answers) -> Reply:
-        """Prepare the prompt and hand the jobs to the engine."""
-        count = asked.n or 1
-        constraints = await anyio.to_thread.run_sync(self._constraints, asked, count, limiter=self.builder.limiter)
-        prepared = await self.builder.build(asked)
-        max_tokens = self._max_tokens(asked, prepared)
-        jobs = [
-            Job(
-                prompt=prepared.prompt,
-                sampling=sampling_options(asked, index),
-                max_tokens=max_tokens,
-                deliver=answers.sink(index),
-                stop_words=asked.stop_words,
-                constraint=constraints[index],
-                ignore_eos=bool(asked.ignore_eos),
-            )
-            for index in range(count)
-        ]
-        answers.submit(jobs)
-        tokens, sizes = len(prepared.prompt), prepared.image_sizes
-        return Reply(asked, self.settings.model_name, tokens, sizes, answers, self.engine.token_bytes)
-
-    def _constraints(self, asked: ChatRequest, count: int) -> list[Constraint | None]:
-        try:
-            return [self._constraint(asked) for _ in range(count)]
-        except ValueError as error:
-            raise ApiError(400, str(error), "regex" if asked.regex else "response_format") from error
-
-    def _constraint(self, asked: ChatRequest) -> Constraint | None:
-        if asked.regex is not None:
-            return self.compiler.regex(asked.regex)
-        form = asked.response_format
-        if isinstance(form, JsonSchemaFormat):
-            return self.compiler.json_schema(form.json_schema.schema_)
-        return self.compiler.json_object() if isinstance(form, JsonObjectFormat) else None
-
-    def _max_tokens(self, asked: ChatRequest, prepared: PreparedPrompt) -> int:
-        """Return how long the answer may become: what was asked for, or all the room there is."""
-        prompt, limit = len(prepared.prompt), self.engine.options.max_length
-        if prompt >= limit:
-            raise self.builder.too_long(f"The prompt has {prompt} tokens, which leaves no room for an answer within")
-        wanted = asked.wanted_tokens
-        if wanted is not None and prompt + wanted > limit:
-            raise self.builder.too_long(f"The prompt has {prompt} tokens, max_tokens is {wanted}: together more than")
-        return limit - prompt if wanted is None else wanted
 
 
 def check_api_key(request: Request, keys: tuple[str, ...]) -> None:

@@ -13,11 +13,13 @@ import llguidance
 import numpy as np
 import torch
 
+from .structured import Kind
 from .token_bytes import TokenBytes
 
 MAX_GRAMMAR_CHARACTERS = 100_000
-# A line break and an indentation, but not blanks without end, which a model may fall into.
-JSON_OPTIONS: Any = {"whitespace_pattern": r"\n?[ ]{0,40}", "lenient": False}
+# No blanks: they cost tokens, and a model may fall into writing them without end.
+JSON_OPTIONS: Any = {"whitespace_flexible": False, "lenient": False}
+NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "grammar", "tools": "grammar of tools"}
 # One to two kB each, and as many matchers may live as there are slots and waiting requests.
 MAX_LEXER_STATES = 20_000
 MAX_REASON = 300  # characters of the library's explanation
@@ -106,48 +108,41 @@ class GrammarCompiler:
         wrapper = llguidance.TokenizerWrapper(GrammarTokenizer(token_bytes, vocabulary, eos_ids[0]))
         self.tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=vocabulary, eos_token=eos_ids)
 
-    def json_schema(self, schema: Any) -> Constraint:
-        """Return a constraint to JSON of a schema.
+    def constraint(self, kind: Kind, text: str) -> Constraint:
+        """Return a constraint to a grammar, JSON schema or pattern (in the syntax of Rust's regex crate).
 
         Raises:
-            ValueError: the schema is not one, or asks for what cannot be enforced.
+            ValueError: it is not valid, or asks for what cannot be enforced (such as look-around, or ``uniqueItems``).
         """
-        text = json.dumps(schema)
-        self._check_length(text, "JSON schema")
-        return self._constraint(
-            lambda: llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS), "json_schema"
-        )
-
-    def json_object(self) -> Constraint:
-        """Return a constraint to any JSON object."""
-        return self.json_schema({"type": "object"})
-
-    def regex(self, pattern: str) -> Constraint:
-        """Return a constraint to a whole answer that matches a pattern, in the syntax of Rust's regex crate.
-
-        Raises:
-            ValueError: the pattern is not valid, or uses what a finite automaton cannot (look-around, back-references).
-        """
-        self._check_length(pattern, "regular expression")
-        return self._constraint(lambda: llguidance.LLMatcher.grammar_from_regex(pattern), "regex")
-
-    @staticmethod
-    def _check_length(text: str, name: str) -> None:
         if len(text) > MAX_GRAMMAR_CHARACTERS:
             raise ValueError(
-                f"The {name} has {len(text):,} characters, more than the {MAX_GRAMMAR_CHARACTERS:,} allowed."
+                f"The {NAMES[kind]} has {len(text):,} characters, more than the {MAX_GRAMMAR_CHARACTERS:,} allowed."
             )
-
-    def _constraint(self, write: Any, name: str) -> Constraint:
         try:
-            grammar = write()
+            grammar = self._write(kind, text)
             problem = llguidance.LLMatcher.validate_grammar(grammar, self.tokenizer)
-            if problem:
+            if problem and not (kind == "tools" and problem.startswith("WARNING")):  # of tools that are not strict
                 raise ValueError(problem)
             limits = llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
             matcher = llguidance.LLMatcher(self.tokenizer, grammar, log_level=0, limits=limits)
             constraint = Constraint(matcher, self.vocabulary)
             constraint.allowed()  # what is too large shows when the first mask is computed
         except (ValueError, RuntimeError, RecursionError) as error:
-            raise ValueError(f"This {name} cannot be used: {str(error)[:MAX_REASON]}") from error
+            raise ValueError(f"This {kind} cannot be used: {str(error)[:MAX_REASON]}") from error
         return constraint
+
+    @staticmethod
+    def _write(kind: Kind, text: str) -> str:
+        if kind == "regex":
+            return llguidance.LLMatcher.grammar_from_regex(text)
+        if kind == "json_schema":
+            return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
+        return llguidance.LLMatcher.grammar_from_lark(text)
+
+    def json_schema(self, schema: Any) -> Constraint:
+        """Return a constraint to JSON of a schema; errors as `constraint`."""
+        return self.constraint("json_schema", json.dumps(schema))
+
+    def regex(self, pattern: str) -> Constraint:
+        """Return a constraint to a whole answer that matches a pattern; errors as `constraint`."""
+        return self.constraint("regex", pattern)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+from importlib.util import find_spec
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from deepseek_vl2.models.image_loading import load_image
 
@@ -15,7 +16,11 @@ from .errors import ApiError
 from .settings import ImageLimits
 
 # Formats that Pillow decodes by itself; for others it may start programs. MPO files are opened as JPEG.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+# What the boxes of HEIF files say they hold, in bytes 8 to 12.
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+# Base64 as it is found: with line breaks, and with the two characters that URLs need.
+BASE64_FORMS = str.maketrans({"-": "+", "_": "/", "\n": None, "\r": None, "\t": None, " ": None})
 
 
 def image_error(place: str, message: str) -> ApiError:
@@ -30,12 +35,13 @@ def decode_data_url(url: str, place: str, limits: ImageLimits) -> bytes:
         ApiError: it is not base64, is empty or too large.
     """
     header, comma, payload = url.partition(",")
-    if not comma or not header.endswith(";base64"):
+    if not comma or not header.rstrip().lower().endswith(";base64"):
         raise image_error(place, "A data URL must look like data:image/png;base64,... with the image in base64.")
-    if len(payload) > (limits.max_bytes + 2) // 3 * 4 + 4:
+    payload = payload.translate(BASE64_FORMS).rstrip("=")
+    if len(payload) > (limits.max_bytes + 2) // 3 * 4:
         raise image_error(place, f"The image has more than the {limits.max_bytes:,} bytes allowed.")
     try:
-        data = base64.b64decode(payload, validate=True)
+        data = base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise image_error(place, f"The data URL is not valid base64: {error}.") from error
     if not data:
@@ -64,6 +70,31 @@ async def read_image_file(url: str, place: str, limits: ImageLimits) -> bytes:
         raise image_error(place, str(error)) from error
 
 
+def is_heif(data: bytes) -> bool:
+    """Whether a file says that it holds a HEIF image, as telephones write them."""
+    return data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and b"avif" not in data[16:64]
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Open an image's file without decoding it; HEIF needs the package ``pillow-heif``.
+
+    Raises:
+        UnidentifiedImageError: it is of no known format, or of one that is not installed.
+    """
+    if is_heif(data) and find_spec("pillow_heif") is not None:
+        from pillow_heif import HeifImageFile
+
+        return HeifImageFile(io.BytesIO(data))
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def unknown_format(data: bytes) -> str:
+    """Return the message for a file that was not recognized."""
+    if is_heif(data):
+        return 'This server reads no HEIC images: send a JPEG, or install it with pip install "deepseek_vl2[heif]".'
+    return f"This is not an image of a known format ({', '.join(FORMATS)})."
+
+
 def decode_images(files: list[tuple[str, bytes]], limits: ImageLimits) -> list[Image.Image]:
     """Decode the images of a request as RGB, turned upright.
 
@@ -78,9 +109,9 @@ def decode_images(files: list[tuple[str, bytes]], limits: ImageLimits) -> list[I
     opened, pixels = [], 0
     for place, data in files:
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = open_image(data)
         except UnidentifiedImageError as error:
-            raise image_error(place, f"This is not an image of a known format ({', '.join(FORMATS)}).") from error
+            raise image_error(place, unknown_format(data)) from error
         except Image.DecompressionBombError as error:
             raise image_error(place, f"The image has too many pixels: {error}") from error
         except Exception as error:  # Pillow's readers raise all kinds of errors for damaged headers

@@ -44,6 +44,9 @@ class Settings:
         request_seconds: time for a request, from its first byte to its last; ``None``: no limit.
         max_choices: largest ``n``.
         max_requests: chat requests in hand at the same time, whatever they are doing.
+        stored_responses: responses that ``previous_response_id`` may name, at most; 0: none.
+        stored_bytes: memory of all of them.
+        stored_seconds: how long one is kept.
         preparing_threads: requests whose images are decoded and whose text is tokenized at the same time.
     """
 
@@ -57,3 +60,6 @@ class Settings:
     max_choices: int = 8
     max_requests: int = 128
     preparing_threads: int = 2
+    stored_responses: int = 256
+    stored_bytes: int = 128 * MEBI
+    stored_seconds: float = 3600.0
