@@ -205,7 +205,8 @@ class ChatRequest(GenerationFields):
             raise ValueError("tool_choice needs tools")
         if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
             raise ValueError(f"tool_choice names {choice.function.name!r}, which is not among the tools")
-        if names and choice != "none" and (given := [*self.forms(), *["ignore_eos"] * bool(self.ignore_eos)]):
+        given = [*super().forms(), *["ignore_eos"] * bool(self.ignore_eos)]  # an answer in words may be JSON
+        if names and choice != "none" and given:
             raise ValueError(f"{given[0]} cannot be used with tools: the calls have a form of their own")
 
     def forms(self) -> list[str]:
