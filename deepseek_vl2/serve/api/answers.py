@@ -15,6 +15,7 @@ from .engine import Engine, EngineStopped, QueueFull
 from .errors import ApiError
 from .grammar import GrammarError
 from .sequence import Delta, Event, Job, Sink
+from .text import ShownToken
 
 T = TypeVar("T")
 
@@ -152,3 +153,18 @@ class Answers:
         """Yield what comes until all answers are done."""
         while self.unfinished:
             yield await self.next()
+
+    async def gather(self) -> list[tuple[str, list[ShownToken], str]]:
+        """Return text, tokens and finish reason of each answer once all are done.
+
+        Raises:
+            ApiError: one of them failed.
+        """
+        count = len(self.jobs)
+        texts, reasons = [""] * count, [""] * count
+        tokens: list[list[ShownToken]] = [[] for _ in range(count)]
+        async for index, delta in self:
+            texts[index] += delta.text
+            tokens[index] += delta.tokens
+            reasons[index] = delta.finish_reason or ""
+        return list(zip(texts, tokens, reasons, strict=True))

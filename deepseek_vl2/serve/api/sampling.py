@@ -23,6 +23,10 @@ class SamplingOptions:
     Attributes:
         temperature: 0 for the most likely token.
         top_p: sample from the most likely tokens that together reach this probability.
+        top_k: sample from that many of the most likely tokens; 0 for all.
+        min_p: leave out tokens less likely than this share of the likeliest one's probability.
+        min_tokens: before the answer has that many tokens, neither one of ``end_ids`` nor a stop word ends it.
+        end_ids: what may end the answer.
         seed: of the row's random numbers; ``None`` for a seed nobody knows.
         presence_penalty: taken from the logits of tokens that the answer has.
         frequency_penalty: taken from them once for each time they occur.
@@ -33,6 +37,10 @@ class SamplingOptions:
 
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    min_tokens: int = 0
+    end_ids: frozenset[int] = frozenset()
     seed: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -72,6 +80,7 @@ class RowSampler:
         self.prompt_ids = prompt_ids
         self.counts: torch.Tensor | None = None
         self.seen: torch.Tensor | None = None
+        self.generated = 0
 
     def draw(self, like_V: torch.Tensor) -> torch.Tensor:
         """Return the next random numbers, exponentially distributed, one for each token of the vocabulary."""
@@ -100,6 +109,21 @@ class RowSampler:
         if self.constraint is not None:
             allowed_V = self.constraint.allowed().to(logits_V.device, non_blocking=True)
             logits_V.masked_fill_(~allowed_V, -torch.inf)
+        if self.must_go_on:
+            self._forbid_the_end(logits_V)
+
+    @property
+    def must_go_on(self) -> bool:
+        """Whether the answer is too short to end here."""
+        return self.generated < self.options.min_tokens and bool(self.options.end_ids)
+
+    def _forbid_the_end(self, logits_V: torch.Tensor) -> None:
+        """Leave out what ends the answer, unless the grammar allows nothing else."""
+        ids = torch.tensor(sorted(self.options.end_ids), device=logits_V.device)
+        kept = logits_V[ids]
+        logits_V[ids] = -torch.inf
+        if self.constraint is not None and not bool(torch.isfinite(logits_V).any()):
+            logits_V[ids] = kept
 
     def _apply_penalties(self, logits_V: torch.Tensor) -> None:
         options = self.options
@@ -116,6 +140,7 @@ class RowSampler:
 
     def remember(self, token: int) -> None:
         """Count a chosen token."""
+        self.generated += 1
         if self.counts is not None:
             self.counts[token] += 1
         if self.constraint is not None:
@@ -124,7 +149,8 @@ class RowSampler:
     @property
     def has_rules(self) -> bool:
         """Whether `apply_rules` changes anything."""
-        return bool(self.options.logit_bias) or self.options.counts_tokens or self.constraint is not None
+        options = self.options
+        return bool(options.logit_bias) or options.counts_tokens or self.constraint is not None or self.must_go_on
 
 
 def kept_from(sorted_BK: torch.Tensor, top_p_B: torch.Tensor) -> torch.Tensor:
@@ -148,6 +174,47 @@ def cut_to_nucleus(probabilities_BV: torch.Tensor, top_p_B: torch.Tensor) -> tor
     return probabilities_BV.masked_fill(probabilities_BV < least_B1, 0.0)
 
 
+def cut_to_top_k(probabilities_BV: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Set to zero what is less likely than each row's ``count`` likeliest tokens; what equals the last one stays."""
+    kept = torch.tensor([min(count, probabilities_BV.shape[1]) for count in counts]).to(probabilities_BV.device)
+    sorted_BK = probabilities_BV.topk(int(kept.max()), dim=-1).values
+    return probabilities_BV.masked_fill(probabilities_BV < sorted_BK.gather(1, kept[:, None] - 1), 0.0)
+
+
+def cut_to_min_p(probabilities_BV: torch.Tensor, min_p_B: torch.Tensor) -> torch.Tensor:
+    """Set to zero what is less likely than a share of each row's likeliest token."""
+    least_B1 = probabilities_BV.amax(dim=-1, keepdim=True) * min_p_B[:, None]
+    return probabilities_BV.masked_fill(probabilities_BV < least_B1, 0.0)
+
+
+def cut_probabilities(probabilities_BV: torch.Tensor, options: Sequence[SamplingOptions]) -> None:
+    """Set to zero, in place, what each row's ``min_p``, ``top_k`` and ``top_p`` leave out, in this order.
+
+    ``top_p`` counts from what the other two leave, which is scaled to a sum of one.
+    """
+    device = probabilities_BV.device
+
+    def rows(wanted: Sequence[bool]) -> torch.Tensor:
+        return torch.tensor([k for k, is_wanted in enumerate(wanted) if is_wanted]).to(device, non_blocking=True)
+
+    shares = [o.min_p for o in options if o.min_p > 0]
+    if shares:
+        index = rows([o.min_p > 0 for o in options])
+        probabilities_BV[index] = cut_to_min_p(probabilities_BV[index], torch.tensor(shares).to(device))
+    counts = [o.top_k for o in options if o.top_k > 0]
+    if counts:
+        index = rows([o.top_k > 0 for o in options])
+        probabilities_BV[index] = cut_to_top_k(probabilities_BV[index], counts)
+    nuclei = [o.top_p for o in options if o.top_p < 1]
+    if nuclei:
+        index = rows([o.top_p < 1 for o in options])
+        found = probabilities_BV[index]
+        if shares or counts:
+            scaled = torch.tensor([o.min_p > 0 or o.top_k > 0 for o in options if o.top_p < 1]).to(device)
+            found = torch.where(scaled[:, None], found / found.sum(dim=-1, keepdim=True), found)
+        probabilities_BV[index] = cut_to_nucleus(found, torch.tensor(nuclei).to(device))
+
+
 def most_likely(logits_BV: torch.Tensor) -> torch.Tensor:
     """Return the index of each row's largest logit, [B]."""
     if logits_BV.device.type == "cpu":  # NumPy's search is some ten times as fast as PyTorch's
@@ -166,14 +233,11 @@ def choose_tokens(logits_BV: torch.Tensor, rows: Sequence[RowSampler]) -> torch.
     sampled = [i for i, row in enumerate(rows) if row.options.temperature > 0]
     if not sampled:
         return tokens_B
-    numbers = [(rows[i].options.temperature, rows[i].options.top_p) for i in sampled]
-    temperature_B, top_p_B = torch.tensor(numbers).T.to(logits_BV.device, non_blocking=True)
+    options = [rows[i].options for i in sampled]
+    temperature_B = torch.tensor([o.temperature for o in options]).to(logits_BV.device, non_blocking=True)
     index = torch.tensor(sampled).to(logits_BV.device, non_blocking=True)
     probabilities = (logits_BV[index] / temperature_B[:, None]).softmax(dim=-1)
-    nucleus = [k for k, (_, top_p) in enumerate(numbers) if top_p < 1]
-    if nucleus:
-        cut = torch.tensor(nucleus).to(logits_BV.device, non_blocking=True)
-        probabilities[cut] = cut_to_nucleus(probabilities[cut], top_p_B[cut])
+    cut_probabilities(probabilities, options)
     for k, i in enumerate(sampled):
         probabilities[k] /= rows[i].draw(probabilities[k])
     tokens_B[index] = most_likely(probabilities)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class Job:
         deliver: is told what happens, in the engine's thread; it must neither block nor raise.
         stop_words: what ends the answer, itself not shown.
         constraint: a grammar to follow; it belongs to this job alone.
+        stop_token_ids: tokens that end the answer, themselves not shown, beside the model's own.
         ignore_eos: go on after the token that ends an answer, up to ``max_tokens`` (for measuring).
     """
 
@@ -64,6 +66,7 @@ class Job:
     deliver: Sink
     stop_words: tuple[str, ...] = ()
     constraint: Constraint | None = None
+    stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     cancelled: bool = field(default=False, init=False)
     submitted: float = field(default_factory=time.monotonic, init=False)
@@ -82,8 +85,9 @@ class Sequence:
     def __init__(self, job: Job, row: int, token_bytes: TokenBytes, eos_ids: frozenset[int]) -> None:
         self.job = job
         self.row = row
-        self.eos_ids = frozenset() if job.ignore_eos else eos_ids
-        self.sampler = RowSampler(job.sampling, job.constraint, job.prompt.ids)
+        self.end_ids = (frozenset() if job.ignore_eos else eos_ids) | job.stop_token_ids
+        sampling = dataclasses.replace(job.sampling, end_ids=self.end_ids)
+        self.sampler = RowSampler(sampling, job.constraint, job.prompt.ids)
         self.stream = AnswerText(token_bytes, job.stop_words)
         self.steps: Steps | None = None
         self.cached = 0
@@ -97,7 +101,9 @@ class Sequence:
         self.last_token = token
         self.generated += 1
         self.sampler.remember(token)
-        text = self.stream.push(token, logprobs)
+        text = ""
+        if token not in self.job.stop_token_ids:
+            text = self.stream.push(token, logprobs, may_stop=self.generated > self.job.sampling.min_tokens)
         reason = self._finish_reason(token)
         if reason is not None:
             self.finished = True
@@ -110,7 +116,7 @@ class Sequence:
 
     def _finish_reason(self, token: int) -> FinishReason | None:
         constraint = self.job.constraint
-        if token in self.eos_ids or self.stream.stopped or (constraint is not None and constraint.finished):
+        if token in self.end_ids or self.stream.stopped or (constraint is not None and constraint.finished):
             return "stop"
         return "length" if self.generated >= self.job.max_tokens else None
 

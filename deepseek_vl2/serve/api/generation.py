@@ -1,0 +1,156 @@
+"""What all endpoints that generate have in common: checks of a request, its grammar, its jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import anyio
+import anyio.to_thread
+
+from .engine import Engine
+from .errors import ApiError
+from .generation_fields import LOWEST_TEMPERATURE, GenerationFields
+from .grammar import Constraint
+from .grammar_process import GrammarService
+from .prefill import Prompt
+from .prompts import PromptBuilder
+from .sampling import SamplingOptions
+from .sampling_params import SamplingParams
+from .sequence import Job, Sink
+from .settings import Settings
+from .structured import Grammar
+
+
+def sampling_params(request: GenerationFields, max_tokens: int, index: int = 0, **more: Any) -> SamplingParams:
+    """Return how a request's ``index``-th answer is to be written.
+
+    Args:
+        request: the request.
+        max_tokens: the most tokens that the answer may have.
+        index: which of its answers.
+        **more: fields of `SamplingParams` that the endpoint finds out by itself.
+    """
+    temperature = 1.0 if request.temperature is None else request.temperature
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=0.0 if temperature < LOWEST_TEMPERATURE else temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        top_k=max(0, request.top_k or 0),
+        min_p=request.min_p or 0.0,
+        min_tokens=request.min_tokens or 0,
+        seed=None if request.seed is None else (request.seed + index) % 2**63,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=request.repetition_penalty or 1.0,
+        logit_bias={int(token): value for token, value in (request.logit_bias or {}).items()},
+        stop=request.stop_words,
+        stop_token_ids=frozenset(request.stop_token_ids or ()),
+        ignore_eos=bool(request.ignore_eos),
+        **more,
+    )
+
+
+def job_of(params: SamplingParams, prompt: Prompt, deliver: Sink) -> Job:
+    """Return the engine's job for an answer."""
+    sampling = SamplingOptions(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        min_tokens=params.min_tokens,
+        seed=params.seed,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        logit_bias=params.logit_bias,
+        top_logprobs=params.logprobs,
+    )
+    return Job(
+        prompt=prompt,
+        sampling=sampling,
+        max_tokens=params.max_tokens,
+        deliver=deliver,
+        stop_words=params.stop,
+        constraint=None if params.grammar is None else params.grammar(),
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+    )
+
+
+class Generator:
+    """Checks requests and prepares their jobs.
+
+    Args:
+        engine: the engine.
+        builder: prepares prompts.
+        grammars: makes constraints.
+        settings: what the operator decided.
+    """
+
+    def __init__(self, engine: Engine, builder: PromptBuilder, grammars: GrammarService, settings: Settings) -> None:
+        self.engine = engine
+        self.builder = builder
+        self.grammars = grammars
+        self.compiler = grammars.compiler
+        self.settings = settings
+
+    def check(self, request: GenerationFields, model: str | None, n: int | None = None) -> None:
+        """Check what a request says about this server's model and limits.
+
+        Raises:
+            ApiError: it asks for another model, too many answers or tokens that there are not.
+        """
+        self.check_model(model)
+        if n is not None and n > self.settings.max_choices:
+            raise ApiError(400, f"n is {n}; this server writes at most {self.settings.max_choices} answers.", "n")
+        self.check_tokens([int(token) for token in request.logit_bias or {}], "logit_bias")
+        self.check_tokens(request.stop_token_ids or [], "stop_token_ids")
+
+    def check_model(self, model: str | None) -> None:
+        """Raise an `ApiError` where a request names another model."""
+        name = self.settings.model_name
+        if model is not None and model != name:
+            message = f"There is no model {model[:100]!r} here, but {name!r}."
+            raise ApiError(404, message, "model", "model_not_found")
+
+    def check_tokens(self, ids: list[int], field: str) -> None:
+        """Raise an `ApiError` where one of the ids is no token."""
+        vocabulary = self.compiler.vocabulary
+        wrong = next((i for i in ids if i >= vocabulary), None)
+        if wrong is not None:
+            raise ApiError(400, f"{field}: there is no token {wrong}; the vocabulary has {vocabulary}.", field)
+
+    async def constraints(self, grammar: Callable[[], Grammar | None], count: int) -> Sequence[Constraint | None]:
+        """Return a constraint for each of some answers; their grammar is written and compiled once.
+
+        Args:
+            grammar: returns the grammar, if there is one; called in another thread.
+            count: the number of answers.
+
+        Raises:
+            ApiError: the grammar cannot be used.
+        """
+        found = await anyio.to_thread.run_sync(grammar, limiter=self.builder.limiter)
+        if found is None:
+            return [None] * count
+        try:
+            return await self.grammars.constraints(found.kind, found.text, count)
+        except ValueError as error:
+            raise ApiError(400, str(error), found.field) from error
+
+    def max_tokens(self, prompt: int, request: GenerationFields, wanted: int | None, field: str = "messages") -> int:
+        """Return how long the answer may become: what was asked for, but no more than there is room for.
+
+        Raises:
+            ApiError: there is no room at all, or ``min_tokens`` cannot be reached.
+        """
+        limit = self.engine.options.max_length
+        if prompt >= limit:
+            what = f"The prompt has {prompt} tokens, which leaves no room for an answer within"
+            raise self.builder.too_long(what, field)
+        room = limit - prompt if wanted is None else min(wanted, limit - prompt)
+        if (request.min_tokens or 0) > room:
+            message = f"min_tokens is {request.min_tokens}, but the answer may have {room} tokens at most."
+            raise ApiError(400, message, "min_tokens")
+        return room
