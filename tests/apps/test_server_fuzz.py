@@ -34,9 +34,7 @@ REQUESTS: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
 def few_fields(path: str) -> Any:
     """Return a strategy for the names of a few fields of a path's request."""
     kind, _, bounds = REQUESTS.get(path, (None, {}, set()))
-    names = (
-        sorted(field.alias or name for name, field in kind.model_fields.items() if name not in bounds) if kind else []
-    )
+    names = sorted(set(kind.model_fields) - bounds) if kind else []
     return strategies.sets(strategies.sampled_from(names), max_size=4) if names else strategies.just(set())
 
 
@@ -62,7 +60,7 @@ def fuzz(server: RunningServer, examples: int, known_model: bool) -> int:
     for result in api.get_all_operations():
         operation = result.ok()
         modes = [schemathesis.GenerationMode.POSITIVE]
-        if operation.method == "post":
+        if operation.path in REQUESTS:
             modes.append(schemathesis.GenerationMode.NEGATIVE)
         for mode in modes:
 
@@ -98,7 +96,7 @@ def test_the_page_describes_the_request(server: RunningServer) -> None:
 
 
 def test_a_short_fuzz_finds_no_500(server: RunningServer) -> None:
-    assert fuzz(server, 15, known_model=True) > 5
+    assert fuzz(server, 6, known_model=True) > 5
     assert server.engine.healthy and server.engine.stats.failed == 0
 
 

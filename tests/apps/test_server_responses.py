@@ -169,10 +169,7 @@ def test_later_requests_go_on_from_kept_responses(client: Any, server: RunningSe
 @pytest.mark.parametrize(
     "fields",
     [
-        *(
-            {"input": value}
-            for value in ([], 5, None, [5], [{"type": "item_reference", "id": "x"}], [{"role": "tool"}])
-        ),
+        *({"input": value} for value in ([], 5, None, [5], [{"type": "item_reference"}], [{"role": "tool"}])),
         {"input": [{"role": "user", "content": []}]},
         {"input": [{"type": "function_call_output", "call_id": "nobody's", "output": "x"}]},
         {"input": [{"role": "system", "content": "x"}]},
