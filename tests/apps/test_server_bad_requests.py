@@ -147,7 +147,7 @@ def bad_messages() -> list[dict[str, Any]]:
     found += [
         messages({**user("x"), "name": 5}),
         messages({**user("x"), "tool_call_id": "a"}),
-        messages({"role": "assistant", "content": "x", "tool_calls": [{"id": "a", "function": {"name": "f"}}]}, user("x")),
+        messages({"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "f"}}]}, user("x")),
         messages({"role": "assistant", "content": None, "tool_calls": [{"id": 5}]}, user("x")),
         messages(user("x"), {"role": "tool", "content": "x", "tool_call_id": "nobody's"}),
         messages({**user("x"), "tool_calls": [{}]}),

@@ -16,7 +16,10 @@ from deepseek_vl2.serve.api.sampling import (
     RowSampler,
     SamplingOptions,
     choose_tokens,
+    cut_probabilities,
+    cut_to_min_p,
     cut_to_nucleus,
+    cut_to_top_k,
     sample,
 )
 from deepseek_vl2.serve.api.token_bytes import TokenBytes
@@ -67,6 +70,66 @@ def test_the_nucleus(spread: float, top_p: float) -> None:
         assert torch.equal(kept[row][list(found)], probabilities[row][list(found)])
 
 
+def test_top_k_and_min_p_by_their_definition() -> None:
+    probabilities = random_logits(3).softmax(-1)
+    kept = cut_to_top_k(probabilities, [1, 7, VOCABULARY + 5])
+    for row, count in enumerate((1, 7, VOCABULARY)):
+        expected = set(probabilities[row].topk(count).indices.tolist())
+        assert set(kept[row].nonzero().flatten().tolist()) == expected
+    kept = cut_to_min_p(probabilities, torch.tensor([0.0, 0.2, 1.0]))
+    for row, share in enumerate((0.0, 0.2, 1.0)):
+        assert torch.equal(kept[row] > 0, probabilities[row] >= share * probabilities[row].max())
+    tied = torch.tensor([[0.2, 0.3, 0.3, 0.2]])
+    assert (cut_to_top_k(tied, [3]) > 0).all(), "what is as likely as the last one stays, whichever comes first"
+
+
+def test_cuts_follow_each_other_and_leave_other_rows_alone() -> None:
+    """min_p leaves 0.4, 0.3, 0.2; top_k two of them; of their sum, top_p=0.5 is reached by the first one."""
+    row = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
+    options = [
+        SamplingOptions(),
+        SamplingOptions(min_p=0.4),
+        SamplingOptions(min_p=0.4, top_k=2),
+        SamplingOptions(min_p=0.4, top_k=2, top_p=0.55),
+        SamplingOptions(top_p=0.55),
+        SamplingOptions(top_k=4, top_p=0.5),
+    ]
+    together = row.repeat(len(options), 1)
+    cut_probabilities(together, options)
+    assert (together > 0).sum(1).tolist() == [5, 3, 2, 1, 2, 2]
+    for index, option in enumerate(options):
+        alone = row[None].clone()
+        cut_probabilities(alone, [option])
+        assert torch.equal(together[index] > 0, alone[0] > 0)
+        torch.testing.assert_close(together[index] / together[index].sum(), alone[0] / alone[0].sum())
+
+
+def test_an_answer_goes_on_until_it_has_its_least_number_of_tokens() -> None:
+    logits = torch.tensor([[0.0, 1.0, 5.0, 4.0]])
+    row = RowSampler(SamplingOptions(temperature=0, min_tokens=2, end_ids=frozenset({2, 3})))
+    chosen = []
+    for _ in range(4):
+        ((token,), _) = sample(logits, [row])
+        assert isinstance(token, int)
+        row.remember(token)
+        chosen.append(token)
+    assert chosen == [1, 1, 2, 2]
+
+
+def test_a_grammar_may_end_an_answer_before_its_least_number_of_tokens(processor: DeepseekVLV2Processor) -> None:
+    compiler = GrammarCompiler(TokenBytes(processor.tokenizer, [0, 1]), 129_280, [1])
+    options = SamplingOptions(temperature=0, min_tokens=5, end_ids=frozenset({1}))
+    row = RowSampler(options, compiler.regex("a?"))
+    logits = torch.zeros(1, 129_280)
+    written = []
+    for _ in range(2):
+        ((token,), _) = sample(logits, [row])
+        assert isinstance(token, int)
+        row.remember(token)
+        written.append(token)
+    assert written == [processor.encode("a", bos=False)[0], 1], "the end where the grammar leaves nothing else"
+
+
 def test_no_row_looks_at_another() -> None:
     logits = random_logits(6)
     logits[4] *= 0.1
@@ -75,6 +138,8 @@ def test_no_row_looks_at_another() -> None:
         SamplingOptions(seed=3, temperature=0.3, logit_bias={5: 3.0}),
         SamplingOptions(seed=4, top_p=0.7, presence_penalty=1.0, frequency_penalty=0.5),
         SamplingOptions(seed=5, repetition_penalty=1.3, top_logprobs=2),
+        SamplingOptions(seed=6, top_k=20, min_p=0.01),
+        SamplingOptions(seed=7, top_k=50, top_p=0.9, min_tokens=5, end_ids=frozenset(range(100))),
     ]
 
     def write(chosen: list[int]) -> list[list[int]]:
@@ -87,9 +152,10 @@ def test_no_row_looks_at_another() -> None:
             written.append(tokens)
         return [list(column) for column in zip(*written, strict=True)]
 
-    together = write([0, 1, 2, 3, 4, 5])
-    assert together == [write([i])[0] for i in range(6)]
-    assert together == write([5, 4, 3, 2, 1, 0])[::-1]
+    everyone = list(range(len(options)))
+    together = write(everyone)
+    assert together == [write([i])[0] for i in everyone]
+    assert together == write(everyone[::-1])[::-1]
 
 
 def test_greedy_takes_the_likeliest() -> None:

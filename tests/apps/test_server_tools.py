@@ -136,7 +136,7 @@ def test_without_use_of_tools_the_model_is_told_nothing() -> None:
             [ANSWER, '<tool_call>\n{"name": "stop_painting", "arguments": {"a":1}}\n</tool_call>'],
         ),
         ({"response_format": {"type": "json_object"}}, ['{"a":1}', ANSWER], ["Hello", "[1]"]),
-        ({}, [], [ANSWER.replace("red", "green"), ANSWER.replace('"red"', '"red","x":1'), ANSWER.replace("paint", "p")]),
+        ({}, [], [ANSWER.replace(old, new) for old, new in (("red", "green"), ('"}', '","x":1}'), ("paint", "p"))]),
     ],
 )
 def test_the_grammar(server: RunningServer, fields: Any, good: list[str], bad: list[str]) -> None:
