@@ -134,6 +134,12 @@ def test_completions_that_cannot_be_written(server: RunningServer, fields: dict[
     assert status == 400 and len(answer["error"]["message"]) > 10
 
 
+def test_more_answers_than_are_ever_taken_together_are_refused(server: RunningServer) -> None:
+    body = {"model": MODEL, "prompt": ["x"] * 36, "n": 2}
+    status, answer, _ = call(server, "POST", "/v1/completions", body)
+    assert status == 400 and "72 answers are more than the 70" in answer["error"]["message"]
+
+
 def test_a_prompt_of_image_tokens_is_refused(server: RunningServer, processor: DeepseekVLV2Processor) -> None:
     body = {"model": MODEL, "prompt": [processor.image_token_id]}
     status, answer, _ = call(server, "POST", "/v1/completions", body)

@@ -111,6 +111,7 @@ class CompletionEndpoint:
             ApiError: a prompt or the grammar cannot be used, or the engine does not take the jobs.
         """
         generator, count = self.generator, request.n or 1
+        self._check_number(count * len(request.prompts))
         prompts = await anyio.to_thread.run_sync(self._prompts, request, limiter=generator.builder.limiter)
         constraints = await generator.constraints(lambda: completion_grammar(request), count * len(prompts))
         wanted = DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens
@@ -125,6 +126,14 @@ class CompletionEndpoint:
             jobs.append(job_of(params, prompt, answers.sink(index)))
         answers.submit(jobs)
         return CompletionReply(request, generator, prompts, answers)
+
+    def _check_number(self, answers: int) -> None:
+        """Refuse more answers than would ever be taken together."""
+        options = self.generator.engine.options
+        most = options.slots + options.queue_size
+        if answers > most:
+            message = f"prompt: {answers} answers are more than the {most} that this server takes at once."
+            raise ApiError(400, message, "prompt")
 
     def _prompts(self, request: CompletionRequest) -> list[Prompt]:
         builder = self.generator.builder
