@@ -32,6 +32,13 @@ class Color(BaseModel):
     strength: Literal[1, 2, 3]
 
 
+class Palette(BaseModel):
+    """Two colors, of which one may be missing."""
+
+    main: Color
+    other: Color | None = None
+
+
 # ---------------------------------------------------------------- LangChain
 
 
@@ -51,7 +58,7 @@ def test_langchain_speaks(chat: Any) -> None:
     messages = [
         SystemMessage("Be brief.", name="operator"),
         SystemMessage("Be kind."),
-        HumanMessage([image, {"type": "text", "text": "What is <image>?", "cache_control": {"type": "ephemeral"}}]),
+        HumanMessage([image, {"type": "text", "text": "What is it?", "cache_control": {"type": "ephemeral"}}]),
         AIMessage("Red."),
         HumanMessage("And this?", name="Ann"),
     ]
@@ -91,6 +98,7 @@ def test_langchain_reads_structured_answers(chat: Any, options: dict[str, Any]) 
     for seed in range(3):
         color = model.invoke("A color?", seed=seed)
         assert isinstance(color, Color)
+    assert isinstance(chat.with_structured_output(Palette, **options).invoke("Two colors?"), Palette)
     both = chat.with_structured_output(Color, include_raw=True, **options).invoke("A color?")
     assert both["parsing_error"] is None and isinstance(both["parsed"], Color)
 

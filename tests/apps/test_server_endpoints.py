@@ -232,6 +232,24 @@ def test_system_messages_are_joined(client: Any) -> None:
     assert ask(client, several + HELLO).choices[0].message == ask(client, joined + HELLO).choices[0].message
 
 
+def test_a_literal_tag_of_an_image_is_text(
+    client: Any, server: RunningServer, processor: DeepseekVLV2Processor
+) -> None:
+    pytest.importorskip("deepseek_vl2.models.prompt_encoding")
+    image = {"type": "image_url", "image_url": data_url(picture(60, 60))}
+    parts = [image, {"type": "text", "text": "Is <image> a tag? Or <image_placeholder>?"}]
+    messages = [
+        {"role": "system", "content": "Of <image> say nothing."},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "<image> is one."},
+        {"role": "user", "content": "<image>"},
+    ]
+    assert ask(client, messages, max_tokens=2).choices[0].message.content
+    tokens = call(server, "POST", "/tokenize", {"messages": messages})[1]["tokens"]
+    assert tokens.count(processor.image_token_id) == 421, "those of the one image"
+    assert call(server, "POST", "/detokenize", {"tokens": tokens[-12:]})[1]["prompt"].count("<image>") == 1
+
+
 def test_top_k_and_min_p(client: Any) -> None:
     greedy = ask(client).choices[0].message.content
     for option in ({"top_k": 1}, {"min_p": 1.0}):
