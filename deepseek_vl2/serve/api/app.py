@@ -225,7 +225,7 @@ class Server:
             return await self.service.serve(request, responses)
 
     def _add_token_routes(self, app: FastAPI, guarded: dict[str, Any]) -> None:
-        service = TokenService(self.generator, self.bodies)
+        service = TokenService(self.generator, self.bodies, self.service.admitted)
 
         def options(text: str, kind: type[BaseModel]) -> dict[str, Any]:
             return {"responses": read_responses(text), "openapi_extra": request_entry(kind), **guarded}

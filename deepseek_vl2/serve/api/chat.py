@@ -72,7 +72,7 @@ class GenerationService:
         self.in_hand = 0
 
     @contextlib.contextmanager
-    def _admitted(self) -> Iterator[contextlib.ExitStack]:
+    def admitted(self) -> Iterator[contextlib.ExitStack]:
         """Count a request; what is put on the stack outlives the block with a stream."""
         self._check_room()
         self.in_hand += 1
@@ -107,7 +107,7 @@ class GenerationService:
             self._check_room()
             # Until its body has come, however slowly, a request takes nobody's place.
             asked = await self.bodies.read(request, endpoint.parse)
-            with self._admitted() as stack:
+            with self.admitted() as stack:
                 stack.callback(answers.cancel)
                 response = await self._respond(request, endpoint, asked, answers, stack)
         except ApiError as error:

@@ -46,7 +46,7 @@ def request_entry(kind: type[BaseModel]) -> dict[str, Any]:
 
 def read_responses(text: str) -> dict[int | str, dict[str, Any]]:
     """Return the responses of an operation that reads a body and answers at once."""
-    return {200: described(text, OBJECT), **error_entries(400, 401, 403, 404, 408, 413, 415, 503)}
+    return {200: described(text, OBJECT), **error_entries(400, 401, 403, 404, 408, 413, 415, 429, 503)}
 
 
 def generation_responses(text: str) -> dict[int | str, dict[str, Any]]:

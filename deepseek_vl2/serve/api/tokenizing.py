@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Annotated, Any, Literal
 
 import anyio
@@ -61,11 +63,18 @@ class TokenService:
     Args:
         generator: knows the model's name, its tokens and its prompts.
         bodies: reads requests.
+        admitted: counts requests in hand, see `GenerationService.admitted`.
     """
 
-    def __init__(self, generator: Generator, bodies: BodyReader) -> None:
+    def __init__(
+        self,
+        generator: Generator,
+        bodies: BodyReader,
+        admitted: Callable[[], AbstractContextManager[ExitStack]],
+    ) -> None:
         self.generator = generator
         self.bodies = bodies
+        self.admitted = admitted
 
     async def _read(self, request: Request, kind: type[Any]) -> Any:
         values = MAX_VALUES + self.generator.engine.options.max_length
@@ -81,11 +90,12 @@ class TokenService:
         """
         asked: TokenizeRequest = await self._read(request, TokenizeRequest)
         generator = self.generator
-        if asked.messages is not None:
-            tools = ToolUse(tuple(tool.function for tool in asked.tools or []))
-            ids = (await generator.builder.build(conversation_turns(asked.messages, tools))).prompt.ids
-        else:
-            ids = await anyio.to_thread.run_sync(self._text_ids, asked, limiter=generator.builder.limiter)
+        with self.admitted() as stack, stack:
+            if asked.messages is not None:
+                tools = ToolUse(tuple(tool.function for tool in asked.tools or []))
+                ids = (await generator.builder.build(conversation_turns(asked.messages, tools))).prompt.ids
+            else:
+                ids = await anyio.to_thread.run_sync(self._text_ids, asked, limiter=generator.builder.limiter)
         found: dict[str, Any] = {
             "count": len(ids),
             "max_model_len": generator.engine.options.max_length,
