@@ -166,3 +166,27 @@ def test_stopping_ends_in_answers(demo: Any, way: str, caplog: pytest.LogCapture
         wrong = [record.getMessage() for record in caplog.records if record.exc_info or "ASGI" in record.getMessage()]
         assert not wrong
         assert not [thread for thread in threading.enumerate() if thread.name == "engine" and thread.is_alive()]
+
+
+def test_stopping_does_not_wait_for_a_step_that_takes_long(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make_server(*demo, engine=SLOTS, shutdown_seconds=0.2) as server:
+        monkeypatch.setattr("deepseek_vl2.serve.api.app.LAST_WORDS_SECONDS", 0.2)
+        begun, go_on = threading.Event(), threading.Event()
+
+        def slow_stop() -> None:
+            begun.set()
+            go_on.wait(20)
+
+        with send(server, chat_body(stream=True, **LONG)) as stream, send(server, chat_body(**LONG)) as whole:
+            read_until(stream, b"data: ", 2)
+            wait_until(lambda: server.engine.waiting == 1)
+            stop = server.engine.stop
+            monkeypatch.setattr(server.engine, "stop", slow_stop)
+            server.uvicorn.should_exit = True
+            assert begun.wait(20)
+            assert read_all(whole).startswith(b"HTTP/1.1 503")
+            assert b'"server_error"' in read_all(stream)
+        go_on.set()
+        server.thread.join(20)
+        stop()
+        assert not server.thread.is_alive()

@@ -52,7 +52,7 @@ from .tokenizing import DetokenizeRequest, TokenizeRequest, TokenService
 
 logger = logging.getLogger(__name__)
 
-LAST_WORDS_SECONDS = 1.0
+LAST_WORDS_SECONDS = 2.0
 
 
 class Server:
@@ -117,8 +117,9 @@ class Server:
 
     async def abort(self) -> None:
         """End the requests at work, each with the answer that the server shuts down."""
-        await anyio.to_thread.run_sync(self.engine.stop)
         with anyio.move_on_after(LAST_WORDS_SECONDS):
+            # The step at work may take longer than anybody should wait.
+            await anyio.to_thread.run_sync(self.engine.stop, abandon_on_cancel=True)
             while self.running:  # what waited for the engine ends by itself
                 await anyio.sleep(0.05)
         self.running.end()
