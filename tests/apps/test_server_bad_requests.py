@@ -197,7 +197,12 @@ def bad_fields() -> list[dict[str, Any]]:
         "response_format": ("json", {}, {"type": "xml"}, {"type": "json_schema"}, {"type": "json_object", "x": 1}),
         "regex": ("(", "[", "*", "", 5, "(?=a)b", r"(a)\1", "x" * 200_000),
         "tools": ([{"type": "function"}], {}, "x", [{"type": "web_search"}], *bad_tools()),
-        "tool_choice": ("required", {"type": "function"}, {"type": "function", "function": {"name": "f"}}),
+        "tool_choice": (
+            "required",
+            {"type": "function"},
+            {"type": "function", "function": {"name": "f"}},
+            {"type": "x"},
+        ),
         "functions": ([{"name": "f"}],),
         "audio": ({"voice": "x"},),
         "modalities": (["audio"],),
@@ -302,6 +307,8 @@ def test_bad_requests_are_refused_and_the_server_goes_on(server: RunningServer) 
     [
         ({"functions": [{}]}, "does not support 'functions'"),
         ({"tools": [{}]}, "tools.0.type: Field required"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function: Field required"),
+        ({"top_logprobs": 1}, "top_logprobs needs logprobs"),
         ({"unheard_of": 1}, "Unknown field 'unheard_of'"),
         ({"temperature": "hot"}, "temperature: Input should be a valid number"),
         (messages({"role": "tool", "content": "x"}), "messages.0: a message needs tool_call_id"),

@@ -215,7 +215,7 @@ def test_harmless_fields_are_taken(client: Any) -> None:
     assert ask(client, named).choices[0].message.content == plain
     parts = [{"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}]
     assert ask(client, [{"role": "user", "content": parts}]).choices[0].message.content == plain
-    options = {"include_usage": True, "include_obfuscation": False, "continuous_usage_stats": True}
+    options = {"include_usage": True, "include_obfuscation": False, "continuous_usage_stats": True, "new": 1}
     counts = [chunk.usage.completion_tokens for chunk in ask(client, stream=True, stream_options=options)]
     assert counts == sorted(counts) and counts[-1] == 8
 

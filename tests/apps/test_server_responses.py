@@ -124,7 +124,8 @@ def test_functions(client: Any) -> None:
     assert ask(client, items).output_text
     assert ask(client, [result], previous_response_id=answer.id).output_text
     named = {"type": "function", "name": "paint"}
-    assert ask(client, **{**options, "tool_choice": named}).output[0].name == "paint"
+    for choice in (named, {"type": "allowed_tools", "mode": "required", "tools": [named]}):
+        assert ask(client, **{**options, "tool_choice": choice}).output[0].name == "paint"
 
 
 def test_structured_answers(client: Any) -> None:
@@ -164,6 +165,13 @@ def test_later_requests_go_on_from_kept_responses(client: Any, server: RunningSe
     unkept = ask(client, store=False)
     with pytest.raises(openai.NotFoundError):
         ask(client, "x", previous_response_id=unkept.id)
+
+
+def test_errors_name_the_place(client: Any) -> None:
+    for item, place in (({"role": "nobody"}, "role"), ({"type": "function_call", "call_id": "x", "name": 5}, "name")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(client, [item])
+        assert caught.value.param == f"input.0.{place}"
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,11 @@ def ask(client: Any, messages: Any = HELLO, **options: Any) -> Any:
     return client.chat.completions.create(**{"model": MODEL, "messages": messages, "max_tokens": 400, **options})
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def request(**fields: Any) -> ChatRequest:
     return ChatRequest.model_validate({"model": MODEL, "messages": HELLO, **fields})
 
@@ -110,6 +115,8 @@ def test_the_prompt_tells_of_functions_calls_and_results() -> None:
         ({"tool_choice": "required"}, "Answer with a call.", "in words"),
         ({"tool_choice": {"type": "function", "function": {"name": "paint"}}}, "a call of paint", "stop_painting"),
         ({"parallel_tool_calls": False}, "one function at most", "Answer with"),
+        ({"tool_choice": allowed("auto", "paint")}, "otherwise answer in words", "stop_painting"),
+        ({"tool_choice": allowed("required", "paint")}, "Answer with a call.", "stop_painting"),
     ],
 )
 def test_the_prompt_says_what_is_asked_for(fields: Any, said: str, silent: str) -> None:
@@ -130,6 +137,7 @@ def test_without_use_of_tools_the_model_is_told_nothing() -> None:
         ({}, ["Hello <b>.", f"I do. {ANSWER}", f"{ANSWER}\n{ANSWER}"], [f"{ANSWER} Done.", "<tool_call>paint"]),
         ({"parallel_tool_calls": False}, [ANSWER], [f"{ANSWER}\n{ANSWER}"]),
         ({"tool_choice": "required"}, [ANSWER], ["Hello", f" {ANSWER}"]),
+        ({"tool_choice": allowed("required", "stop_painting")}, [], [ANSWER]),
         (
             {"tool_choice": {"type": "function", "function": {"name": "stop_painting"}}},
             ['<tool_call>\n{"name": "stop_painting", "arguments": {}}\n</tool_call>'],

@@ -133,7 +133,7 @@ class Server:
             app.add_middleware(
                 CORSMiddleware,
                 allow_origins=list(self.settings.cors_origins),
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],  # clients send many of their own: the browser's answer names those it asked for
                 expose_headers=[HEADER, "Retry-After"],
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from .tool_schemas import Strict
 
@@ -24,7 +24,9 @@ Choices = Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES, fa
 
 
 class StreamOptions(Strict):
-    """How to stream."""
+    """How to stream; what is not known here changes no answer, and is taken."""
+
+    model_config = ConfigDict(extra="ignore")
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = Field(default=None, description="With include_usage: counts in every event.")

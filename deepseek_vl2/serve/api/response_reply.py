@@ -11,7 +11,7 @@ from typing import Any
 from .answers import Answers
 from .errors import ApiError
 from .replies import StreamedReply, token_entry
-from .response_schemas import NamedFunction, ResponsesRequest
+from .response_schemas import ResponsesRequest
 from .response_store import ResponseStore
 from .schemas import Message
 from .sequence import Delta
@@ -90,7 +90,7 @@ class ResponsesReply(StreamedReply):
             "store": self.store is not None,
             "temperature": 1.0 if request.temperature is None else request.temperature,
             "text": {"format": (asked["text"] or {}).get("format") or {"type": "text"}},
-            "tool_choice": choice.model_dump() if isinstance(choice, NamedFunction) else choice or "auto",
+            "tool_choice": choice or "auto" if choice is None or isinstance(choice, str) else choice.model_dump(),
             "tools": asked["tools"] or [],
             "top_logprobs": request.top_logprobs or 0,
             "top_p": 1.0 if request.top_p is None else request.top_p,

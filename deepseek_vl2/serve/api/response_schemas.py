@@ -76,15 +76,15 @@ class FunctionOutputItem(Strict):
 
 
 def kind_of(item: Any) -> str:
-    """Return which kind of item a dict is; a message need not say so."""
+    """Return which kind of item a dict is, in brackets, as a branch of the union; a message need not say so."""
     kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
-    return kind if kind in ("function_call", "function_call_output") else "message"
+    return f"[{kind}]" if kind in ("function_call", "function_call_output") else "[message]"
 
 
 Item = Annotated[
-    Annotated[MessageItem, Tag("message")]
-    | Annotated[FunctionCallItem, Tag("function_call")]
-    | Annotated[FunctionOutputItem, Tag("function_call_output")],
+    Annotated[MessageItem, Tag("[message]")]
+    | Annotated[FunctionCallItem, Tag("[function_call]")]
+    | Annotated[FunctionOutputItem, Tag("[function_call_output]")],
     Discriminator(kind_of),
 ]
 
@@ -104,6 +104,17 @@ class NamedFunction(Strict):
 
     type: Literal["function"]
     name: str = Field(max_length=64)
+
+
+class AllowedFunctions(Strict):
+    """The demand to call no others than some of the functions."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+Choice = Literal["none", "auto", "required"] | Annotated[NamedFunction | AllowedFunctions, Field(discriminator="type")]
 
 
 class SchemaFormat(Strict):
@@ -134,7 +145,7 @@ class ResponsesRequest(GenerationFields):
     stream_options: StreamOptions | None = None
     text: TextOptions | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
     previous_response_id: str | None = Field(default=None, max_length=256)
     include: Annotated[list[str], Field(max_length=16)] | None = Field(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from .answers import Answers
 from .chat_endpoint import chat_grammar
-from .errors import ApiError
+from .errors import ApiError, from_validation
 from .generation import Generator, job_of, sampling_params
 from .response_reply import ResponsesReply
 from .response_schemas import (
+    AllowedFunctions,
     FunctionCallItem,
     FunctionOutputItem,
     InputImage,
@@ -21,7 +24,17 @@ from .response_schemas import (
 )
 from .response_store import ResponseStore
 from .schemas import ChatRequest, ImagePart, ImageUrl, Message, TextPart, parse_body
-from .tool_schemas import CalledFunction, Function, FunctionName, NamedToolChoice, Tool, ToolCall
+from .tool_schemas import (
+    AllowedToolChoice,
+    AllowedTools,
+    CalledFunction,
+    Function,
+    FunctionName,
+    NamedToolChoice,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
 from .tools import ToolUse
 from .turns import conversation_turns
 
@@ -69,6 +82,21 @@ def response_format(request: ResponsesRequest) -> dict[str, Any] | None:
     return None if form is None else form.model_dump()
 
 
+def tool_choice(request: ResponsesRequest) -> ToolChoice | None:
+    """Return which functions may or must be called as a chat request says it."""
+
+    def named(function: NamedFunction) -> NamedToolChoice:
+        return NamedToolChoice(type="function", function=FunctionName(name=function.name))
+
+    choice = request.tool_choice
+    if isinstance(choice, NamedFunction):
+        return named(choice)
+    if isinstance(choice, AllowedFunctions):
+        allowed = AllowedTools(mode=choice.mode, tools=[named(function) for function in choice.tools])
+        return AllowedToolChoice(type="allowed_tools", allowed_tools=allowed)
+    return choice
+
+
 def as_chat(request: ResponsesRequest, earlier: list[Message]) -> ChatRequest:
     """Return what a request would be as a chat request, without the instructions.
 
@@ -78,24 +106,20 @@ def as_chat(request: ResponsesRequest, earlier: list[Message]) -> ChatRequest:
     tools = [
         Tool(type="function", function=Function(**tool.model_dump(exclude={"type"}))) for tool in request.tools or []
     ]
-    choice: Any = request.tool_choice
-    if isinstance(choice, NamedFunction):
-        choice = NamedToolChoice(type="function", function=FunctionName(name=choice.name))
     shared = {name: getattr(request, name) for name in ("structured_outputs", *OWN_FORMS)}
     try:
         return ChatRequest(
             model=request.model,
             messages=[*earlier, *messages_of(request)],
             tools=tools or None,
-            tool_choice=choice,
+            tool_choice=tool_choice(request),
             parallel_tool_calls=request.parallel_tool_calls,
             response_format=response_format(request),  # type: ignore[arg-type]
             ignore_eos=request.ignore_eos,
             **shared,
         )
-    except ValueError as error:  # pydantic's is one
-        reasons = [e["msg"].removeprefix("Value error, ") for e in getattr(error, "errors", list)()]
-        raise ApiError(400, f"{(reasons or [str(error)])[0]}.".capitalize()) from error
+    except ValidationError as error:
+        raise from_validation(error) from error
 
 
 OWN_FORMS = (

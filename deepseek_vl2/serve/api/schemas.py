@@ -10,7 +10,7 @@ from pydantic_core import from_json
 from .errors import ApiError, from_validation
 from .generation_fields import GenerationFields, ResponseFormat, StreamOptions
 from .json_size import MAX_VALUES, count_values
-from .tool_schemas import MAX_TOOLS, NamedToolChoice, Strict, Tool, ToolCall, ToolChoice
+from .tool_schemas import MAX_TOOLS, Strict, Tool, ToolCall, ToolChoice, chosen_names
 
 MAX_MESSAGES = 1024
 MAX_PARTS = 256
@@ -204,8 +204,9 @@ class ChatRequest(GenerationFields):
         choice = self.tool_choice
         if not names and choice not in (None, "none", "auto"):
             raise ValueError("tool_choice needs tools")
-        if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
-            raise ValueError(f"tool_choice names {choice.function.name!r}, which is not among the tools")
+        unknown = next((name for name in chosen_names(choice) if name not in names), None)
+        if unknown is not None:
+            raise ValueError(f"tool_choice names {unknown!r}, which is not among the tools")
         given = [*super().forms(), *["ignore_eos"] * bool(self.ignore_eos)]  # an answer in words may be JSON
         if names and choice != "none" and given:
             raise ValueError(f"{given[0]} cannot be used with tools: the calls have a form of their own")

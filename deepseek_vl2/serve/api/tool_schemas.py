@@ -56,7 +56,30 @@ class NamedToolChoice(Strict):
     function: FunctionName
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedToolChoice
+class AllowedTools(Strict):
+    """The functions that may be called, out of the request's tools."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedToolChoice], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class AllowedToolChoice(Strict):
+    """The demand to call no others than some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice = (
+    Literal["none", "auto", "required"] | Annotated[NamedToolChoice | AllowedToolChoice, Field(discriminator="type")]
+)
+
+
+def chosen_names(choice: str | NamedToolChoice | AllowedToolChoice | None) -> list[str]:
+    """Return the functions that a choice names."""
+    if isinstance(choice, NamedToolChoice):
+        return [choice.function.name]
+    return [tool.function.name for tool in choice.allowed_tools.tools] if isinstance(choice, AllowedToolChoice) else []
 
 
 class CalledFunction(Strict):

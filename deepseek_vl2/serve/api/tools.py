@@ -15,7 +15,7 @@ from typing import Any
 
 from .schemas import ChatRequest, Message
 from .structured import COMPACT_JSON, Grammar, closed, format_schema, json_options, json_rule
-from .tool_schemas import Function, NamedToolChoice
+from .tool_schemas import AllowedToolChoice, Function, NamedToolChoice, chosen_names
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 RESULT_OPEN, RESULT_CLOSE = "<tool_response>", "</tool_response>"
@@ -65,11 +65,12 @@ class ToolUse:
         choice = request.tool_choice
         if not request.tools or choice == "none":
             return cls()
-        functions = tuple(tool.function for tool in request.tools)
+        names = chosen_names(choice)
+        functions = tuple(tool.function for tool in request.tools if not names or tool.function.name in names)
         if isinstance(choice, NamedToolChoice):
-            functions = tuple(f for f in functions if f.name == choice.function.name)
             return cls(functions, required=True, parallel=False, named=True)
-        return cls(functions, choice == "required", request.parallel_tool_calls is not False)
+        mode = choice.allowed_tools.mode if isinstance(choice, AllowedToolChoice) else choice
+        return cls(functions, mode == "required", request.parallel_tool_calls is not False)
 
     def __bool__(self) -> bool:
         return bool(self.functions)
