@@ -221,8 +221,9 @@ def test_harmless_fields_are_taken(client: Any) -> None:
 
 
 def test_answers_are_cut_to_the_room_there_is(client: Any) -> None:
+    long = [{"role": "user", "content": "dog " * 560}]
     for field in ("max_tokens", "max_completion_tokens"):
-        answer = ask(client, **{"max_tokens": openai.omit, field: 10**9}, extra_body={"ignore_eos": True})
+        answer = ask(client, long, **{"max_tokens": openai.omit, field: 10**9}, extra_body={"ignore_eos": True})
         assert answer.choices[0].finish_reason == "length" and answer.usage.total_tokens == 600
 
 
