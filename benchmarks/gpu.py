@@ -40,9 +40,9 @@ from gpu_end_to_end import prompt, random_model, released_config
 from gpu_kernels import TOLERANCE, KernelChecks
 from gpu_tokens import compare, record_steps
 
-from deepseek_vl2 import kernels
-from deepseek_vl2.kernels import runtime
-from deepseek_vl2.kernels.decode import Weights, experts_hit
+from deepseek_vl2 import ops
+from deepseek_vl2.engine import backend, runtime
+from deepseek_vl2.engine.decode import DecoderWeights, experts_hit
 from deepseek_vl2.models import DeepseekVLV2Processor
 from deepseek_vl2.models.cache import new_cache
 from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
@@ -123,14 +123,14 @@ def give_memory_back() -> None:
 @contextmanager
 def plain_path() -> Iterator[None]:
     """Turn the kernels off."""
-    before = os.environ.get(kernels.SWITCH)
-    os.environ[kernels.SWITCH] = "0"
+    before = os.environ.get(ops.SWITCH)
+    os.environ[ops.SWITCH] = "0"
     try:
         yield
     finally:
-        os.environ.pop(kernels.SWITCH)
+        os.environ.pop(ops.SWITCH)
         if before is not None:
-            os.environ[kernels.SWITCH] = before
+            os.environ[ops.SWITCH] = before
 
 
 class Bench:
@@ -190,7 +190,7 @@ class Bench:
     # ---------------------------------------------------------------- kernels
 
     @torch.no_grad()
-    def check_kernels(self, size: str, weights: Weights) -> None:
+    def check_kernels(self, size: str, weights: DecoderWeights) -> None:
         """Compare every kernel with its plain form."""
         rows_of_table = []
         for rows in (1, 8, 64):
@@ -205,7 +205,7 @@ class Bench:
 
     # ---------------------------------------------------------------- decoding
 
-    def random_session(self, model: Any, rows: int, seed: int) -> runtime.Session:
+    def random_session(self, model: Any, rows: int, seed: int) -> runtime.DecodeState:
         """Return a session whose caches hold random numbers, as after prompts that differ."""
         generator = torch.Generator(self.device).manual_seed(seed)
         session = runtime.engine_of(model.language).session(model.language, rows, CONTEXT + 512)
@@ -263,7 +263,7 @@ class Bench:
     def _without_early_start(self, model: Any, rows: int) -> tuple[str, str]:
         """Return the time of a step whose kernels wait for one another to end, and whether it says the same."""
         session = self.random_session(model, rows, rows)
-        late = runtime.Session(session.weights, rows, session.buffers.cos, session.buffers.sin, early=False)
+        late = runtime.DecodeState(session.weights, rows, session.buffers.cos, session.buffers.sin, pdl=False)
         for ours, theirs in zip(session.buffers.caches, late.buffers.caches, strict=True):
             for source, target in zip(ours, theirs, strict=True):
                 target.copy_(source)
@@ -284,9 +284,11 @@ class Bench:
         for number, (layer, held) in enumerate(zip(session.weights.layers, session.buffers.caches, strict=True)):
             if layer.attention.kv_b is not None:
                 rank = layer.attention.kv_b.shape[2]
-                cache.update(held[0][:, None, :CONTEXT, rank:], held[0][:, None, :CONTEXT, :rank], number)
+                part = session.buffers.by_row(held[0])[:, None, :CONTEXT]
+                cache.update(part[..., rank:], part[..., :rank], number)
             else:
-                cache.update(held[0][:, :, :CONTEXT], held[1][:, :, :CONTEXT], number)
+                parts = (session.buffers.by_row(pool)[:, :CONTEXT].transpose(1, 2) for pool in held)
+                cache.update(*parts, number)
         token = session.buffers.tokens[:, None].clone()
         try:
             times = self.milliseconds(lambda: language(token, past_key_values=cache, logits_to_keep=1), 5, warmup=1)
@@ -328,7 +330,7 @@ class Bench:
         """Time whole calls of ``generate``: first token, tokens after it, memory."""
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         if self.on_gpu:
-            kernels.release(model)
+            backend.release(model)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         table = []
@@ -509,7 +511,7 @@ class Bench:
         start = float("nan")
         with report.section(f"{size}: first session"):
             start = self.wall(lambda: runtime.engine_of(language).session(language, 1, CONTEXT + 512)) / 1e3
-            report.add(f"\nWhy not the kernels: {kernels.why_not(model)}; first session {start:.1f} s.")
+            report.add(f"\nWhy not the kernels: {backend.unsupported_reason(model)}; first session {start:.1f} s.")
         with report.section(f"{size}: kernels"):
             self.check_kernels(size, runtime.engine_of(language).weights)
         with report.section(f"{size}: decoding"):
@@ -522,7 +524,7 @@ class Bench:
             self.profile(size, model, (1, 8, 64))
 
 
-def bytes_read(weights: Weights, rows: int, tokens: int, hit: list[int], session: runtime.Session) -> int:
+def bytes_read(weights: DecoderWeights, rows: int, tokens: int, hit: list[int], session: runtime.DecodeState) -> int:
     """Return the bytes that a step must read: weights, of experts only those hit, the cache, and a row of logits."""
 
     def size(*parts: torch.Tensor | None) -> int:
@@ -532,9 +534,9 @@ def bytes_read(weights: Weights, rows: int, tokens: int, hit: list[int], session
     for layer, cache in zip(weights.layers, session.buffers.caches, strict=True):
         a, e = layer.attention, layer.experts
         total += size(*a.projections, a.out, a.kv_b, layer.gate, e.shared_gate, e.shared_up, e.shared_down)
-        if layer.rule is not None:
-            total += next(hits) * size(e.gate_up, e.down) // e.experts
-        total += size(*cache) * tokens // session.buffers.room
+        if layer.routing is not None:
+            total += next(hits) * size(e.gate_up, e.down) // e.num_experts
+        total += size(*cache) * tokens // session.buffers.capacity
     return total
 
 

@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from gpu_end_to_end import prompt, random_model
 
-from deepseek_vl2 import kernels
-from deepseek_vl2.kernels import graphs, runtime
+from deepseek_vl2.engine import backend, cuda_graphs, runtime
 from deepseek_vl2.models import DeepseekVLV2Processor, generation, modeling_deepseek_vl_v2
 from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
 
@@ -68,11 +67,11 @@ def on_device(device: torch.device, run: Callable[[], Any]) -> float:
 @contextmanager
 def unrecorded(engine: runtime.Engine) -> Iterator[None]:
     """Let prompts go through the model's own forward pass."""
-    reason, engine.why_not_prompts = engine.why_not_prompts, "this measurement wants none"
+    reason, engine.unsupported_prompts = engine.unsupported_prompts, "this measurement wants none"
     try:
         yield
     finally:
-        engine.why_not_prompts = reason
+        engine.unsupported_prompts = reason
 
 
 def reserved(device: torch.device) -> float:
@@ -123,8 +122,8 @@ def measure(size: str, device: torch.device) -> list[tuple[str, str]]:
     )
     rows.append(("memory that recordings hold, MB", f"{reserved(device) - before:.0f}"))
     (session,) = engine.sessions.values()
-    (one,) = session.prompts.held.values()
-    rows.append(("why prompts are not recorded", str(engine.why_not_prompts)))
+    (one,) = session.prefill_graphs.held.values()
+    rows.append(("why prompts are not recorded", str(engine.unsupported_prompts)))
     replay = one.replay or one.run
 
     logits = session.buffers.logits
@@ -185,7 +184,7 @@ def measure(size: str, device: torch.device) -> list[tuple[str, str]]:
         print(f"\n### {size}: kernels of a replayed prompt\n\n| kernel | calls | us |\n| --- | --- | --- |")
         for kernel, count, spent in kernel_table(replay):
             print(f"| {kernel} | {count} | {spent:.0f} |")
-    kernels.release(model)
+    backend.release(model)
     return rows
 
 
@@ -197,9 +196,9 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type != "cuda":  # the loop of the kernels, and passes that are not recorded
-        runtime.why_not_device = lambda weight: None
+        runtime.unsupported_device = lambda weight: None
         generation.FAST_SAMPLERS[:] = [runtime.sample]
-        graphs.recorder_for = lambda device: lambda run: run
+        cuda_graphs.capture_for = lambda device: lambda run: run
     for size in args.sizes:
         start = time.perf_counter()
         rows = measure(size, device)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import create_causal_mask
 
-from deepseek_vl2.kernels import runtime
+from deepseek_vl2.engine import runtime
 from deepseek_vl2.models.cache import new_cache
 from deepseek_vl2.models.modeling_deepseek import positions_from_mask
 from deepseek_vl2.models.moe import DeepseekV2MoE, MoEGate
@@ -180,7 +180,7 @@ def record_steps(language: Any, rows: int, steps: int) -> Trace:
         exact_logits(language, ids, mask, steps),
         {name: torch.stack(values) for name, values in chosen.items()},
         torch.stack(margins),
-        [number for number, layer in enumerate(engine.weights.layers) if layer.rule is not None],
+        [number for number, layer in enumerate(engine.weights.layers) if layer.routing is not None],
     )
 
 
@@ -188,8 +188,8 @@ def experts_of(session: Any) -> torch.Tensor:
     """Return which experts the last step of a session read for each row, [layers, rows, E]."""
     found = []
     for layer in session.weights.layers:
-        if layer.rule is not None:
+        if layer.routing is not None:
             name = f"ids {id(layer)}"
-            ids = session.buffers.take(name, session.buffers.rows, layer.rule.chosen, dtype=torch.int32).long()
-            found.append(ids.new_zeros(len(ids), layer.rule.experts, dtype=torch.bool).scatter_(1, ids, True))
+            ids = session.buffers.take(name, session.buffers.rows, layer.routing.top_k, dtype=torch.int32).long()
+            found.append(ids.new_zeros(len(ids), layer.routing.num_experts, dtype=torch.bool).scatter_(1, ids, True))
     return torch.stack(found)

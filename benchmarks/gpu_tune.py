@@ -18,13 +18,13 @@ import torch
 from gpu_end_to_end import random_model
 from triton.errors import TritonError
 
-from deepseek_vl2.kernels import experts, linear
-from deepseek_vl2.kernels.decode import Layer, Weights
-from deepseek_vl2.kernels.primitives import early_start
-from deepseek_vl2.kernels.weights import read_weights
+from deepseek_vl2.engine.decode import DecoderWeights, LayerWeights
+from deepseek_vl2.engine.weights import read_weights
+from deepseek_vl2.ops.triton import decode_experts_gemm, decode_experts_gemv, decode_gemm, decode_gemv
+from deepseek_vl2.ops.triton.common import pdl_options
 
 Blocks = dict[str, Any]
-Run = Callable[[Layer, Blocks], None]
+Run = Callable[[LayerWeights, Blocks], None]
 
 
 def listed(names: str, *candidates: tuple[int, ...]) -> list[Blocks]:
@@ -48,7 +48,7 @@ FEW_ROWS = (
 )
 
 
-def time_calls(layers: list[Layer], run: Run, blocks: Blocks) -> float:
+def time_calls(layers: list[LayerWeights], run: Run, blocks: Blocks) -> float:
     """Return the microseconds of one call."""
     for layer in layers[:2]:
         run(layer, blocks)
@@ -70,59 +70,65 @@ def time_calls(layers: list[Layer], run: Run, blocks: Blocks) -> float:
 class Tuner:
     """The kernels that read weights, with random inputs."""
 
-    def __init__(self, weights: Weights, rows: int) -> None:
-        self.layers = [layer for layer in weights.layers if layer.rule is not None]
+    def __init__(self, weights: DecoderWeights, rows: int) -> None:
+        self.layers = [layer for layer in weights.layers if layer.routing is not None]
         self.rows, like = rows, weights.head
         first = self.layers[0]
-        assert first.rule is not None
-        e, a, rule, hidden = first.experts, first.attention, first.rule, like.shape[1]
+        assert first.routing is not None
+        e, a, routing, hidden = first.experts, first.attention, first.routing, like.shape[1]
 
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, device=like.device).to(like.dtype)
 
         width = sum(weight.shape[0] for weight in a.projections)
         self.x, self.mixed, self.projected = draw(rows, hidden), draw(rows, a.out.shape[1]), draw(rows, width)
-        self.out, self.inner = draw(rows, hidden), draw(rule.chosen * e.inner + e.shared_inner)
-        self.routed, self.shared = draw(rows, rule.chosen, e.inner), draw(rows, e.shared_inner)
-        self.routed_out, self.shared_out = draw(rows, rule.chosen, hidden), draw(rows, hidden)
-        chosen = torch.rand(rows, rule.experts, device=like.device).argsort(dim=1)[:, : rule.chosen]
-        self.ids, self.shares = chosen.int(), torch.rand(rows, rule.chosen, device=like.device)
+        self.out, self.inner = (
+            draw(rows, hidden),
+            draw(routing.top_k * e.intermediate_size + e.shared_intermediate_size),
+        )
+        self.routed, self.shared = (
+            draw(rows, routing.top_k, e.intermediate_size),
+            draw(rows, e.shared_intermediate_size),
+        )
+        self.routed_out, self.shared_out = draw(rows, routing.top_k, hidden), draw(rows, hidden)
+        chosen = torch.rand(rows, routing.num_experts, device=like.device).argsort(dim=1)[:, : routing.top_k]
+        self.ids, self.topk_weights = chosen.int(), torch.rand(rows, routing.top_k, device=like.device)
         self.hit = int(chosen.unique().numel())
 
-    def project(self, layer: Layer, blocks: Blocks) -> None:
+    def project(self, layer: LayerWeights, blocks: Blocks) -> None:
         """Norm and projections."""
         if self.rows == 1:
             parts = layer.attention.projections
-            linear.one_row_linear(self.x[0], parts, self.projected[0], layer.input_norm, 1e-6, **blocks)
+            decode_gemv.linear_gemv(self.x[0], parts, self.projected[0], layer.input_norm, 1e-6, **blocks)
         else:
-            linear.few_rows_linear(self.x, layer.attention.projections, self.projected, **blocks)
+            decode_gemm.linear_gemm(self.x, layer.attention.projections, self.projected, **blocks)
 
-    def output(self, layer: Layer, blocks: Blocks) -> None:
+    def output(self, layer: LayerWeights, blocks: Blocks) -> None:
         """Output projection."""
         if self.rows == 1:
-            linear.one_row_linear(
+            decode_gemv.linear_gemv(
                 self.mixed[0], [layer.attention.out], self.out[0], residual_N=self.out[0], **blocks
             )  # fmt: skip
         else:
-            linear.few_rows_linear(self.mixed, [layer.attention.out], self.out, self.out, **blocks)
+            decode_gemm.linear_gemm(self.mixed, [layer.attention.out], self.out, self.out, **blocks)
 
-    def up(self, layer: Layer, blocks: Blocks) -> None:
+    def up(self, layer: LayerWeights, blocks: Blocks) -> None:
         """Gate and up of the experts."""
         if self.rows == 1:
-            experts.one_row_inner(
+            decode_experts_gemv.gate_up_gemv(
                 self.x[0], layer.post_norm, 1e-6, layer.experts, self.inner, self.ids[0], **blocks,
             )  # fmt: skip
         else:
-            experts.few_rows_inner(self.x, layer.experts, self.routed, self.shared, self.ids, **blocks)
+            decode_experts_gemm.gate_up_gemm(self.x, layer.experts, self.routed, self.shared, self.ids, **blocks)
 
-    def down(self, layer: Layer, blocks: Blocks) -> None:
+    def down(self, layer: LayerWeights, blocks: Blocks) -> None:
         """Down of the experts."""
         if self.rows == 1:
-            experts.one_row_down(
-                self.inner, layer.experts, self.x[0], self.out[0], self.ids[0], self.shares[0], **blocks
+            decode_experts_gemv.down_gemv(
+                self.inner, layer.experts, self.x[0], self.out[0], self.ids[0], self.topk_weights[0], **blocks
             )
         else:
-            experts.few_rows_down(
+            decode_experts_gemm.down_gemm(
                 self.routed, self.shared, layer.experts, self.routed_out, self.shared_out, self.ids, **blocks
             )
 
@@ -132,8 +138,8 @@ class Tuner:
         a, e = layer.attention, layer.experts
         assert e.gate_up is not None and e.down is not None and e.shared_gate is not None
         projections = sum(weight.nbytes for weight in a.projections)
-        inner = self.hit * e.gate_up.nbytes // e.experts + 2 * e.shared_gate.nbytes
-        down = self.hit * e.down.nbytes // e.experts + e.shared_gate.nbytes
+        inner = self.hit * e.gate_up.nbytes // e.num_experts + 2 * e.shared_gate.nbytes
+        down = self.hit * e.down.nbytes // e.num_experts + e.shared_gate.nbytes
         linears, ups, downs = ONE_ROW if self.rows == 1 else FEW_ROWS
         return [
             ("projections", self.project, projections, linears),
@@ -144,16 +150,16 @@ class Tuner:
 
 
 @torch.no_grad()
-def tune(size: str, rows: int, weights: Weights, best: int) -> None:
+def tune(size: str, rows: int, weights: DecoderWeights, best: int) -> None:
     """Print the best candidates of each kernel beside its own block sizes."""
     tuner = Tuner(weights, rows)
     # Kernels of several rows are timed as they are launched alone.
-    early = early_start(weights.head.device) if rows == 1 else {}
+    pdl = pdl_options(weights.head.device) if rows == 1 else {}
     for name, run, read, candidates in tuner.tasks():
         found: list[tuple[float, Blocks]] = []
         for blocks in candidates:
             try:
-                found.append((time_calls(tuner.layers, run, {**early, **blocks}), blocks))
+                found.append((time_calls(tuner.layers, run, {**pdl, **blocks}), blocks))
             except (TritonError, RuntimeError) as error:
                 print(f"{name} {blocks}: {type(error).__name__}: {str(error)[:120]}")
         for place, (time, blocks) in enumerate([*found[:1], *sorted(found, key=lambda pair: pair[0])[:best]]):

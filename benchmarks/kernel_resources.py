@@ -32,12 +32,13 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from deepseek_vl2.kernels import gate, grouped, norm, prompt, rotary, scaling, tower
-from deepseek_vl2.kernels.decode import MAX_ROWS, decode_step, new_buffers
-from deepseek_vl2.kernels.weights import read_rule, read_weights, rotary_tables
+from deepseek_vl2.engine import vision_kernels
+from deepseek_vl2.engine.decode import MAX_ROWS, decode_step, new_buffers
+from deepseek_vl2.engine.weights import read_router_config, read_weights, rotary_tables
 from deepseek_vl2.models import DeepseekVLV2Config
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2ForCausalLM
 from deepseek_vl2.models.siglip_vit import VisionTransformer
+from deepseek_vl2.ops.triton import grouped_gemm, image_resize, norm, prefill_experts, rope, router
 
 RELEASES = Path(__file__).resolve().parents[1] / "tests" / "golden" / "releases"
 ARCHITECTURE = 90
@@ -50,7 +51,7 @@ DTYPES = {
     torch.uint8: "u8",
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
-EARLY = {"EARLY": True, "launch_pdl": True}  # as on the device
+PDL = {"PDL": True, "launch_pdl": True}  # as on the device
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def resources(size: str, rows: int) -> list[Resources]:
     language, known = language_model(size), dict[str, Resources]()
     weights = read_weights(language)
     buffers = new_buffers(weights, rows, *rotary_tables(language, 2048))
-    buffers.early = EARLY
+    buffers.pdl = PDL
     with compiling(known), torch.no_grad():
         decode_step(weights, buffers)
     return list(known.values())
@@ -169,31 +170,34 @@ def prompt_resources(size: str, tokens: int) -> list[Resources]:
     layer: Any = language.model.layers[1]
     weights: Any = language.lm_head.weight
     attention, mlp, config = layer.self_attn, layer.mlp, language.config
-    rule, last = read_rule(mlp.gate), torch.zeros(1, dtype=torch.long, device="meta")
+    routing, last = read_router_config(mlp.gate), torch.zeros(1, dtype=torch.long, device="meta")
     x = weights.new_empty(tokens, config.hidden_size)
     with compiling(known), torch.no_grad():
         if config.use_mla:
             size_of_head, rank, part = attention.qk_head_dim, attention.kv_lora_rank, attention.qk_rope_head_dim
             cos = weights.new_empty(tokens, part)
-            compressed, cache = weights.new_empty(tokens, rank + part), weights.new_empty(1, tokens, rank + part)
-            _, rope = rotary.cache_latents(compressed, attention.kv_a_layernorm.weight, 1e-6, cos, cos, cache)
+            slots = torch.empty(tokens, dtype=torch.int64, device="meta")
+            compressed, cache = weights.new_empty(tokens, rank + part), weights.new_empty(tokens, rank + part)
+            _, key_rope = rope.cache_latents(compressed, attention.kv_a_layernorm.weight, 1e-6, cos, cos, slots, cache)
             expanded = attention.qk_nope_head_dim + attention.v_head_dim
             heads = weights.new_empty(tokens, attention.num_heads, expanded)
-            rotary.keys_of_heads(heads, rope, attention.qk_nope_head_dim)
+            rope.concat_keys(heads, key_rope, attention.qk_nope_head_dim)
         else:
             size_of_head = attention.head_dim
             cos = weights.new_empty(tokens, size_of_head)
         heads = weights.new_empty(tokens, config.num_attention_heads, size_of_head)
-        rotary.rotate_heads_(heads, cos, cos, pairs=config.use_mla)
-        bias = mlp.gate.e_score_correction_bias if rule.method == gate.CORRECTED else None
-        ids, shares = gate.route_rows(x, mlp.gate.weight, bias, rule, last, tokens)
-        places, ends = prompt.place_pairs(ids, rule.experts)
-        inner = grouped.inner_of_pairs(prompt.spread_rows(x, places), mlp.experts.gate_up_proj, ends)
-        outputs = grouped.down_of_pairs(inner, mlp.experts.down_proj, ends)
-        prompt.silu_times(inner, inner)
-        prompt.sum_of_experts(outputs, places, shares)
-        scaling.scale_side(*(torch.empty(768, width, 3, dtype=torch.uint8, device="meta") for width in (1024, 384)))
-        norm.finish_layer(x, outputs, shares, x, layer.input_layernorm.weight, 1e-6, x, x, places)
+        rope.rotate_heads_(heads, cos, cos, interleaved=config.use_mla)
+        bias = mlp.gate.e_score_correction_bias if routing.method == router.NOAUX_TC else None
+        ids, topk_weights = router.route_tokens(x, mlp.gate.weight, bias, routing, last, tokens)
+        places, ends = prefill_experts.moe_align(ids, routing.num_experts)
+        inner = grouped_gemm.grouped_gate_up(prefill_experts.permute_tokens(x, places), mlp.experts.gate_up_proj, ends)
+        outputs = grouped_gemm.grouped_down(inner, mlp.experts.down_proj, ends)
+        prefill_experts.silu_and_mul(inner, inner)
+        prefill_experts.combine_tokens(outputs, places, topk_weights)
+        image_resize.resize_axis(
+            *(torch.empty(768, width, 3, dtype=torch.uint8, device="meta") for width in (1024, 384))
+        )
+        norm.fused_add_rms_norm(x, outputs, topk_weights, x, layer.input_layernorm.weight, 1e-6, x, x, places)
     return list(known.values())
 
 
@@ -211,7 +215,7 @@ def tower_resources() -> list[Resources]:
     vision, known = vision_tower(), dict[str, Resources]()
     pixels = torch.empty(2, 3, *vision.patch_embed.img_size, dtype=torch.bfloat16, device="meta")
     with compiling(known), torch.no_grad():
-        tower.encode(vision, pixels, EARLY)
+        vision_kernels.encode(vision, pixels, PDL)
     return list(known.values())
 
 

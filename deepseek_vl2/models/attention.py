@@ -7,7 +7,6 @@ D head size, R rank of the latent, P rotated part of a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache import PackedCache, causal_mask
 from .configuration_deepseek import DeepseekV2Config
-from .cpu import is_bare, is_single_cpu_row, onednn, project, row_kernels
+from .cpu import is_bare, project, row_kernels
 from .norm import DeepseekV2RMSNorm
 from .rope import apply_rotary, split_interleaved_pairs, yarn_softmax_scale
 
@@ -145,16 +145,33 @@ class DeepseekV2MultiHeadAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the attention's output [B, T, H] and, from the eager implementation, its weights."""
         query, key, value = self.queries_keys_values(hidden_BTH, rotation)
+        if isinstance(past_key_values, PackedCache):
+            outs = [
+                self._attend(query[:, :, tokens], keys, values, _segment_mask(self, tokens, keys), **kwargs)[0]
+                for tokens, keys, values in past_key_values.append(key, value, self.layer_idx)
+            ]
+            return project(self.o_proj, torch.cat(outs, dim=1).flatten(2)), None
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        out, weights = self._attend(query, key, value, attention_mask, **kwargs)
+        return project(self.o_proj, out.flatten(2)), weights
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what the queries attend to, [B, T, N, D], and weights where they are computed."""
         name = self.config._attn_implementation
         if name == "sdpa" and is_single_cpu_query(query):
             kernels = row_kernels() if attention_mask is None else None
             out = None if kernels is None else kernels.attend(query, key, value, self.scaling)
             if out is None:
-                with onednn(True):
-                    out = one_query_attention_forward(query, key, value, attention_mask, self.scaling)
-            return project(self.o_proj, out.flatten(2)), None
+                out = one_query_attention_forward(query, key, value, attention_mask, self.scaling)
+            return out, None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         out, weights = attend(
             self,
@@ -166,7 +183,7 @@ class DeepseekV2MultiHeadAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             **kwargs,
         )
-        return project(self.o_proj, out.flatten(2)), weights
+        return out, weights
 
 
 class DeepseekV2Attention(nn.Module):
@@ -337,16 +354,43 @@ class DeepseekV2Attention(nn.Module):
         """Return the attention's output [B, T, H] and, where they are computed, its weights."""
         query_nope, query_rope = self.project_query(hidden_BTH, rotation)
         key_rope, latent = self.project_latent(hidden_BTH, rotation)
+        if isinstance(past_key_values, PackedCache):
+            outs = [
+                self._attend(
+                    query_nope[:, :, tokens], query_rope[:, :, tokens], keys, latents,
+                    _segment_mask(self, tokens, keys), hidden_BTH[:, tokens], **kwargs,
+                )[0]
+                for tokens, keys, latents in past_key_values.append(key_rope, latent, self.layer_idx)
+            ]  # fmt: skip
+            return project(self.o_proj, torch.cat(outs, dim=1).flatten(2)), None
         if past_key_values is not None:
             key_rope, latent = past_key_values.update(key_rope, latent, self.layer_idx)
         parts = (query_nope, query_rope, key_rope, latent)
-        weights: torch.Tensor | None
-        if self.prefers_absorbed(hidden_BTH, attention_mask):
-            with onednn(True) if is_single_cpu_row(hidden_BTH) else nullcontext():
-                out, weights = self.attend_absorbed(*parts, attention_mask)
-        else:
-            out, weights = self.attend_expanded(*parts, attention_mask, **kwargs)
+        out, weights = self._attend(*parts, attention_mask, hidden_BTH, **kwargs)
         return project(self.o_proj, out.flatten(2)), weights
+
+    def _attend(
+        self,
+        query_nope: torch.Tensor,
+        query_rope: torch.Tensor,
+        key_rope: torch.Tensor,
+        latent: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        hidden_BTH: torch.Tensor,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend in the form that suits the number of queries; see `attend_absorbed` and `attend_expanded`."""
+        parts = (query_nope, query_rope, key_rope, latent)
+        if self.prefers_absorbed(hidden_BTH, attention_mask):
+            return self.attend_absorbed(*parts, attention_mask)
+        return self.attend_expanded(*parts, attention_mask, **kwargs)
+
+
+def _segment_mask(module: nn.Module, tokens: slice, keys: torch.Tensor) -> torch.Tensor | None:
+    """Return the mask of a segment's new tokens; flash attention aligns causality with the last key by itself."""
+    if "flash" in module.config._attn_implementation:
+        return None
+    return causal_mask(tokens.stop - tokens.start, keys.shape[2], keys.device)
 
 
 def build_attention(config: DeepseekV2Config, layer_idx: int) -> nn.Module:

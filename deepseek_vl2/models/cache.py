@@ -1,8 +1,9 @@
-"""A key/value cache that grows in place."""
+"""Key/value caches: one that grows in place, and one of several sequences packed in a row."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PretrainedConfig
@@ -82,3 +83,74 @@ def new_cache(config: PretrainedConfig) -> Cache:
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() for _ in range(config.num_hidden_layers)]
     return cache
+
+
+class Segment(NamedTuple):
+    """New tokens of one sequence in a packed forward pass.
+
+    Fields:
+        start: index of the sequence's token 0 in the pool.
+        past: tokens of the sequence that are cached already.
+        new: tokens that this pass adds.
+    """
+
+    start: int
+    past: int
+    new: int
+
+    @property
+    def end(self) -> int:
+        """Tokens cached after the pass."""
+        return self.past + self.new
+
+
+class PackedCache(Cache):
+    """Segments of several sequences as one row of tokens, over pools in which each sequence is a contiguous extent.
+
+    Everything but attention treats the tokens alike; attention runs segment by segment, each over its own extent. So
+    nothing is padded and nothing is gathered, and what a sequence gets does not depend on its neighbours.
+
+    Args:
+        pools: of each layer, ([S, M, D], [S, M, D]): rotated keys and values, or rotated keys and latents with M = 1.
+        segments: in the order of their tokens.
+    """
+
+    def __init__(self, pools: Sequence[tuple[torch.Tensor, torch.Tensor]], segments: Sequence[Segment]) -> None:
+        super().__init__(layers=[])
+        self.pools = pools
+        self.segments = segments
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return 0: positions are given, since each segment has its own."""
+        return 0
+
+    def append(
+        self, keys_1MTD: torch.Tensor, values_1MTD: torch.Tensor, layer_idx: int
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Write the new tokens' keys and values; yield each segment's tokens and all its keys and values, [1, M, S, D].
+
+        Args:
+            keys_1MTD: of all segments' new tokens.
+            values_1MTD: likewise.
+            layer_idx: the layer.
+        """
+        first = 0
+        for segment in self.segments:
+            tokens = slice(first, first + segment.new)
+            first += segment.new
+            held = []
+            for pool_SMD, new in zip(self.pools[layer_idx], (keys_1MTD, values_1MTD), strict=True):
+                extent = pool_SMD[segment.start : segment.start + segment.end]
+                extent[segment.past :] = new[0, :, tokens].transpose(0, 1)
+                held.append(extent.transpose(0, 1)[None])
+            yield tokens, held[0], held[1]
+
+
+def causal_mask(new: int, held: int, device: torch.device) -> torch.Tensor | None:
+    """Return which of ``held`` tokens each of the last ``new`` ones sees, [1, 1, new, held]; ``None``: as usual.
+
+    Fused attention aligns its own causal mask with the first key, not with the last.
+    """
+    if new == 1 or new == held:
+        return None
+    return torch.ones(new, held, dtype=torch.bool, device=device).tril(held - new)[None, None]

@@ -241,6 +241,25 @@ def find_files(source: Any, **hub: Any) -> list[Path] | None:
     return [Path(str(file)) for file in files.values()]
 
 
+def find_token_id(source: Any, token: str, **hub: Any) -> int | None:
+    """Return the id that a checkpoint's tokenizer files give a token, or ``None``.
+
+    Args:
+        source, **hub: see `find_files`.
+        token: the token's text.
+    """
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        file = cached_file(source, name, **quiet, **hub)
+        content = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+        decoder = content.get("added_tokens_decoder") or {}
+        added = [*({**entry, "id": int(key)} for key, entry in decoder.items()), *(content.get("added_tokens") or [])]
+        for entry in added:
+            if entry.get("content") == token:
+                return int(entry["id"])
+    return None
+
+
 def _listing(title: str, lines: list[str]) -> list[str]:
     return [f"{title} ({len(lines)}):", *(f"  {line}" for line in lines)] if lines else []
 

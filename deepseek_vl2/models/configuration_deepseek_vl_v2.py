@@ -13,6 +13,8 @@ PROJECTOR_TYPES = ("identity", "linear", "mlp_gelu", "downsample_mlp_gelu")
 GLOBAL_POOLS = ("", "avg", "token", "map")
 VISION_ATTENTION_BACKENDS = ("sdpa", "eager", "xformers")
 TILE_TAGS = ("2D",)
+# Releases do not name the id of <image>; their embeddings' sizes tell which tokenizer they come with.
+RELEASED_IMAGE_TOKEN_IDS = {129280: 128815, 102400: 100003}
 
 
 class VisionEncoderConfig(PretrainedConfig):
@@ -162,6 +164,8 @@ class DeepseekVLV2Config(PretrainedConfig):
         tile_tag: how tiles are marked in the sequence; only "2D" was ever released.
         global_view_pos: "head" puts the global view before the tiles, anything else after them.
         candidate_resolutions: (width, height) pairs, in pixels, that an image may be fitted into.
+        image_token_id: id of the tokens that stand for an image; ``None``: not known, and found when a model is made of
+            the config or loaded with its tokenizer.
 
     Raises:
         ValueError: an unknown choice, here or in one of the three parts.
@@ -185,6 +189,7 @@ class DeepseekVLV2Config(PretrainedConfig):
         tile_tag: str = "2D",
         global_view_pos: str = "head",
         candidate_resolutions: Sequence[Sequence[int]] = ((384, 384),),
+        image_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(vision_config, VisionEncoderConfig):
@@ -202,6 +207,7 @@ class DeepseekVLV2Config(PretrainedConfig):
         check_choice("tile_tag", tile_tag, TILE_TAGS)
         self.tile_tag = tile_tag
         self.global_view_pos = global_view_pos
+        self.image_token_id = image_token_id
         self.candidate_resolutions = tuple((int(width), int(height)) for width, height in candidate_resolutions)
         kwargs.setdefault("architectures", ["DeepseekVLV2ForCausalLM"])
         kwargs.setdefault("tie_word_embeddings", language_config.tie_word_embeddings)

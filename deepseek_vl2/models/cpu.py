@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from .backend import backend
 
 # From this many rows on, widening a weight costs less than imitated products of bfloat16 (measured: 10 to 16 rows).
 MANY_ROWS = 16
@@ -29,21 +31,6 @@ def is_single_cpu_row(x: torch.Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
-
-
-@contextmanager
-def onednn(enabled: bool) -> Iterator[None]:
-    """Let oneDNN multiply matrices, or PyTorch's own kernels.
-
-    For a matrix times a single row, PyTorch's kernel reads the weights at the memory's speed, where a call of oneDNN
-    costs some 50 us more; for products of small matrices oneDNN is many times faster. Both accumulate in float32.
-    """
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(enabled)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
 
 
 @cache
@@ -109,9 +96,6 @@ def wide_products(wanted: bool) -> Iterator[None]:
         _WIDE.reset(token)
 
 
-# Give what multiplies one row faster than PyTorch, or None. A package around these files fills it: as remote code they
-# know of none.
-ROW_KERNELS: list[Callable[[], Any]] = []
 # Layers that multiply by their weight, add their bias and do nothing else.
 BARE_LAYERS: set[type[nn.Module]] = {nn.Linear}
 # Hooks that are called for every module: PyTorch's own dictionaries.
@@ -120,7 +104,7 @@ _ROWS: ContextVar[Any] = ContextVar("kernels of one row", default=None)
 
 
 def row_kernels() -> Any:
-    """Return the kernels of one row that are in use, `deepseek_vl2.kernels.rows.RowKernels`; ``None``: none are."""
+    """Return the kernels of one row that are in use, `deepseek_vl2.ops.cpu.bindings.RowKernels`; ``None``: none are."""
     return None if torch.compiler.is_compiling() else _ROWS.get()
 
 
@@ -155,16 +139,16 @@ def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def row_products() -> Iterator[None]:
-    """Multiply one row of bfloat16 as fast as the memory gives weights: by compiled kernels, else by PyTorch's own."""
+    """Multiply one row of bfloat16 by compiled kernels, as fast as the memory gives weights, where there are any."""
     kernels = None
     if _computes_as_written():
-        kernels = next((found for find in ROW_KERNELS if (found := find()) is not None), None)
-    with onednn(False):
-        token = _ROWS.set(kernels)
-        try:
-            yield
-        finally:
-            _ROWS.reset(token)
+        engine = backend()
+        kernels = None if engine is None else engine.find_row_kernels()
+    token = _ROWS.set(kernels)
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
 
 
 def grouped_products(rows: torch.Tensor, weights_EOI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:

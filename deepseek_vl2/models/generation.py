@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
+from .backend import backend
 from .cache import CACHE_NAME, new_cache, one_cache
 from .configuration_deepseek import DeepseekV2Config
 
@@ -29,11 +29,6 @@ class SampleCall:
     synced_gpus: bool
     streamer: Any
     model_kwargs: dict[str, Any]
-
-
-# Faster loops, asked in order; each returns None for a call that is not for it. A package around these files fills it:
-# as remote code they know of none.
-FAST_SAMPLERS: list[Callable[[SampleCall], torch.Tensor | None]] = []
 
 
 def as_cache(past_key_values: Any) -> Cache | None:
@@ -95,6 +90,7 @@ class ChunkedGenerationMixin(GenerationMixin):
             if copies > 1 and cache.get_seq_length() > 0 and cache.layers[0].keys.shape[0] == prompt.shape[0]:
                 cache = copy.deepcopy(cache)  # the caller may go on with theirs
                 cache.batch_repeat_interleave(copies)
+                cache.is_private = True
             kwargs[CACHE_NAME] = cache
         elif setting("cache_implementation") is None and kwargs.get("use_cache", True):
             kwargs[CACHE_NAME] = new_cache(config)
@@ -205,10 +201,10 @@ class ChunkedGenerationMixin(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Decode greedily or by sampling: by the first fast loop that takes the call, or as transformers does."""
+        """Decode greedily or by sampling: on the engine where it takes the call, or as transformers does."""
         settings = (logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
-        for fast in FAST_SAMPLERS:
-            ids = fast(SampleCall(self, input_ids, *settings, model_kwargs))
+        if (engine := backend()) is not None:
+            ids = engine.generate(SampleCall(self, input_ids, *settings, model_kwargs))
             if ids is not None:
                 return ids
         return super()._sample(input_ids, *settings, **model_kwargs)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from .image_modes import WHITE, Background, as_rgb
 
 # Pillow warns from here on that a file may be a decompression bomb; we refuse it.
 MAX_IMAGE_PIXELS = 89_478_485
@@ -28,18 +30,21 @@ def check_image_size(image: Image.Image, name: str, max_pixels: int = MAX_IMAGE_
         )
 
 
-def _decoded(image: Image.Image) -> Image.Image:
-    """Return an image as RGB: itself, decoded, where it is that already."""
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
+def to_rgb(image: Image.Image, name: str, background: Background = WHITE) -> Image.Image:
+    """Decode a PIL image as upright RGB, to be read only.
 
-
-def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Decode a PIL image as RGB, to be read only; raise ``ValueError`` when its file turns out to be damaged."""
+    Raises:
+        ValueError: its file turns out to be damaged, or a pixel is no number.
+    """
+    if getattr(image, "tile", None) and getattr(image, "fp", image) is None:
+        raise ValueError(f"{name} has pixels in a file that was closed: open it again, or load() it before closing.")
     try:
-        return _decoded(image)
+        image.load()
+        return as_rgb(image, background)
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{name} is truncated or damaged and cannot be decoded: {error}.") from error
+    except ValueError as error:  # of Pillow, or of a pixel
+        raise ValueError(f"{name} cannot be read as RGB: {error}.") from error
 
 
 def _decode_data_url(url: str) -> bytes:
@@ -76,32 +81,29 @@ def _open(source: Any) -> tuple[Image.Image, str]:
     return Image.open(path), str(path)
 
 
-def load_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def load_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS, background: Background = WHITE) -> Image.Image:
     """Read one image and return it as a new RGB image, turned upright as its EXIF orientation says.
 
     Args:
         source: a path, the bytes of a file, a ``data:`` URL or a PIL image.
         max_pixels: refuse an image with more pixels than this, before it is decoded.
+        background: the colour under transparent pixels; ``None`` drops their alpha, as the original package does.
 
     Raises:
         FileNotFoundError: there is no file at the path.
         ValueError: the file is empty, truncated, not an image, has no area or has too many pixels.
     """
-    image = read_image(source, max_pixels)
+    image = read_image(source, max_pixels, background)
     # The file's own image would keep its class and its file name.
-    return image.copy() if type(image) is not Image.Image else image
+    return image.copy() if image is source or type(image) is not Image.Image else image
 
 
-def read_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def read_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS, background: Background = WHITE) -> Image.Image:
     """Do what `load_image` does, errors included, without its last copy: the image may be of a file format's class."""
     name = str(source) if isinstance(source, (str, os.PathLike)) and not str(source).startswith("data:") else "The data"
     try:
         image, name = _open(source)
         check_image_size(image, name, max_pixels)
-        if image is source:
-            return _decoded(ImageOps.exif_transpose(image))
-        ImageOps.exif_transpose(image, in_place=True)
-        return _decoded(image)
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not an image that Pillow can read.") from error
     except Image.DecompressionBombError as error:
@@ -113,3 +115,4 @@ def read_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
         raise
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{name} is truncated or damaged and cannot be decoded: {error}.") from error
+    return to_rgb(image, name, background)

@@ -73,6 +73,10 @@ class CheckpointLoadingMixin:
         """Take the gradient from parameters that never run; loading replaces parameters by new ones."""
 
     @classmethod
+    def complete_config(cls, config: PretrainedConfig, source: Any, hub: dict[str, Any]) -> None:
+        """Fill in what a release's config.json lacks and its other files tell."""
+
+    @classmethod
     def _open_checkpoint(cls, source: Any, options: dict[str, Any]) -> StoredTensors | None:
         """Check a checkpoint against its config and return its tensors; put the config into ``options``.
 
@@ -94,6 +98,7 @@ class CheckpointLoadingMixin:
         if getattr(config, "quantization_config", None) is not None:
             return None
         options["config"] = config
+        cls.complete_config(config, source, hub)
         stored = StoredTensors(files)
         with torch.device("meta"):
             model: Any = cls(config)  # type: ignore[call-arg]

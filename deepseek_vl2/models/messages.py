@@ -7,8 +7,13 @@ from typing import Any, Literal
 from urllib.request import url2pathname
 
 Message = Mapping[str, Any]
+Role = Literal["user", "assistant", "system"]
 
+IMAGE_TOKEN = "<image>"
 IMAGE_PLACEHOLDER = "<image_placeholder>"  # what older examples of the model card write instead of <image>
+# Stands behind the first character of a tag that is text and no image, so that it is neither split at nor tokenized as
+# one. A word joiner: it cannot be seen, and nobody writes it there.
+ESCAPE = "\u2060"
 GROUNDING_TOKENS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
 CHAT_TOKENS = ("<|User|>", "<|Assistant|>")
 SYSTEM_ROLES = ("system", "deepseekapi-sys")
@@ -16,7 +21,8 @@ USER_ROLES = ("user", "User", "<|User|>")
 ASSISTANT_ROLES = ("assistant", "Assistant", "<|Assistant|>")
 
 # The same prompt as the processor writes for a conversation. An image part becomes <image>, and a newline
-# follows it unless white space or nothing does: that is how the model's own prompts look.
+# follows it unless white space or nothing does: that is how the model's own prompts look. A tag inside a text part is
+# text: see `escape_tags`.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -32,7 +38,9 @@ CHAT_TEMPLATE = """\
       {%- elif part['type'] in ('text', 'input_text') -%}
         {%- if part['text'] -%}
           {%- set glue = '\\n' if parts.after_image and part['text'][0] not in ' \\t\\r\\n' else '' -%}
-          {%- set parts.text = parts.text + glue + part['text'] -%}
+          {%- set literal = part['text'].replace('<image>', '<\\u2060image>') -%}
+          {%- set literal = literal.replace('<image_placeholder>', '<\\u2060image_placeholder>') -%}
+          {%- set parts.text = parts.text + glue + literal -%}
           {%- set parts.after_image = false -%}
         {%- endif -%}
       {%- else -%}
@@ -59,12 +67,25 @@ CHAT_TEMPLATE = """\
 """
 
 
-def message_role(message: Message, tags: Sequence[str]) -> Literal["user", "assistant", "system"]:
+def escaped(tag: str) -> str:
+    """Return how a tag that is text is written."""
+    return tag[:1] + ESCAPE + tag[1:]
+
+
+def escape_tags(text: str, image_token: str = IMAGE_TOKEN) -> str:
+    """Return a text in which image tags are text: no image belongs to them, and they are tokenized letter by letter."""
+    for tag in (image_token, IMAGE_PLACEHOLDER):
+        text = text.replace(tag, escaped(tag))
+    return text
+
+
+def message_role(message: Message, tags: Sequence[str], number: int = 1) -> Role:
     """Return who speaks.
 
     Args:
         message: its ``role`` is a tag of the template or one of the usual names.
         tags: the prompt template's tags of user and assistant.
+        number: of the message, counted from 1.
 
     Raises:
         ValueError: an unknown role.
@@ -76,13 +97,17 @@ def message_role(message: Message, tags: Sequence[str]) -> Literal["user", "assi
         return "assistant"
     if role in SYSTEM_ROLES:
         return "system"
-    raise ValueError(f"Unknown role {role!r}: expected user, assistant or system (or {tuple(tags)}).")
+    raise ValueError(
+        f"Unknown role {role!r} in message {number}: expected user, assistant or system (or {tuple(tags)})."
+    )
 
 
 def messages_to_conversation(
     messages: Sequence[Message], image_token: str, read_source: Callable[[Message], Any] | None = None
 ) -> list[dict[str, Any]]:
     """Turn messages with OpenAI-style content parts into a conversation with image tags.
+
+    Image tags inside text parts are text, and escaped; those in a content that is a text stand for images.
 
     Args:
         messages: each with ``role`` and ``content``: a text, or a list of parts.
@@ -111,7 +136,8 @@ def _flatten_content(message: Message, image_token: str, read_source: Callable[[
             after_image = True
         elif kind in ("text", "input_text"):
             if part["text"]:
-                text += ("\n" if after_image and part["text"][0] not in " \t\r\n" else "") + part["text"]
+                glue = "\n" if after_image and part["text"][0] not in " \t\r\n" else ""
+                text += glue + escape_tags(part["text"], image_token)
                 after_image = False
         else:
             raise ValueError(f"Unknown type of content part: {kind!r}; expected text, image or image_url.")

@@ -19,7 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .attention import DeepseekV2Attention, DeepseekV2MultiHeadAttention, Rotation, build_attention
-from .cache import CACHE_NAME, new_cache, one_cache
+from .cache import CACHE_NAME, PackedCache, new_cache, one_cache
 from .checkpoint import conversion_rules
 from .configuration_deepseek import DeepseekV2Config
 from .cpu import is_single_cpu_row, project, row_products, wants_wide_products, wide_products
@@ -271,13 +271,15 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if attention_mask is None and past_key_values is None:
             kwargs.update(flash_options(self.config._attn_implementation, position_ids))
-        mask = create_causal_mask(
-            self.config,
-            hidden_states,
-            attention_mask,
-            past_key_values,  # not a new one: with any cache packed samples go unseen
-            position_ids=position_ids,  # given ones may tell of several samples packed in a row
-        )
+        mask = None
+        if not isinstance(past_key_values, PackedCache):  # whose segments have masks of their own
+            mask = create_causal_mask(
+                self.config,
+                hidden_states,
+                attention_mask,
+                past_key_values,  # not a new one: with any cache packed samples go unseen
+                position_ids=position_ids,  # given ones may tell of several samples packed in a row
+            )
         if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
             past_key_values = new_cache(self.config)
         if position_ids is None:

@@ -6,33 +6,47 @@ L image tokens of a tile, W image tokens along a tile's side.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .backend import backend
 from .cache import CACHE_NAME, one_cache
-from .checkpoint import OPTIONAL_TENSORS, register_conversion
+from .checkpoint import register_conversion
 from .configuration_deepseek import DeepseekV2Config
-from .configuration_deepseek_vl_v2 import DeepseekVLV2Config, MlpProjectorConfig, VisionEncoderConfig
+from .configuration_deepseek_vl_v2 import (
+    RELEASED_IMAGE_TOKEN_IDS,
+    DeepseekVLV2Config,
+    MlpProjectorConfig,
+    VisionEncoderConfig,
+)
 from .generation import ChunkedGenerationMixin, set_generation_ids
+from .image_merge import (
+    arrange_images,
+    check_image_inputs,
+    check_image_shapes,
+    check_image_tokens,
+    check_no_image_tokens,
+    layout_of_images,
+    read_image_mask,
+    real_grids,
+    select_tiles,
+)
 from .loss import Targets, drop_unseen_labels, find_targets
-from .modeling_deepseek import DeepseekV2ForCausalLM, DeepseekV2PreTrainedModel, split_training_mask
+from .modeling_base import (
+    PROCESSOR_ONLY,
+    DeepSeekVLV2CausalLMOutputWithPast,
+    DeepseekVLV2PreTrainedModel,
+    check_keywords,
+)
+from .modeling_deepseek import DeepseekV2ForCausalLM, split_training_mask
 from .projector import MlpProjector, output_side
 from .siglip_vit import VisionTransformer
 from .tiling import TileGrid, count_image_tokens
@@ -52,184 +66,7 @@ __all__ = [
 
 register_conversion(DeepseekVLV2Config.model_type)
 
-# What a processor's batch carries beside the model's inputs; `generate(**batch)` and `forward(**batch)` ignore it.
-PROCESSOR_ONLY = ("sft_format", "seq_lens", "num_image_tokens", "target_ids")
 IMAGE_INPUTS = ("images", "images_seq_mask", "images_spatial_crop")
-
-# Faster forms of `encode_tiles`, asked in order with the model and its tiles; each returns None where it is not for
-# them. A package around these files fills it: as remote code they know of none.
-FAST_ENCODERS: list[Callable[[Any, torch.Tensor], torch.Tensor | None]] = []
-# What begins to encode before `generate` has prepared its call: given the model, its images and their crops, it returns
-# a function that waits for the embeddings of all tiles, or None where it is not for them.
-EARLY_ENCODERS: list[Callable[[Any, torch.Tensor, torch.Tensor], Callable[[], torch.Tensor] | None]] = []
-# In a call of `generate`: its model, its images, their version, and that function.
-_begun: ContextVar[tuple[Any, torch.Tensor, int, Callable[[], torch.Tensor]] | None] = ContextVar("begun", default=None)
-
-
-@dataclass
-class DeepSeekVLV2CausalLMOutputWithPast(CausalLMOutputWithPast):
-    """What the model returns.
-
-    Fields:
-        loss: mean cross entropy, where labels were given.
-        logits: [B, T, vocabulary], float32.
-        past_key_values: the cache; a property, and the field is called ``cache``, from transformers 5.24 on.
-        hidden_states: embeddings and every layer's output, [B, T, H] each, where asked for.
-        attentions: attention weights of every layer, where asked for.
-        rope_deltas: always ``None``; kept for scripts that unpack it.
-        last_hidden_state: what the logits are computed from, [B, T, H], where they are skipped.
-    """
-
-    rope_deltas: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-
-
-def real_grids(crops: list[list[list[int]]]) -> list[list[TileGrid]]:
-    """Return the tile grids of each row of a batch; a row of ``images_spatial_crop`` ends at its first [0, 0]."""
-    rows = []
-    for row in crops:
-        grids = []
-        for across, down in row:
-            if across == 0 or down == 0:
-                break
-            grids.append(TileGrid(across, down))
-        rows.append(grids)
-    return rows
-
-
-def arrange_images(
-    views_NVLH: torch.Tensor,
-    grid: TileGrid,
-    newline_H: torch.Tensor,
-    separator_H: torch.Tensor,
-    global_first: bool,
-) -> torch.Tensor:
-    """Lay the views of N images of one grid out as the sequences that the language model reads.
-
-    Args:
-        views_NVLH: of each image the global view and then the local tiles, row by row.
-        grid: how many tiles there are.
-        newline_H: embedding that ends each row of tokens.
-        separator_H: embedding between the global view and the tiles.
-        global_first: whether the global view comes first.
-
-    Returns:
-        [N, tokens of an image, H].
-    """
-    images, side = views_NVLH.shape[0], int(views_NVLH.shape[2] ** 0.5)
-    global_NWWH = views_NVLH[:, 0].unflatten(1, (side, side))
-    tiles = views_NVLH[:, 1:].unflatten(2, (side, side)).unflatten(1, (grid.down, grid.across))
-    local = tiles.transpose(2, 3).reshape(images, grid.down * side, grid.across * side, -1)
-
-    def end_rows(rows: torch.Tensor) -> torch.Tensor:
-        newlines = newline_H.expand(*rows.shape[:2], 1, -1)
-        return torch.cat((rows, newlines), dim=2).flatten(1, 2)
-
-    parts = [end_rows(global_NWWH), separator_H.expand(images, 1, -1), end_rows(local)]
-    return torch.cat(parts if global_first else parts[::-1], dim=1)
-
-
-class ImageLayout(NamedTuple):
-    """Where the embeddings of images stand among the image tokens, all counted from 0; numpy's, for the host alone.
-
-    Fields:
-        views: of each token of each view, in the views' order.
-        newlines: of each `image_newline`.
-        separators: of each `view_seperator`.
-    """
-
-    views: NDArray[np.int64]
-    newlines: NDArray[np.int64]
-    separators: NDArray[np.int64]
-
-
-@lru_cache(maxsize=256)
-def layout_of_image(grid: TileGrid, tokens: int, global_first: bool) -> ImageLayout:
-    """Return the layout of a single image, whose views are of ``tokens`` tokens each.
-
-    It is what `arrange_images` does to numbers, so there is one definition of the order.
-    """
-    numbers = torch.arange(grid.views * tokens, device="cpu").view(1, grid.views, tokens, 1)
-    newline, separator = numbers.new_full((1,), -1), numbers.new_full((1,), -2)
-    arranged = arrange_images(numbers, grid, newline, separator, global_first).flatten().numpy()
-    order = arranged.argsort(kind="stable")  # the one separator's -2, all newlines' -1, then the views' tokens
-    separators, newlines, views = np.split(order, [1, len(order) - numbers.numel()])
-    return ImageLayout(views, newlines, separators)
-
-
-def layout_of_images(grids: Sequence[TileGrid], tokens: int, global_first: bool) -> ImageLayout:
-    """Return the layout of several images, one after the other."""
-    parts: list[ImageLayout] = []
-    start = 0
-    for grid in grids:
-        layout = layout_of_image(grid, tokens, global_first)
-        parts.append(ImageLayout(*(places + start for places in layout)))
-        start += sum(len(places) for places in layout)
-    return ImageLayout(*(np.concatenate(places) for places in zip(*parts, strict=True)))
-
-
-def check_image_shapes(
-    input_ids: torch.Tensor, images: torch.Tensor, images_seq_mask: torch.Tensor | None, tile_size: int
-) -> None:
-    """Raise ``ValueError`` where ids, mask and images cannot belong together by their shapes."""
-    if images_seq_mask is None:
-        raise ValueError("images need images_seq_mask: the processor returns it beside input_ids.")
-    if images_seq_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"input_ids {list(input_ids.shape)} and images_seq_mask {list(images_seq_mask.shape)} differ in shape."
-        )
-    if images.dim() != 5 or images.shape[0] != input_ids.shape[0] or tuple(images.shape[-2:]) != (tile_size,) * 2:
-        raise ValueError(
-            f"images must be [batch, tiles, 3, {tile_size}, {tile_size}] with a batch of {input_ids.shape[0]}, "
-            f"got {list(images.shape)}."
-        )
-
-
-def check_image_tokens(marked: list[int], consistent: bool, grids: list[list[TileGrid]], side: int, tiles: int) -> None:
-    """Check that ids, mask and images describe the same images.
-
-    Args:
-        marked: how many tokens the mask marks in each row.
-        consistent: whether all marked tokens are one id, which stands nowhere else.
-        grids: the images of each row.
-        side: tokens along a tile's side.
-        tiles: tiles that a row holds.
-
-    Raises:
-        ValueError: they do not; the row and both numbers are named.
-    """
-    if len(grids) != len(marked):
-        raise ValueError(f"images_spatial_crop has {len(grids)} rows, input_ids {len(marked)}.")
-    for row, row_grids in enumerate(grids):
-        expected = sum(count_image_tokens(grid, side) for grid in row_grids)
-        if marked[row] != expected:
-            raise ValueError(
-                f"Row {row}: images_seq_mask marks {marked[row]} tokens, but its {len(row_grids)} images "
-                f"(images_spatial_crop) take {expected}."
-            )
-        needed = sum(grid.views for grid in row_grids)
-        if needed > tiles:
-            raise ValueError(f"Row {row}: images_spatial_crop asks for {needed} tiles, images holds {tiles}.")
-    if not consistent:
-        raise ValueError("input_ids and images_seq_mask disagree: image tokens stand where the mask is false, or not.")
-
-
-def read_image_mask(input_ids: torch.Tensor, images_seq_mask: torch.Tensor) -> tuple[list[int], bool]:
-    """Return how many tokens the mask marks in each row, and whether they are one id that stands nowhere else.
-
-    All numbers come from the device at once: each transfer on its own would wait for the device again.
-    """
-    mask = images_seq_mask.bool()
-    image_id = input_ids.masked_fill(~mask, torch.iinfo(input_ids.dtype).max).amin()
-    consistent = ((input_ids == image_id) == mask).all()
-    *marked, agrees = torch.cat((mask.sum(dim=1), consistent[None])).tolist()
-    return marked, bool(agrees)
-
-
-def check_no_image_tokens(images_seq_mask: torch.Tensor | None) -> None:
-    """Raise ``ValueError`` for a mask that marks image tokens where there are no images."""
-    if images_seq_mask is not None and bool(images_seq_mask.any()):
-        raise ValueError("images_seq_mask marks image tokens, but there are no images (images_spatial_crop).")
 
 
 def is_whole_prompt(attention_mask: torch.Tensor | None, past_key_values: Any) -> bool:
@@ -242,67 +79,9 @@ def is_whole_prompt(attention_mask: torch.Tensor | None, past_key_values: Any) -
     return int(past_key_values.get_seq_length()) == 0 and bool(attention_mask.all())
 
 
-def select_tiles(images: torch.Tensor, grids: list[list[TileGrid]]) -> torch.Tensor:
-    """Return the tiles of a batch, [V, 3, S, S], without those that fill up its rows."""
-    used = [sum(grid.views for grid in row_grids) for row_grids in grids]
-    if len(grids) == 1:
-        return images[0, : used[0]]
-    first = range(0, len(grids) * images.shape[1], images.shape[1])
-    numbers = np.concatenate([np.arange(start, start + n) for start, n in zip(first, used, strict=True)])
-    return images.flatten(0, 1).index_select(0, torch.from_numpy(numbers).to(images.device))
-
-
-@contextmanager
-def images_begun(model: Any, images: torch.Tensor | None, crops: torch.Tensor | None) -> Iterator[None]:
-    """Have the images of a prompt on their way through the vision tower meanwhile, where something can do so."""
-    wait = None
-    if images is not None and crops is not None:
-        wait = next((wait for early in EARLY_ENCODERS if (wait := early(model, images, crops)) is not None), None)
-    token = _begun.set(None if images is None or wait is None else (model, images, images._version, wait))
-    try:
-        yield
-    finally:
-        _begun.reset(token)
-
-
-def take_begun(model: Any, images: torch.Tensor) -> torch.Tensor | None:
-    """Return, once, the embeddings of tiles that `images_begun` began to make of these very images."""
-    begun = _begun.get()
-    if begun is None or begun[0] is not model or begun[1] is not images or begun[2] != images._version:
-        return None
-    _begun.set(None)
-    return begun[3]()
-
-
 def is_one_of_several_processes() -> bool:
     """Whether this process trains together with others."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-class DeepseekVLV2PreTrainedModel(DeepseekV2PreTrainedModel):
-    """What transformers needs to know of the whole model."""
-
-    config: DeepseekVLV2Config
-    config_class: type = DeepseekVLV2Config
-    base_model_prefix = "deepseek_vl_v2"
-    input_modalities = ("image", "text")
-    _no_split_modules = ["DeepseekV2DecoderLayer", "VisionTransformer", "MlpProjector"]
-    _keys_to_ignore_on_load_missing = [OPTIONAL_TENSORS]
-    _keys_to_ignore_on_load_unexpected = [OPTIONAL_TENSORS]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, VisionTransformer):
-            init.normal_(module.pos_embed, std=0.02)
-            if module.cls_token is not None:
-                init.normal_(module.cls_token, std=1e-6)
-            if module.attn_pool is not None:
-                init.normal_(module.attn_pool.latent, std=module.embed_dim**-0.5)
-        elif isinstance(module, DeepseekVLV2ForCausalLM):
-            std = module.image_newline.numel() ** -0.5
-            init.normal_(module.image_newline, std=std)
-            init.normal_(module.view_seperator, std=std)
 
 
 class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixin):
@@ -337,58 +116,14 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         self.language = DeepseekV2ForCausalLM(language)
         self.tile_tag = config.tile_tag
         self.global_view_pos = config.global_view_pos
+        if config.image_token_id is None:
+            config.image_token_id = RELEASED_IMAGE_TOKEN_IDS.get(language.vocab_size)
         self.post_init()
         set_generation_ids(self, language)
 
     def freeze_unused(self) -> None:
         """Take the gradient from the vision tower's pooling head, which never runs."""
         self.vision.freeze_unused()
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save in the released layout; arguments as in transformers.
-
-        After ``register_for_auto_class`` the code is saved too, for both Auto classes that know the model.
-        """
-        super().save_pretrained(save_directory, *args, **kwargs)
-        config_file = Path(save_directory) / "config.json"
-        if self._auto_class is None or not config_file.is_file():
-            return
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        reference = config["auto_map"][self._auto_class]
-        config["auto_map"].update(dict.fromkeys(("AutoModelForCausalLM", "AutoModelForImageTextToText"), reference))
-        config["auto_map"].setdefault("AutoConfig", "configuration_deepseek_vl_v2.DeepseekVLV2Config")
-        config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-    # ---------------------------------------------------------------- parts by their common names
-
-    @property
-    def language_model(self) -> DeepseekV2ForCausalLM:
-        """The language model, by the name that the model card uses."""
-        return self.language
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding."""
-        return self.language.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the token embedding."""
-        self.language.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the output head."""
-        return self.language.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the output head."""
-        self.language.set_output_embeddings(new_embeddings)
-
-    def get_decoder(self) -> nn.Module:
-        """Return the language model's stack of layers."""
-        return self.language.get_decoder()
-
-    def set_decoder(self, decoder: nn.Module) -> None:
-        """Replace the language model's stack of layers."""
-        self.language.set_decoder(decoder)
 
     # ---------------------------------------------------------------- images into the sequence
 
@@ -397,10 +132,10 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         weight = self.vision.patch_embed.proj.weight
         device = weight.device if weight.device.type != "meta" else tiles_V3SS.device
         tiles = tiles_V3SS.to(device=device, dtype=weight.dtype)
-        if not torch.is_grad_enabled():
-            for fast in FAST_ENCODERS:
-                if (embeddings := fast(self, tiles)) is not None:
-                    return embeddings
+        if not torch.is_grad_enabled() and (engine := backend()) is not None:
+            embeddings: torch.Tensor | None = engine.encode_tiles(self, tiles)
+            if embeddings is not None:
+                return embeddings
         features = self.vision(tiles)
         with self.language.model.quick_products(features):
             return self.projector(features)
@@ -433,8 +168,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         every = [grid for row_grids in grids for grid in row_grids]
         layout = layout_of_images(every, side * side, self.global_view_pos == "head")
         places = torch.from_numpy(np.concatenate(layout)).to(device)
-        begun = take_begun(self, images)
-        views_VLH = self.encode_tiles(select_tiles(images, grids)) if begun is None else begun
+        views_VLH = self.encode_tiles(select_tiles(images, grids))
         newline, separator = (p.to(views_VLH) for p in (self.image_newline, self.view_seperator))
         ends = newline.expand(len(layout.newlines), -1), separator.expand(len(layout.separators), -1)
         return torch.cat((views_VLH.flatten(0, 1), *ends)), places
@@ -447,6 +181,42 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         """
         total = self.encode_tiles(tile_13SS).sum()
         return (total + (self.image_newline.sum() + self.view_seperator.sum()).to(total.device)) * 0.0
+
+    @property
+    def image_token_side(self) -> int:
+        """Image tokens along a tile's side."""
+        return output_side(self.config.projector_config, self.vision.patch_embed.grid_size[0])
+
+    @property
+    def vision_device(self) -> torch.device:
+        """Where tiles go."""
+        device: torch.device = self.vision.patch_embed.proj.weight.device
+        return device if device.type != "meta" else self.device
+
+    def image_grids(
+        self,
+        input_ids: torch.Tensor,
+        images: torch.Tensor | None,
+        images_seq_mask: torch.Tensor | None,
+        images_spatial_crop: torch.Tensor | None,
+        ids_checked: bool = False,
+    ) -> list[list[TileGrid]]:
+        """Return the tile grids of each row's images, none where there are no images; see `prepare_inputs_embeds`.
+
+        Raises:
+            ValueError: ids, mask and images disagree.
+        """
+        image_id = None if ids_checked else self.config.image_token_id
+        grids = [] if images is None or images_spatial_crop is None else real_grids(images_spatial_crop.tolist())
+        if images is None or not any(grids):
+            if images is not None and not ids_checked:
+                check_no_image_tokens(input_ids, images_seq_mask, image_id)
+            return []
+        check_image_shapes(input_ids, images, images_seq_mask, self.config.vision_config.image_size)
+        assert images_seq_mask is not None
+        marked, consistent = read_image_mask(input_ids, images_seq_mask.to(input_ids.device), image_id)
+        check_image_tokens(marked, consistent or ids_checked, grids, self.image_token_side, images.shape[1])
+        return grids
 
     def prepare_inputs_embeds(
         self,
@@ -465,25 +235,32 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             images_spatial_crop: tiles across and down for each image, [B, images, 2]; rows end in [0, 0].
 
         Raises:
-            ValueError: ids, mask and images disagree.
+            ValueError: ids, mask and images disagree, or a prompt with image tokens lacks one of the three.
         """
-        grids = [] if images is None or images_spatial_crop is None else real_grids(images_spatial_crop.tolist())
-        if images is None or not any(grids):
-            check_no_image_tokens(images_seq_mask)
+        check_image_inputs(input_ids, images, images_seq_mask, images_spatial_crop, self.config.image_token_id)
+        return self._embed(input_ids, images, images_seq_mask, images_spatial_crop)
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor,
+        images: torch.Tensor | None,
+        images_seq_mask: torch.Tensor | None,
+        images_spatial_crop: torch.Tensor | None,
+        ids_checked: bool = False,
+    ) -> torch.Tensor:
+        """Do what `prepare_inputs_embeds` does; ``ids_checked``: ids beside the mask may be the image token's."""
+        grids = self.image_grids(input_ids, images, images_seq_mask, images_spatial_crop, ids_checked)
+        if images is None or images_seq_mask is None or not any(grids):
             embeds = self.get_input_embeddings()(input_ids)
             if images is not None and self.training and is_one_of_several_processes():
                 embeds = embeds + self._touch_vision(images[:1, 0]).to(embeds)
             return embeds
-        side = output_side(self.config.projector_config, self.vision.patch_embed.grid_size[0])
-        check_image_shapes(input_ids, images, images_seq_mask, self.config.vision_config.image_size)
-        assert images_seq_mask is not None
-        marked, consistent = read_image_mask(input_ids, images_seq_mask.to(input_ids.device))
-        check_image_tokens(marked, consistent, grids, side, images.shape[1])
+        marked = sum(count_image_tokens(grid, self.image_token_side) for row in grids for grid in row)
         embeds = self.get_input_embeddings()(input_ids)
         # The positions by a sort: a masked scatter would wait for the device in its backward pass.
         text_first = images_seq_mask.to(embeds.device).logical_not().to(torch.uint8).flatten()
-        positions = text_first.argsort(stable=True)[: sum(marked)]
-        tokens_NH, places = self._image_tokens(images, grids, side, embeds.device)
+        positions = text_first.argsort(stable=True)[:marked]
+        tokens_NH, places = self._image_tokens(images, grids, self.image_token_side, embeds.device)
         return embeds.flatten(0, 1).index_copy(0, positions[places], tokens_NH.to(embeds)).view_as(embeds)
 
     # ---------------------------------------------------------------- running
@@ -507,18 +284,26 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
         cache: Any = None,
+        num_items_in_batch: Any = None,
+        image_tokens_checked: bool = False,
         **kwargs: Any,
     ) -> DeepSeekVLV2CausalLMOutputWithPast:
         """Predict the next token at each position of a prompt with images.
 
         Args:
             images, images_seq_mask, images_spatial_crop: see `prepare_inputs_embeds`; unused with ``inputs_embeds``.
+            image_tokens_checked: the ids are generated or were checked before, so that one of them may be the image
+                token's without an image.
             others: see `DeepseekV2ForCausalLM.forward`. In training, with labels, no logits are returned unless
                 ``skip_logits=False``.
+            **kwargs: what else a processor's batch carries.
 
         Raises:
-            ValueError: ids, mask and images disagree, or neither ids nor embeddings are given.
+            ValueError: ids, mask and images disagree, a prompt with image tokens lacks one of the three, or neither ids
+                nor embeddings are given.
+            TypeError: an unknown keyword.
         """
+        check_keywords(kwargs)
         past_key_values = one_cache(past_key_values, cache)
         # What reads numbers back from the device comes first, while the device has nothing else to finish.
         if skip_logits is None:
@@ -536,7 +321,12 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
                 raise ValueError("Give either input_ids or inputs_embeds.")
             if images is not None and not self.training and is_whole_prompt(attention_mask, past_key_values):
                 attention_mask = None
-            inputs_embeds = self.prepare_inputs_embeds(input_ids, images, images_seq_mask, images_spatial_crop)
+            image_inputs = (images, images_seq_mask, images_spatial_crop)
+            # A token behind a cache is most often generated, and looking at it would wait for the device.
+            checked = image_tokens_checked or (past_key_values is not None and input_ids.shape[1] == 1)
+            if not checked:
+                check_image_inputs(input_ids, *image_inputs, self.config.image_token_id)
+            inputs_embeds = self._embed(input_ids, *image_inputs, ids_checked=checked)
         if attention_mask is not None:
             attention_mask = attention_mask.to(inputs_embeds.device)
         outputs = self.language(
@@ -552,7 +342,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             routing=routing,
             skip_logits=skip_logits,
             return_dict=True,
-            num_items_in_batch=kwargs.get("num_items_in_batch"),
+            num_items_in_batch=num_items_in_batch,
         )
         return DeepSeekVLV2CausalLMOutputWithPast(
             loss=outputs.loss,
@@ -587,6 +377,8 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             use_cache=use_cache,
             **kwargs,
         )
+        # `generate` looked at a prompt without images; one with images is looked at where they are merged.
+        model_inputs["image_tokens_checked"] = images is None or not is_first_iteration
         if images is not None and (is_first_iteration or not use_cache) and model_inputs.get("inputs_embeds") is None:
             length = model_inputs["input_ids"].shape[1]
             mask = images_seq_mask
@@ -640,7 +432,8 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             Token ids, [B, T + new], the prompt's ids first; only the new ones when just ``inputs_embeds`` is given.
 
         Raises:
-            ValueError: ids, mask and images disagree, or assisted decoding of embeddings without ids.
+            ValueError: ids, mask and images disagree, a prompt with image tokens lacks one of the three, or assisted
+                decoding of embeddings without ids.
         """
         for name in (*PROCESSOR_ONLY, "labels"):
             kwargs.pop(name, None)
@@ -651,8 +444,11 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             copies = self.prepare_call(prompt, generation_config, kwargs)
             self._embed_prompt(generation_config, kwargs, copies)
         images = None if kwargs.get("inputs_embeds") is not None else kwargs.get("images")
-        with images_begun(self, images, kwargs.get("images_spatial_crop")):
-            return super().generate(None, generation_config=generation_config, **kwargs)
+        held, crops = kwargs.get(CACHE_NAME), kwargs.get("images_spatial_crop")
+        early = backend() if getattr(held, "is_private", False) else None
+        if early is not None and images is not None and crops is not None:
+            held.begun = early.begin_tiles(self, images, crops)  # while transformers prepares the call
+        return super().generate(None, generation_config=generation_config, **kwargs)
 
     def _embed_prompt(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], copies: int) -> None:
         """Embed the images here where transformers would do it wrongly or many times over.
@@ -666,8 +462,9 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             "prompt_lookup_num_tokens", generation_config, kwargs
         )
         images = {name: kwargs.get(name) for name in IMAGE_INPUTS}
-        if kwargs.get("inputs_embeds") is None and images["images"] is None:
-            check_no_image_tokens(images["images_seq_mask"])
+        if kwargs.get("inputs_embeds") is None and kwargs.get("input_ids") is not None:
+            held = 0 if cache is None or images["images"] is not None else int(cache.get_seq_length())
+            check_image_inputs(kwargs["input_ids"][:, held:], **images, image_token_id=self.config.image_token_id)
         embed = chunk_size is not None or copies > 1 or assisted or (cache is not None and cache.get_seq_length() > 0)
         if kwargs.get("inputs_embeds") is None and images["images"] is not None and embed:
             kwargs["inputs_embeds"] = self.prepare_inputs_embeds(kwargs["input_ids"], **images)

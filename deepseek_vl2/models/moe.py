@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .backend import backend
 from .configuration_deepseek import DeepseekV2Config
 from .cpu import grouped_products, is_bare, is_untouched, project, row_kernels
 from .loss import compute_dtype
@@ -372,11 +373,6 @@ def rows_are_aligned(experts: DeepseekV2Experts, hidden: torch.Tensor) -> bool:
     return all(width * itemsize % 16 == 0 for width in (experts.hidden_size, experts.inner_size))
 
 
-# Faster forms for many tokens, asked in order; each returns None where it is not for them. A package around these
-# files fills it: as remote code they know of none.
-FAST_EXPERTS: list[Callable[..., torch.Tensor | None]] = []
-
-
 def experts_forward(
     experts: DeepseekV2Experts, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
 ) -> torch.Tensor:
@@ -389,10 +385,10 @@ def experts_forward(
     if on_cpu and hasattr(F, "grouped_mm"):
         return cpu_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
     few = ids_NK.numel() <= MAX_BATCHED_PAIRS and not on_cpu and not torch.is_grad_enabled()
-    if not few and not torch.is_grad_enabled():
-        for fast in FAST_EXPERTS:
-            if (out := fast(experts, hidden_NH, ids_NK, weights_NK)) is not None:
-                return out
+    if not few and not torch.is_grad_enabled() and (engine := backend()) is not None:
+        out: torch.Tensor | None = engine.run_experts(experts, hidden_NH, ids_NK, weights_NK)
+        if out is not None:
+            return out
     return ALL_EXPERTS_FUNCTIONS["batched_mm" if few else "grouped_mm"](experts, hidden_NH, ids_NK, weights_NK)
 
 

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from .backend import backend
 from .tiling import TileGrid, fitted_size
 
 Item = TypeVar("Item")
@@ -109,14 +110,14 @@ class Pictures(NamedTuple):
         return self.values is other.values or torch.equal(self.values, other.values)
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any) -> Pictures | ByteTiles:
-        """Return the tiles on a device, scaled there by the first of `DEVICE_SCALERS` that is for it, or here."""
+        """Return the tiles on a device, scaled there where the backend can, or here."""
         if device is None or torch.device(device).type == "cpu":
             return self._replace(values=self.values.to(dtype=dtype))
-        for scaler in DEVICE_SCALERS:
-            tiles = scaler.scale(self, torch.device(device))
-            if tiles is not None:
-                values = self.values.to(device=device, dtype=dtype, **kwargs)
-                return ByteTiles(tiles if self.batched else tiles[0], values, self.counts)
+        engine = backend()
+        tiles = None if engine is None else engine.scale(self, torch.device(device))
+        if tiles is not None:
+            values = self.values.to(device=device, dtype=dtype, **kwargs)
+            return ByteTiles(tiles if self.batched else tiles[0], values, self.counts)
         return self.tiles().to(device, dtype, **kwargs)
 
     def tiles(self) -> ByteTiles:
@@ -148,17 +149,6 @@ class Pictures(NamedTuple):
         return self.tiles().numbers()
 
 
-class DeviceScaler(NamedTuple):
-    """What scales images on a device: whether there may be such a device, and what does it, or returns ``None``."""
-
-    is_at_hand: Callable[[], bool]
-    scale: Callable[[Pictures, torch.device], torch.Tensor | None]
-
-
-# Filled by a package around these files: as remote code they know of none.
-DEVICE_SCALERS: list[DeviceScaler] = []
-
-
 def are_kept(images: Sequence[Image.Image]) -> bool:
     """Whether images wait for the device that their tiles go to, instead of being scaled at once.
 
@@ -167,7 +157,8 @@ def are_kept(images: Sequence[Image.Image]) -> bool:
     if not images or torch.utils.data.get_worker_info() is not None:
         return False
     small = all(image.width * image.height <= MAX_PIXELS_KEPT for image in images)
-    return small and any(scaler.is_at_hand() for scaler in DEVICE_SCALERS)
+    engine = backend()
+    return small and engine is not None and bool(engine.may_scale())
 
 
 class ByteTiles(NamedTuple):

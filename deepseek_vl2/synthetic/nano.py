@@ -119,6 +119,7 @@ def nano_config(processor: DeepseekVLV2Processor) -> DeepseekVLV2Config:
         projector_config=PROJECTOR,
         language_config={**LANGUAGE, **ids, "pad_token_id": tokenizer.pad_token_id, "vocab_size": vocabulary},
         candidate_resolutions=CANDIDATES,
+        image_token_id=processor.image_token_id,
         dtype="float32",
     )
 

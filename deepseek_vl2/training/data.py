@@ -13,14 +13,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from deepseek_vl2.models.image_loading import MAX_IMAGE_PIXELS, load_image
-from deepseek_vl2.models.messages import (
-    ASSISTANT_ROLES,
-    IMAGE_PLACEHOLDER,
-    SYSTEM_ROLES,
-    USER_ROLES,
-    image_source,
-    messages_to_conversation,
-)
+from deepseek_vl2.models.messages import image_source, messages_to_conversation
+from deepseek_vl2.models.turns import walk_turns
 
 IMAGE_TAG = "<image>"
 CONVERSATION_KEYS = ("conversation", "conversations", "messages")
@@ -91,24 +85,18 @@ def check_conversation(conversation: Sequence[Mapping[str, Any]], images: int) -
         ValueError: an unknown role, a system message that is not first, an image tag outside a user turn, tags and
             images that differ in number, or no answer to learn.
     """
-    tags = answers = 0
-    for index, message in enumerate(conversation):
-        role, text = message.get("role"), message["content"].replace(IMAGE_PLACEHOLDER, IMAGE_TAG)
-        if role not in (*USER_ROLES, *ASSISTANT_ROLES, *SYSTEM_ROLES):
-            raise ValueError(f"unknown role {role!r} in message {index + 1}: expected user, assistant or system.")
-        if role in SYSTEM_ROLES and index > 0:
-            raise ValueError(f"a system message must come first, but one is message {index + 1}.")
-        if role in USER_ROLES:
-            tags += text.count(IMAGE_TAG)
-        elif IMAGE_TAG in text:
-            raise ValueError(f"message {index + 1} is the {role}'s and holds {IMAGE_TAG}: images stand in user turns.")
-        if role in ASSISTANT_ROLES:
-            if not text.strip():
-                raise ValueError(f"message {index + 1} is an empty answer: training needs the text to learn.")
-            answers += 1
+    try:
+        turns = walk_turns(conversation)
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message[:1].lower() + message[1:]) from error
+    for number, turn in enumerate(turns, start=1):
+        if turn.role == "assistant" and not turn.content:
+            raise ValueError(f"message {number} is an empty answer: training needs the text to learn.")
+    tags = sum(turn.count_tags() for turn in turns)
     if tags != images:
         raise ValueError(f"the user turns hold {tags} {IMAGE_TAG} tags, but {images} images are named.")
-    if not answers:
+    if not any(turn.role == "assistant" for turn in turns):
         raise ValueError("there is no answer: training needs a turn of the assistant.")
 
 

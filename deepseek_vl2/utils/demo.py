@@ -20,7 +20,7 @@ from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, Dee
 from deepseek_vl2.models.messages import CHAT_TOKENS, GROUNDING_TOKENS
 
 DEMO_NAME = "demo"
-DEMO_VERSION = 1  # part of the directory's name: raise it when what is written changes
+DEMO_VERSION = 2  # part of the directory's name: raise it when what is written changes
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 TILE = 384
@@ -80,6 +80,7 @@ def write_demo_checkpoint(directory: str | Path) -> Path:
         vision_config=VISION,
         language_config={**LANGUAGE, **ids},
         candidate_resolutions=candidate_resolutions(),
+        image_token_id=processor.image_token_id,
         dtype="float32",
     )
     with torch.random.fork_rng(devices=[]):

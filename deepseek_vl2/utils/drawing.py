@@ -41,9 +41,15 @@ class Labelled(Protocol):
         """(left, top, right, bottom)."""
 
 
-def to_pixels(box: Box, size: Size) -> Box:
-    """Return a box in pixels of an image of ``size`` (width, height), rounded down."""
-    width, height = size
+def to_pixels(box: Box, size: Size | Image.Image) -> Box:
+    """Return a box in pixels, rounded down.
+
+    Args:
+        box: (left, top, right, bottom), 0 to 999.
+        size: the image, or (width, height) of it upright: that of a file opened by Pillow may be (height, width), until
+            the image is turned as its EXIF orientation says.
+    """
+    width, height = size_of(size)
     x1, y1, x2, y2 = box
     return (
         int(x1 / COORDINATE_MAX * width),
@@ -51,6 +57,15 @@ def to_pixels(box: Box, size: Size) -> Box:
         int(x2 / COORDINATE_MAX * width),
         int(y2 / COORDINATE_MAX * height),
     )
+
+
+def size_of(size: Size | Image.Image) -> Size:
+    """Return (width, height), in pixels, of an image as it is seen: turned as its EXIF orientation says."""
+    if not isinstance(size, Image.Image):
+        return size
+    from deepseek_vl2.models.image_modes import upright_size  # imports torch, which numbers alone do not need
+
+    return upright_size(size)
 
 
 def color_of(index: int) -> Color:
@@ -72,13 +87,11 @@ def text_color(background: Color) -> Color:
 
 
 def draw_boxes(image: Image.Image, objects: Sequence[Labelled]) -> Image.Image:
-    """Return an RGB copy of an image with boxes and labels drawn on it, one colour for each label.
+    """Return an upright RGB copy of an image with boxes and labels drawn on it, one colour for each label.
 
     Lines and letters grow with the image. A label that no font of the system can write is drawn as its number.
     """
-    canvas = image.convert("RGB")
-    if canvas is image:
-        canvas = image.copy()
+    canvas = _canvas(image)
     painter = _Painter(canvas)
     numbers = {label: number for number, label in enumerate(dict.fromkeys(found.label for found in objects))}
     for found in objects:
@@ -92,13 +105,19 @@ def draw_boxes(image: Image.Image, objects: Sequence[Labelled]) -> Image.Image:
 
 
 def mark_object(image: Image.Image, box: Box, color: str = MARK_COLOR) -> Image.Image:
-    """Return an RGB copy of an image with one box, 0 to 999, drawn in a colour: the example of an in-context prompt."""
-    canvas = image.convert("RGB")
-    if canvas is image:
-        canvas = image.copy()
+    """Return an upright RGB copy of an image with one box, 0 to 999, drawn: the example of an in-context prompt."""
+    canvas = _canvas(image)
     red, green, blue = ImageColor.getrgb(color)[:3]
     _Painter(canvas).outline(to_pixels(box, canvas.size), (red, green, blue))
     return canvas
+
+
+def _canvas(image: Image.Image) -> Image.Image:
+    """Return an image as the model sees it, to be drawn on."""
+    from deepseek_vl2.models.image_loading import to_rgb
+
+    canvas = to_rgb(image, "The image")
+    return canvas.copy() if canvas is image else canvas
 
 
 class _Painter:

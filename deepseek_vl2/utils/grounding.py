@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, overload
 
-from deepseek_vl2.utils.drawing import COORDINATE_MAX, Box, Size, draw_boxes, to_pixels
+from PIL import Image
+
+from deepseek_vl2.utils.drawing import COORDINATE_MAX, Box, Size, draw_boxes, size_of, to_pixels
 
 __all__ = [
     "COORDINATE_MAX",
@@ -122,7 +124,7 @@ class Grounding(Sequence[GroundedObject]):
         return json.dumps(self.to_dict(), ensure_ascii=False, indent=indent)
 
 
-def parse_grounding(text: str, sizes: Sequence[Size] | None = None, image: int = -1) -> Grounding:
+def parse_grounding(text: str, sizes: Sequence[Size | Image.Image] | None = None, image: int = -1) -> Grounding:
     """Read the labelled boxes of a response, in time linear in its length.
 
     A label belongs to the list of boxes that follows it. Numbers beyond 0 to 999 are clamped and swapped corners put
@@ -131,7 +133,7 @@ def parse_grounding(text: str, sizes: Sequence[Size] | None = None, image: int =
 
     Args:
         text: the model's text.
-        sizes: (width, height) in pixels of the conversation's images, in order, for boxes in pixels.
+        sizes: the conversation's images, in order, or (width, height) in pixels of each upright, for boxes in pixels.
         image: which of them the boxes are on. The model does not say; it is trained to locate things in the last one.
 
     Raises:
@@ -142,7 +144,7 @@ def parse_grounding(text: str, sizes: Sequence[Size] | None = None, image: int =
         if not -len(sizes) <= image < len(sizes):
             raise ValueError(f"There is no image {image} among {len(sizes)} sizes.")
         index = image % len(sizes)
-        target = index, sizes[index]
+        target = index, size_of(sizes[index])
     return _Reader(text, target).read()
 
 
@@ -297,11 +299,11 @@ def plain_text(text: str) -> str:
     return "".join(parts)
 
 
-def to_coco(responses: Iterable[tuple[Grounding, str, Size]]) -> dict[str, Any]:
+def to_coco(responses: Iterable[tuple[Grounding, str, Size | Image.Image]]) -> dict[str, Any]:
     """Return responses in the layout of COCO's annotation files.
 
     Args:
-        responses: for each image the parsed response, the file's name and (width, height) in pixels.
+        responses: for each image the parsed response, the file's name, and the image or its (width, height) upright.
 
     Returns:
         A dict with ``images``, ``annotations`` (``bbox`` is [left, top, width, height] in pixels) and ``categories``
@@ -310,7 +312,8 @@ def to_coco(responses: Iterable[tuple[Grounding, str, Size]]) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     categories: dict[str, int] = {}
-    for grounding, file_name, (width, height) in responses:
+    for grounding, file_name, image in responses:
+        width, height = size_of(image)
         images.append({"id": len(images) + 1, "file_name": file_name, "width": width, "height": height})
         for found in grounding:
             category = categories.setdefault(found.label, len(categories) + 1)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 import deepseek_vl2.models
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.image_loading import load_image
+from deepseek_vl2.models.image_modes import WHITE, Background, check_background
 from deepseek_vl2.utils.demo import DEMO_NAME, demo_checkpoint
 
 NANO_NAME = "nano"
@@ -102,11 +103,12 @@ def load_pretrained_model(
     return processor.tokenizer, processor, model
 
 
-def load_pil_images(conversations: Iterable[Mapping[str, Any]]) -> list[Image.Image]:
+def load_pil_images(conversations: Iterable[Mapping[str, Any]], background: Background = WHITE) -> list[Image.Image]:
     """Load the images that a conversation's messages name, in order.
 
     Args:
         conversations: messages; each may hold a list under ``images``: paths, bytes, data URLs or PIL images.
+        background: the colour under transparent pixels; ``None`` drops their alpha, as the original package does.
 
     Returns:
         RGB images, turned upright as their EXIF orientation says.
@@ -115,7 +117,9 @@ def load_pil_images(conversations: Iterable[Mapping[str, Any]]) -> list[Image.Im
         FileNotFoundError: a file is missing; the path is named.
         ValueError: a file is empty, truncated, not an image, or has too many pixels.
     """
-    return [load_image(source) for message in conversations for source in message.get("images") or []]
+    background = check_background(background)
+    sources = [source for message in conversations for source in message.get("images") or []]
+    return [load_image(source, background=background) for source in sources]
 
 
 def load_json(filepath: str | Path) -> Any:

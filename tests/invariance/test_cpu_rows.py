@@ -17,14 +17,15 @@ import torch.nn.functional as F
 from support import mini_inputs, mini_model
 from torch import nn
 
-from deepseek_vl2 import kernels
-from deepseek_vl2.kernels import rows
+from deepseek_vl2 import ops
+from deepseek_vl2.engine import backend
 from deepseek_vl2.models import cpu
 from deepseek_vl2.models.attention import one_query_attention_forward
 from deepseek_vl2.models.configuration_deepseek import DeepseekV2Config
 from deepseek_vl2.models.moe import DeepseekV2Experts, DeepseekV2MLP, one_token_experts_forward
 from deepseek_vl2.models.norm import DeepseekV2RMSNorm
 from deepseek_vl2.models.rope import apply_rotary
+from deepseek_vl2.ops.cpu import bindings
 from deepseek_vl2.utils.demo import LANGUAGE
 
 # bfloat16 keeps 8 bits: rounding changes a number by 2^-9 of it at most, and sums in another order now and then fall
@@ -38,20 +39,20 @@ PROMPT = (20, (2, 1), 9)  # text, an image of two tiles beside its global view, 
 @pytest.fixture(scope="module")
 def compiler() -> str:
     """Give the compiler; where the machine suits and has it, nothing may keep the kernels from being made."""
-    suits = sys.platform == "linux" and platform.machine() == "x86_64" and "avx2" in rows._cpu_flags().split()
+    suits = sys.platform == "linux" and platform.machine() == "x86_64" and "avx2" in bindings._cpu_flags().split()
     if not suits or shutil.which("gcc") is None:
         pytest.skip("the kernels are for x86 CPUs with AVX2 under Linux, where gcc is installed")
-    return rows._compilers()[0]
+    return bindings._compilers()[0]
 
 
 @pytest.fixture(scope="module", params=["native", "haswell"])
-def row(compiler: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> rows.RowKernels:
+def row(compiler: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bindings.RowKernels:
     """Give the kernels, as compiled for this CPU and for those with AVX2 alone, whose vectors are half as wide."""
-    flags = [f"-march={request.param}" if flag == "-march=native" else flag for flag in rows.FLAGS]
+    flags = [f"-march={request.param}" if flag == "-march=native" else flag for flag in bindings.FLAGS]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp(request.param)))
-        patch.setattr(rows, "FLAGS", flags)
-        found = rows.RowKernels()
+        patch.setattr(bindings, "FLAGS", flags)
+        found = bindings.RowKernels()
     return found
 
 
@@ -87,7 +88,7 @@ def error(out: torch.Tensor, want: torch.Tensor) -> float:
 @pytest.mark.parametrize(("outputs", "width"), [(1, 1), (7, 33), (64, 64), (5, 31), (130, 1280), (3, 4099)])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("offset", [0, 1, 5])
-def test_linear(row: rows.RowKernels, outputs: int, width: int, biased: bool, offset: int) -> None:
+def test_linear(row: bindings.RowKernels, outputs: int, width: int, biased: bool, offset: int) -> None:
     weight = some(outputs * width + offset)[offset:].view(outputs, width)  # at addresses that suit no vector
     x, bias = some(1, 1, width), some(outputs) if biased else None
     out = row.linear(x, weight, bias)
@@ -99,7 +100,7 @@ def test_linear(row: rows.RowKernels, outputs: int, width: int, biased: bool, of
     torch.testing.assert_close(logits, F.linear(x[0].float(), weight.float()), rtol=1e-5, atol=1e-5 * width**0.5)
 
 
-def test_rounding_is_pytorchs(row: rows.RowKernels) -> None:
+def test_rounding_is_pytorchs(row: bindings.RowKernels) -> None:
     """Products of two numbers of bfloat16 have 16 bits: all ways of rounding them, ties, infinities and NaN."""
     x = torch.tensor([1.0078125, -3.140625, 1e-38, 3e38, float("inf"), float("nan"), 0.0]).bfloat16()
     weights = torch.cat((torch.arange(-2000, 2000).float(), torch.randn(4000), torch.tensor([float("inf")]))).bfloat16()
@@ -110,7 +111,7 @@ def test_rounding_is_pytorchs(row: rows.RowKernels) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 31, 1280])
-def test_rms_norm(row: rows.RowKernels, width: int) -> None:
+def test_rms_norm(row: bindings.RowKernels, width: int) -> None:
     norm = DeepseekV2RMSNorm(width).bfloat16()
     norm.weight.copy_(some(width))
     x = 3 * some(1, 1, width)
@@ -121,7 +122,7 @@ def test_rms_norm(row: rows.RowKernels, width: int) -> None:
 
 
 @pytest.mark.parametrize(("inner", "hidden"), [(1, 1), (33, 7), (32, 64), (100, 90), (896, 1280)])
-def test_mlp(row: rows.RowKernels, inner: int, hidden: int) -> None:
+def test_mlp(row: bindings.RowKernels, inner: int, hidden: int) -> None:
     layer = DeepseekV2MLP(config_of(hidden_size=hidden, intermediate_size=inner)).bfloat16()
     x = some(1, 1, hidden)
     out = row.mlp(x, layer.gate_proj.weight, layer.up_proj.weight, layer.down_proj.weight)
@@ -133,7 +134,7 @@ def test_mlp(row: rows.RowKernels, inner: int, hidden: int) -> None:
 
 @pytest.mark.parametrize(("inner", "hidden"), [(33, 7), (32, 64), (100, 90)])
 @pytest.mark.parametrize("chosen", [[2], [0, 3], [4, 1, 3]])
-def test_experts(row: rows.RowKernels, inner: int, hidden: int, chosen: list[int]) -> None:
+def test_experts(row: bindings.RowKernels, inner: int, hidden: int, chosen: list[int]) -> None:
     config = config_of(hidden_size=hidden, moe_intermediate_size=inner, n_routed_experts=5)
     experts = DeepseekV2Experts(config).bfloat16()
     for weight in experts.parameters():
@@ -149,7 +150,7 @@ def test_experts(row: rows.RowKernels, inner: int, hidden: int, chosen: list[int
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize(("length", "size"), [(1, 16), (9, 80), (100, 64), (33, 128), (50, 7)])
-def test_attend(row: rows.RowKernels, groups: int, length: int, size: int) -> None:
+def test_attend(row: bindings.RowKernels, groups: int, length: int, size: int) -> None:
     query = some(1, 2 * groups, 1, size)
     rooms = some(2, 1, 2, length + 5, size)
     key, value = rooms[:, :, :, :length]  # as in a cache with room to spare
@@ -161,7 +162,7 @@ def test_attend(row: rows.RowKernels, groups: int, length: int, size: int) -> No
     assert error(out, exact) < 1.5 * error(plain, exact) + 1e-3
 
 
-def test_attention_passes_nan_on(row: rows.RowKernels) -> None:
+def test_attention_passes_nan_on(row: bindings.RowKernels) -> None:
     query, key, value = some(1, 2, 1, 32), some(1, 2, 4, 32), some(1, 2, 4, 32)
     key[0, 1, 2, 5] = float("nan")
     out = row.attend(query, key, value, 1.0)
@@ -169,7 +170,7 @@ def test_attention_passes_nan_on(row: rows.RowKernels) -> None:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size", "width"), [(4, 4, 16, 64), (6, 2, 10, 33)])
-def test_queries_keys_values(row: rows.RowKernels, heads: int, kv_heads: int, size: int, width: int) -> None:
+def test_queries_keys_values(row: bindings.RowKernels, heads: int, kv_heads: int, size: int, width: int) -> None:
     x = some(1, 1, width)
     weights = [some(count * size, width) for count in (heads, kv_heads, kv_heads)]
     angles = torch.randn(1, 1, size // 2).repeat(1, 1, 2)
@@ -184,14 +185,14 @@ def test_queries_keys_values(row: rows.RowKernels, heads: int, kv_heads: int, si
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_any_number_of_threads(row: rows.RowKernels, count: int, threads: None) -> None:
+def test_any_number_of_threads(row: bindings.RowKernels, count: int, threads: None) -> None:
     x, weight = some(1, 96), some(50, 96)
     want = row.linear(x, weight)
     torch.set_num_threads(count)
     assert torch.equal(row.linear(x, weight), want)  # type: ignore[arg-type]
 
 
-def test_what_is_not_taken(row: rows.RowKernels) -> None:
+def test_what_is_not_taken(row: bindings.RowKernels) -> None:
     x, weight = some(1, 8), some(6, 8)
     assert row.linear(x, weight) is not None
     assert row.linear(x.float(), weight) is None
@@ -210,11 +211,11 @@ def test_what_is_not_taken(row: rows.RowKernels) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
-def test_sparse_weights_are_not_taken(row: rows.RowKernels) -> None:
+def test_sparse_weights_are_not_taken(row: bindings.RowKernels) -> None:
     assert row.linear(some(1, 8), some(6, 8).to_sparse_csr()) is None
 
 
-def test_shapes_that_do_not_fit_are_not_taken(row: rows.RowKernels) -> None:
+def test_shapes_that_do_not_fit_are_not_taken(row: bindings.RowKernels) -> None:
     x, matrix = some(1, 8), some(6, 8)
     assert row.linear(some(2, 4), matrix) is None
     assert row.linear(x, matrix, some(5)) is None
@@ -241,7 +242,7 @@ def test_shapes_that_do_not_fit_are_not_taken(row: rows.RowKernels) -> None:
 class Counted:
     """Kernels that count their calls."""
 
-    def __init__(self, inner: rows.RowKernels) -> None:
+    def __init__(self, inner: bindings.RowKernels) -> None:
         self.inner = inner
         self.calls: list[str] = []
 
@@ -256,7 +257,7 @@ class Counted:
 
 
 @pytest.fixture
-def counted(row: rows.RowKernels, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def counted(row: bindings.RowKernels, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let models use these kernels; gives the names of those that ran."""
     found = Counted(row)
     monkeypatch.setattr(cpu, "ROW_KERNELS", [lambda: found])
@@ -354,16 +355,16 @@ def test_what_is_traced_transformed_or_cast_is_pytorchs(counted: list[str]) -> N
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows.shutil, "which", lambda name: None)
-    rows.row_kernels.cache_clear()
+    monkeypatch.setattr(bindings.shutil, "which", lambda name: None)
+    bindings.row_kernels.cache_clear()
     try:
-        assert rows.row_kernels() is None and kernels.find_row_kernels() is None
-        assert rows.why_not() == "there is no C compiler"
+        assert bindings.row_kernels() is None and backend.find_row_kernels() is None
+        assert bindings.unsupported_reason() == "there is no C compiler"
         with cpu.row_products():
             assert cpu.row_kernels() is None
             assert cpu.project(nn.Linear(3, 2).bfloat16(), some(1, 3)).shape == (1, 2)
     finally:
-        rows.row_kernels.cache_clear()
+        bindings.row_kernels.cache_clear()
 
 
 def test_a_compiler_that_fails(compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -372,77 +373,77 @@ def test_a_compiler_that_fails(compiler: str, monkeypatch: pytest.MonkeyPatch, t
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(rows.Unavailable, match="broken failed: cannot"):
-        rows.build(str(broken))
-    assert list(rows.cache_folder().iterdir()) == []
-    rows.load()  # by the next one
-    monkeypatch.setattr(rows, "_compilers", lambda: [str(broken)])
-    with pytest.raises(rows.Unavailable, match="broken failed: cannot"):
-        rows.load()
+    with pytest.raises(bindings.Unavailable, match="broken failed: cannot"):
+        bindings.build(str(broken))
+    assert list(bindings.cache_folder().iterdir()) == []
+    bindings.load()  # by the next one
+    monkeypatch.setattr(bindings, "_compilers", lambda: [str(broken)])
+    with pytest.raises(bindings.Unavailable, match="broken failed: cannot"):
+        bindings.load()
 
 
 def test_another_system(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows.platform, "machine", lambda: "aarch64")
-        with pytest.raises(rows.Unavailable, match="x86"):
-            rows.load()
-    monkeypatch.setattr(rows, "_cpu_flags", lambda: "flags : fpu sse2 avx")
-    with pytest.raises(rows.Unavailable, match="AVX2"):
-        rows.load()
+        patch.setattr(bindings.platform, "machine", lambda: "aarch64")
+        with pytest.raises(bindings.Unavailable, match="x86"):
+            bindings.load()
+    monkeypatch.setattr(bindings, "_cpu_flags", lambda: "flags : fpu sse2 avx")
+    with pytest.raises(bindings.Unavailable, match="AVX2"):
+        bindings.load()
 
 
 def test_the_library_is_kept(compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiled = []
-    run = rows._run
-    monkeypatch.setattr(rows, "_run", lambda command: (compiled.append(command), run(command))[1])
-    path = rows.build(compiler)
+    run = bindings._run
+    monkeypatch.setattr(bindings, "_run", lambda command: (compiled.append(command), run(command))[1])
+    path = bindings.build(compiler)
     assert path.parent == tmp_path / "deepseek_vl2" and list(path.parent.iterdir()) == [path]
     assert path.parent.stat().st_mode & 0o777 == 0o700
-    assert rows.build(compiler) == path and len(compiled) == 2  # once: to compile and to link
-    monkeypatch.setattr(rows, "_cpu_flags", lambda: "flags: others")
-    assert rows.build(compiler) != path and len(compiled) == 4
+    assert bindings.build(compiler) == path and len(compiled) == 2  # once: to compile and to link
+    monkeypatch.setattr(bindings, "_cpu_flags", lambda: "flags: others")
+    assert bindings.build(compiler) != path and len(compiled) == 4
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written(compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tmp_path not in rows.build(compiler).parents
+    assert tmp_path not in bindings.build(compiler).parents
 
 
 def test_a_folder_of_another_user(compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(rows.os, "getuid", lambda: -1)
-    assert tmp_path not in rows.build(compiler).parents
+    monkeypatch.setattr(bindings.os, "getuid", lambda: -1)
+    assert tmp_path not in bindings.build(compiler).parents
 
 
 def test_a_folder_that_others_may_write(compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    rows.cache_folder().mkdir()
-    rows.cache_folder().chmod(0o777)
-    assert tmp_path not in rows.build(compiler).parents
+    bindings.cache_folder().mkdir()
+    bindings.cache_folder().chmod(0o777)
+    assert tmp_path not in bindings.build(compiler).parents
 
 
 def test_no_home(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(rows, "cache_folder", homeless)
-    assert rows.build(compiler).exists()
+    monkeypatch.setattr(bindings, "cache_folder", homeless)
+    assert bindings.build(compiler).exists()
 
 
 @pytest.mark.parametrize(("switch", "taken"), [("0", False), ("1", True)])
 def test_the_switch(compiler: str, switch: str, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kernels.SWITCH, switch)
-    assert (kernels.find_row_kernels() is not None) == taken
-    assert (rows.why_not() is None) == taken
+    monkeypatch.setenv(ops.SWITCH, switch)
+    assert (backend.find_row_kernels() is not None) == taken
+    assert (bindings.unsupported_reason() is None) == taken
 
 
 def test_threads_are_pytorchs(compiler: str) -> None:
     """A second OpenMP library would bring threads of its own, which wait for work on the same cores."""
     code = (
-        "from deepseek_vl2.kernels import rows; import torch; torch.set_num_threads(2); rows.row_kernels()\n"
+        "from deepseek_vl2.ops.cpu import bindings; import torch; torch.set_num_threads(2); bindings.row_kernels()\n"
         "print(sorted({l.split()[-1] for l in open('/proc/self/maps') if 'gomp' in l or 'iomp' in l}))\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -19,8 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 
 pytest.importorskip("triton")
 
-from deepseek_vl2 import kernels
-from deepseek_vl2.kernels import decode, runtime
+from deepseek_vl2 import ops
+from deepseek_vl2.engine import backend, decode, runtime
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, generation
 from deepseek_vl2.models.cache import new_cache
 
@@ -43,12 +43,14 @@ class Fast:
 def fast(monkeypatch: pytest.MonkeyPatch) -> Fast:
     """Let the kernels run wherever the tests do, in float32."""
     sampler = Fast()
-    monkeypatch.setattr(runtime, "why_not_device", lambda weight: None)
+    monkeypatch.setattr(runtime, "unsupported_device", lambda weight: None)
     monkeypatch.setattr(generation, "FAST_SAMPLERS", [sampler])
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(decode, "MULTIPROCESSORS", 3)  # the interpreter runs them one after the other
-        monkeypatch.setattr(runtime, "LEAST_ROOM", 64)
-        monkeypatch.setattr(runtime, "FIRST_ROOM", 4)
+        monkeypatch.setattr(
+            decode, "multiprocessors", lambda device: 3
+        )  # the interpreter runs them one after the other
+        monkeypatch.setattr(runtime, "MIN_CAPACITY", 64)
+        monkeypatch.setattr(runtime, "FIRST_CAPACITY", 4)
     return sampler
 
 
@@ -124,7 +126,7 @@ def test_a_row_that_ended_is_padded() -> None:
     config = GenerationConfig()
     config._pad_token_tensor = torch.tensor(1)
     call = generation.SampleCall(None, torch.zeros(2, 0), [], criteria, config, False, None, {})
-    answers = runtime.Answers(call, DEVICE, rows=2)
+    answers = runtime.TokenFetcher(call, DEVICE, rows=2)
     ended = []
     for line in ([5, 9], [7, 9], [8, 5]):
         answers.send(torch.tensor(line, device=DEVICE))
@@ -162,13 +164,13 @@ def test_criteria_and_processors_of_any_kind(models: Any, fast: Fast) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tiny", "small"])
 def test_a_long_answer_moves_to_more_room(models: Any, fast: Fast, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "LEAST_ROOM", 8)
-    monkeypatch.setattr(runtime, "FIRST_ROOM", 2)
+    monkeypatch.setattr(runtime, "MIN_CAPACITY", 8)
+    monkeypatch.setattr(runtime, "FIRST_CAPACITY", 2)
     plain, quick = both(models[kind], fast, inputs_of([5], [3]), **{**GREEDY, "max_new_tokens": 7})
     assert torch.equal(plain, quick)
-    rooms = {room for _, room in runtime.ENGINES[models[kind].language].sessions}
+    rooms = {capacity for _, capacity in runtime.ENGINES[models[kind].language].sessions}
     assert {8, 16} <= rooms
-    kernels.release(models[kind])
+    backend.release(models[kind])
     assert models[kind].language not in runtime.ENGINES
 
 
@@ -217,12 +219,12 @@ def test_calls_that_go_the_plain_way(models: Any, fast: Fast, name: str) -> None
 def test_models_that_go_the_plain_way(fast: Fast) -> None:
     model = mini_model("small").to(DEVICE)
     language = model.language
-    assert runtime.why_not(language) is None
+    assert runtime.unsupported_reason(language) is None
     hook = language.model.layers[1].mlp.register_forward_hook(lambda *args: None)
-    assert "hooks" in str(runtime.why_not(language))
+    assert "hooks" in str(runtime.unsupported_reason(language))
     hook.remove()
     language.train()
-    assert "training" in str(runtime.why_not(language))
+    assert "training" in str(runtime.unsupported_reason(language))
     language.eval()
     linear = language.model.layers[0].self_attn.o_proj
 
@@ -230,13 +232,13 @@ def test_models_that_go_the_plain_way(fast: Fast) -> None:
         pass
 
     language.model.layers[0].self_attn.o_proj = Adapted(linear.in_features, linear.out_features, bias=False)
-    assert "Adapted" in str(runtime.why_not(language))
+    assert "Adapted" in str(runtime.unsupported_reason(language))
     language.model.layers[0].self_attn.o_proj = linear
     language.lm_head.to(torch.float64)
-    assert "several dtypes" in str(runtime.why_not(language))
+    assert "several dtypes" in str(runtime.unsupported_reason(language))
     language.lm_head.to(torch.float32)
     model.set_attn_implementation("eager")
-    assert "eager" in str(runtime.why_not(language))
+    assert "eager" in str(runtime.unsupported_reason(language))
 
 
 def test_weights_that_moved_are_read_anew(fast: Fast) -> None:
@@ -259,12 +261,12 @@ def test_a_failing_start_goes_the_plain_way(
     def broken(*args: Any) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(runtime, "Session", broken)
+    monkeypatch.setattr(runtime, "DecodeState", broken)
     model, inputs = mini_model("tiny").to(DEVICE), inputs_of([5])
     out = model.generate(**inputs, **{**GREEDY, "max_new_tokens": 3})
     assert out.shape[1] == 8 and fast.taken == 0
     assert "no compiler" in caplog.text
-    assert "no compiler" in str(runtime.why_not(model.language))
+    assert "no compiler" in str(runtime.unsupported_reason(model.language))
 
 
 def test_a_busy_engine_leaves_the_call_alone(models: Any, fast: Fast) -> None:
@@ -275,8 +277,8 @@ def test_a_busy_engine_leaves_the_call_alone(models: Any, fast: Fast) -> None:
 
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(kernels.SWITCH, "0")
-    assert "turns it off" in str(kernels.why_not(mini_model("tiny")))
-    monkeypatch.delenv(kernels.SWITCH)
+    monkeypatch.setenv(ops.SWITCH, "0")
+    assert "turns it off" in str(backend.unsupported_reason(mini_model("tiny")))
+    monkeypatch.delenv(ops.SWITCH)
     if DEVICE.type == "cpu":
-        assert "not on an NVIDIA GPU" in str(kernels.why_not(mini_model("tiny")))
+        assert "not on an NVIDIA GPU" in str(backend.unsupported_reason(mini_model("tiny")))

@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from deepseek_vl2.kernels import scaling
+from deepseek_vl2.engine import images
 from deepseek_vl2.models import DeepseekVLV2Processor, views
 from deepseek_vl2.models.tiling import TileGrid
 from deepseek_vl2.models.views import ByteTiles, DeviceScaler, Picture, Pictures
+from deepseek_vl2.ops.triton import image_resize
 from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
 
 Processor = DeepseekVLV2Processor
@@ -49,9 +50,9 @@ SIZES = [
 def test_bytes_are_pillows(size: tuple[int, int], scaled: tuple[int, int]) -> None:
     pixels = noise(*size)
     want = np.asarray(Image.fromarray(pixels).resize(scaled, BICUBIC))
-    assert np.array_equal(scaling.scale_plainly(pixels, scaled, scaling.is_height_first(size, scaled)), want)
+    assert np.array_equal(image_resize.resize_plain(pixels, scaled, image_resize.is_height_first(size, scaled)), want)
     field = torch.full((scaled[1] + 3, scaled[0] + 5, 3), 77, dtype=torch.uint8, device=DEVICE)
-    scaling.scale_into(torch.from_numpy(pixels).to(DEVICE), field[2:-1, 4:-1])
+    image_resize.resize_into(torch.from_numpy(pixels).to(DEVICE), field[2:-1, 4:-1])
     assert np.array_equal(field[2:-1, 4:-1].cpu().numpy(), want)
     field[2:-1, 4:-1] = 77
     assert bool((field == 77).all())  # nothing was written beside it
@@ -63,14 +64,14 @@ def test_bytes_are_pillows_for_any_size() -> None:
         size, scaled = ((int(a), int(b)) for a, b in random.integers(1, 90, (2, 2)))
         pixels = noise(*size)
         out = torch.empty(scaled[1], scaled[0], 3, dtype=torch.uint8, device=DEVICE)
-        scaling.scale_into(torch.from_numpy(pixels).to(DEVICE), out)
+        image_resize.resize_into(torch.from_numpy(pixels).to(DEVICE), out)
         assert np.array_equal(out.cpu().numpy(), np.asarray(Image.fromarray(pixels).resize(scaled, BICUBIC)))
 
 
 def test_extreme_contrast_is_clipped_as_pillow_clips() -> None:
     pixels = np.where(noise(70, 50) > 127, np.uint8(255), np.uint8(0))
     out = torch.empty(131, 97, 3, dtype=torch.uint8, device=DEVICE)
-    scaling.scale_into(torch.from_numpy(pixels).to(DEVICE), out)
+    image_resize.resize_into(torch.from_numpy(pixels).to(DEVICE), out)
     assert np.array_equal(out.cpu().numpy(), np.asarray(Image.fromarray(pixels).resize((97, 131), BICUBIC)))
 
 
@@ -80,18 +81,18 @@ def test_a_pillow_that_scales_otherwise_is_noticed(monkeypatch: pytest.MonkeyPat
 
     resize = Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", nearest)
-    scaling.may_scale_height_first.cache_clear()
-    assert scaling.may_scale_height_first() is None
-    assert scaling.scale(pictures_of([noise(9, 9)]), DEVICE) is None
+    image_resize.may_scale_height_first.cache_clear()
+    assert image_resize.may_scale_height_first() is None
+    assert images.scale(pictures_of([noise(9, 9)]), DEVICE) is None
     monkeypatch.undo()
-    scaling.may_scale_height_first.cache_clear()
-    assert scaling.may_scale_height_first() is not None
+    image_resize.may_scale_height_first.cache_clear()
+    assert image_resize.may_scale_height_first() is not None
 
 
 def test_gaps_are_refused() -> None:
     bytes_ = torch.zeros(4, 5, 6, dtype=torch.uint8, device=DEVICE)
     with pytest.raises(ValueError, match="gaps"):
-        scaling.scale_side(bytes_.transpose(0, 1), torch.empty_like(bytes_))
+        image_resize.resize_axis(bytes_.transpose(0, 1), torch.empty_like(bytes_))
 
 
 # ---------------------------------------------------------------- tiles
@@ -108,7 +109,7 @@ def pictures_of(*samples: list[np.ndarray], side: int = 28, color: tuple[int, ..
 @pytest.mark.parametrize("samples", [[[(64, 48)]], [[(64, 48), (9, 70)], [(28, 28)], [(300, 2), (56, 84), (5, 5)]]])
 def test_tiles_are_those_of_the_host(samples: list[list[tuple[int, int]]], color: tuple[int, ...]) -> None:
     pictures = pictures_of(*([noise(*size) for size in row] for row in samples), color=color)
-    want, got = pictures.tiles(), scaling.scale(pictures, DEVICE)
+    want, got = pictures.tiles(), images.scale(pictures, DEVICE)
     assert got is not None and want.counts == pictures.counts
     assert torch.equal(got.cpu() if pictures.batched else got[0].cpu(), want.bytes)
 
@@ -125,7 +126,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         if device.type != "meta":
             return None
         scaled.append(len(pictures.samples))
-        out = scaling.scale(pictures, DEVICE)
+        out = images.scale(pictures, DEVICE)
         return None if out is None else out.to(device)
 
     monkeypatch.setattr(views, "DEVICE_SCALERS", [DeviceScaler(lambda: True, scale)])

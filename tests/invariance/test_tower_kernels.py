@@ -15,8 +15,9 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from deepseek_vl2.kernels import norm, tiles, tower
+from deepseek_vl2.engine import vision, vision_kernels
 from deepseek_vl2.models.siglip_vit import VisionTransformer
+from deepseek_vl2.ops.triton import norm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -88,14 +89,14 @@ def test_tower_agrees_with_its_modules(name: str) -> None:
         vision.load_state_dict(exact.to(dtype).state_dict())
         vision, wide = vision.to(dtype), exact.to(dtype).double()
         given = draw(2, 3, 42, 42, dtype=dtype)
-        assert tower.why_not_tower(vision) is None
-        ours, theirs, want = tower.encode(vision, given), vision(given), wide(given.double())
+        assert vision_kernels.unsupported_tower(vision) is None
+        ours, theirs, want = vision_kernels.encode(vision, given), vision(given), wide(given.double())
         assert ours.dtype == dtype
         if dtype == torch.float32:
             assert relative(ours, want) < 1e-5
         else:
-            room = 1.6 if dtype == torch.bfloat16 and not ON_GPU else 1.15
-            assert relative(ours, want) < room * relative(theirs, want)
+            capacity = 1.6 if dtype == torch.bfloat16 and not ON_GPU else 1.15
+            assert relative(ours, want) < capacity * relative(theirs, want)
 
 
 def foreign_parts() -> dict[str, Any]:
@@ -136,46 +137,48 @@ def foreign_parts() -> dict[str, Any]:
 @pytest.mark.parametrize("name", foreign_parts())
 def test_foreign_towers_run_as_modules(name: str) -> None:
     vision = small_tower()
-    assert tower.why_not_tower(vision) is None
+    assert vision_kernels.unsupported_tower(vision) is None
     foreign_parts()[name](vision)
-    assert tower.why_not_tower(vision)
+    assert vision_kernels.unsupported_tower(vision)
 
 
 def test_what_the_kernel_is_not_for() -> None:
-    assert "not on" in str(tower.why_not_pixels(torch.zeros(1, 3, 42, 42)))
+    assert "not on" in str(vision_kernels.unsupported_pixels(torch.zeros(1, 3, 42, 42)))
 
     class Pixels:
         device, dtype = torch.device("cuda"), torch.float32
 
     pixels: Any = Pixels()
-    assert "float32" in str(tower.why_not_pixels(pixels))
+    assert "float32" in str(vision_kernels.unsupported_pixels(pixels))
     pixels.dtype = torch.bfloat16
-    assert tower.why_not_pixels(pixels) is None
+    assert vision_kernels.unsupported_pixels(pixels) is None
 
 
 @torch.no_grad()
 def test_a_kernel_that_fails_leaves_tiles_to_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "FAILED", [])
-    monkeypatch.setattr(tower, "why_not", lambda vision, pixels: None)
+    monkeypatch.setattr(vision, "FAILED", [])
+    monkeypatch.setattr(vision_kernels, "unsupported_reason", lambda vision, pixels: None)
 
     def broken(*args: Any) -> torch.Tensor:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(tower, "encode", broken)
-    vision, given = small_tower(), draw(1, 3, 42, 42)
+    monkeypatch.setattr(vision_kernels, "encode", broken)
+    tower, given = small_tower(), draw(1, 3, 42, 42)
     for _ in range(2):
-        assert torch.equal(tiles.features_of(vision, given), vision(given))
-    assert tiles.FAILED == ["RuntimeError: no such instruction"]
+        assert torch.equal(vision.features_of(tower, given), tower(given))
+    assert vision.FAILED == ["RuntimeError: no such instruction"]
 
 
 @torch.no_grad()
 def test_tiles_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     ways: list[str] = []
-    monkeypatch.setattr(tiles, "FAILED", [])
-    monkeypatch.setattr(tower, "why_not", lambda vision, pixels: tower.why_not_tower(vision))
-    monkeypatch.setattr(tower, "encode", lambda vision, pixels: ways.append("kernels") or vision(pixels))
-    vision, given = small_tower(depth=1), draw(1, 3, 42, 42)
-    tiles.features_of(vision, given)
-    vision.blocks[0].ls1 = nn.Dropout()
-    tiles.features_of(vision, given)
+    monkeypatch.setattr(vision, "FAILED", [])
+    monkeypatch.setattr(
+        vision_kernels, "unsupported_reason", lambda vision, pixels: vision_kernels.unsupported_tower(vision)
+    )
+    monkeypatch.setattr(vision_kernels, "encode", lambda vision, pixels: ways.append("kernels") or vision(pixels))
+    tower, given = small_tower(depth=1), draw(1, 3, 42, 42)
+    vision.features_of(tower, given)
+    tower.blocks[0].ls1 = nn.Dropout()
+    vision.features_of(tower, given)
     assert ways == ["kernels"]

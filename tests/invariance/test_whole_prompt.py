@@ -18,27 +18,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from deepseek_vl2.kernels import decode, gate, graphs, norm, prompt, rotary, runtime, whole_prompt
-from deepseek_vl2.kernels.decode import new_buffers
-from deepseek_vl2.kernels.graphs import Pass, Passes
-from deepseek_vl2.kernels.weights import read_weights, rotary_tables
+from deepseek_vl2.engine import cuda_graphs, decode, experts, prefill, runtime
+from deepseek_vl2.engine.cuda_graphs import CapturedGraph, GraphCache
+from deepseek_vl2.engine.decode import new_buffers
+from deepseek_vl2.engine.weights import read_weights, rotary_tables
 from deepseek_vl2.models import generation, moe
 from deepseek_vl2.models.cache import new_cache
+from deepseek_vl2.ops.triton import norm, prefill_experts, rope, router
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 KINDS = ("tiny", "small", "base")
 
 
-class Recorder:
+class Capture:
     """Records on a GPU; elsewhere keeps the function. Counts records and replays."""
 
     def __init__(self) -> None:
-        self.records = self.replays = 0
-        self.cuda = graphs.CudaRecorder(DEVICE) if ON_GPU else None
+        self.captures = self.replays = 0
+        self.cuda = cuda_graphs.GraphCapture(DEVICE) if ON_GPU else None
 
-    def __call__(self, run: graphs.Run) -> graphs.Run:
-        self.records += 1
+    def __call__(self, run: cuda_graphs.Run) -> cuda_graphs.Run:
+        self.captures += 1
         replay = run if self.cuda is None else self.cuda(run)
 
         def counted() -> None:
@@ -48,7 +49,7 @@ class Recorder:
         return counted
 
 
-def finish_plainly(
+def add_rms_norm_plainly(
     residual: torch.Tensor,
     routed: torch.Tensor | None,
     weights: torch.Tensor | None,
@@ -59,7 +60,7 @@ def finish_plainly(
     normed: torch.Tensor,
     **options: Any,
 ) -> None:
-    """Do what `norm.finish_layer` does: its kernel is interpreted row by row, and has tests of its own."""
+    """Do what `norm.fused_add_rms_norm` does: its kernel is interpreted row by row, and has tests of its own."""
     if routed is not None and weights is not None:
         total = (routed.float() * weights.unsqueeze(-1)).sum(dim=1).to(out.dtype)
         residual = residual + (total if shared is None else total + shared)
@@ -73,7 +74,7 @@ def finish_plainly(
 def quick_norms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU, take the kernel of norms in one test alone."""
     if not ON_GPU and "one_bucket[base]" not in request.node.name and "experts_and_padding" not in request.node.name:
-        monkeypatch.setattr(norm, "finish_layer", finish_plainly)
+        monkeypatch.setattr(norm, "fused_add_rms_norm", add_rms_norm_plainly)
 
 
 def poison(*tensors: torch.Tensor) -> None:
@@ -82,12 +83,12 @@ def poison(*tensors: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def check_lengths(model: Any, recorder: Recorder, lengths: tuple[int, ...], room: int, error: float) -> None:
+def check_lengths(model: Any, capture: Capture, lengths: tuple[int, ...], capacity: int, error: float) -> None:
     """Compare logits and caches of prompts of one bucket with the forward pass."""
     weights = read_weights(model)
-    for rows in (1, 3)[: 2 if room <= 64 else 1]:
-        buffers = new_buffers(weights, rows, *rotary_tables(model, room))
-        one = whole_prompt.new_pass(model, buffers, whole_prompt.tokens_with_padding(lengths[0], room))
+    for rows in (1, 3)[: 2 if capacity <= 64 else 1]:
+        buffers = new_buffers(weights, rows, *rotary_tables(model, capacity))
+        one = prefill.new_graph(model, buffers, prefill.padded_length(lengths[0], capacity))
         for length in lengths:
             ids = torch.randint(3, MINI_VOCABULARY, (rows, length), device=DEVICE)
             cache = new_cache(model.config)
@@ -96,14 +97,15 @@ def check_lengths(model: Any, recorder: Recorder, lengths: tuple[int, ...], room
             one.buffers.embeds[:, :length] = model.model.embed_tokens(ids)
             one.buffers.embeds[:, length:] = 0
             one.buffers.last.fill_(length - 1)
-            assert one(recorder) is None
+            assert one(capture) is None
             assert torch.allclose(buffers.logits, plain, atol=error * float(plain.abs().max()), rtol=0)
             for held, layer in zip(buffers.caches, cache.layers, strict=True):
                 parts = (layer.keys, layer.values)
                 if len(held) == 1:
-                    parts, held = (torch.cat((layer.values, layer.keys), dim=-1)[:, 0],), (held[0][:, :length],)
+                    parts = (torch.cat((layer.values, layer.keys), dim=-1)[:, 0],)
                 else:
-                    held = tuple(part[:, :, :length] for part in held)
+                    parts = tuple(part.transpose(1, 2) for part in parts)
+                held = tuple(buffers.by_row(pool)[:, :length] for pool in held)
                 for ours, theirs in zip(held, parts, strict=True):
                     assert torch.allclose(ours, theirs, atol=error * float(theirs.abs().max()), rtol=0)
 
@@ -111,10 +113,10 @@ def check_lengths(model: Any, recorder: Recorder, lengths: tuple[int, ...], room
 @pytest.mark.skipif(ON_GPU, reason="only the kernels' experts can be recorded, in bfloat16: see test_on_a_gpu")
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_of_one_bucket(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_prompt, "STEP", 16)
-    recorder = Recorder()
-    check_lengths(mini_language(kind).to(DEVICE), recorder, lengths=(9, 16, 1, 2, 15), room=64, error=1e-5)
-    assert (recorder.records, recorder.replays) == (2, 8)
+    monkeypatch.setattr(prefill, "STEP", 16)
+    capture = Capture()
+    check_lengths(mini_language(kind).to(DEVICE), capture, lengths=(9, 16, 1, 2, 15), capacity=64, error=1e-5)
+    assert (capture.captures, capture.replays) == (2, 8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,7 +134,9 @@ def test_a_layer_with_experts_and_padding(kind: str) -> None:
         layer, plain = model.model.layers[index], exact.model.layers[index]
         rotation = (buffers.cos[None, :tokens], buffers.sin[None, :tokens])
         hidden, normed = given.clone(), layer.input_layernorm(given)
-        whole_prompt.read_layer(layer, hidden, normed, rotation, whole_prompt.Cache(buffers), model.model.norm, last)
+        prefill.prefill_layer(
+            layer, hidden, normed, rotation, prefill.PrefillCache(buffers, tokens), model.model.norm, last
+        )
         assert torch.isfinite(hidden).all() and torch.isfinite(normed).all()  # padding's keys stay in the cache
         wide = (rotation[0].float(), rotation[1].float())
         mask = torch.ones(tokens, tokens, dtype=torch.bool, device=DEVICE).tril()[None, None]
@@ -149,9 +153,9 @@ def test_a_layer_with_experts_and_padding(kind: str) -> None:
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_gpu(kind: str) -> None:
-    model, recorder = mini_language(kind).to(DEVICE, torch.bfloat16), Recorder()
-    check_lengths(model, recorder, lengths=(5, 128, 77, 1), room=128, error=0.05)
-    assert (recorder.records, recorder.replays) == (1, 3)
+    model, capture = mini_language(kind).to(DEVICE, torch.bfloat16), Capture()
+    check_lengths(model, capture, lengths=(5, 128, 77, 1), capacity=128, error=0.05)
+    assert (capture.captures, capture.replays) == (1, 3)
 
 
 @pytest.mark.gpu
@@ -164,7 +168,7 @@ def test_replays_on_a_gpu_answer_the_same(kind: str) -> None:
     rounds = [[model.generate(**inputs, **settings).tolist() for inputs in prompts] for _ in range(3)]
     assert rounds[0] == rounds[1] == rounds[2]
     (session,) = runtime.ENGINES[model.language].sessions.values()
-    (one,) = session.prompts.held.values()
+    (one,) = session.prefill_graphs.held.values()
     assert one.replay is not None
     embeds, logits = one.buffers.embeds, session.buffers.logits
     embeds.normal_()
@@ -173,15 +177,16 @@ def test_replays_on_a_gpu_answer_the_same(kind: str) -> None:
         poison(logits, *(part for layer in session.buffers.caches for part in layer))
         with torch.no_grad():
             run()
-        held = [part[..., : embeds.shape[1], :].clone() for layer in session.buffers.caches for part in layer]
+        pools = [session.buffers.by_row(pool) for layer in session.buffers.caches for pool in layer]
+        held = [part[:, : embeds.shape[1]].clone() for part in pools]
         results.append([logits.clone(), *held])
     assert all(torch.equal(*parts) for parts in zip(*results, strict=True))
 
 
 def test_lengths_are_rounded_up() -> None:
-    padded = [whole_prompt.tokens_with_padding(tokens, 1024) for tokens in (1, 127, 128, 129, 1000)]
+    padded = [prefill.padded_length(tokens, 1024) for tokens in (1, 127, 128, 129, 1000)]
     assert padded == [128, 128, 128, 256, 1024]
-    assert whole_prompt.tokens_with_padding(30, 64) == 64
+    assert prefill.padded_length(30, 64) == 64
 
 
 # ---------------------------------------------------------------- passes
@@ -190,15 +195,15 @@ def test_lengths_are_rounded_up() -> None:
 def test_the_first_use_runs_the_second_records() -> None:
     log: list[str] = []
 
-    def record(run: graphs.Run) -> graphs.Run:
+    def capture(run: cuda_graphs.Run) -> cuda_graphs.Run:
         log.append("record")
         return lambda: log.append("replay")
 
-    one = Pass(None, lambda: log.append("run"))
-    assert [one(record) for _ in range(3)] == [None] * 3
+    one = CapturedGraph(None, lambda: log.append("run"))
+    assert [one(capture) for _ in range(3)] == [None] * 3
     assert log == ["run", "record", "replay", "replay"]
     log.clear()
-    alone = Pass(None, lambda: log.append("run"))
+    alone = CapturedGraph(None, lambda: log.append("run"))
     assert [alone(None) for _ in range(2)] == [None] * 2
     assert log == ["run", "run"]
 
@@ -206,20 +211,20 @@ def test_the_first_use_runs_the_second_records() -> None:
 def test_what_cannot_be_recorded_still_runs(caplog: pytest.LogCaptureFixture) -> None:
     log: list[str] = []
 
-    def record(run: graphs.Run) -> graphs.Run:
+    def capture(run: cuda_graphs.Run) -> cuda_graphs.Run:
         raise RuntimeError("operation not permitted")
 
-    one = Pass(None, lambda: log.append("run"))
-    assert one(record) is None
-    assert "not permitted" in str(one(record))
+    one = CapturedGraph(None, lambda: log.append("run"))
+    assert one(capture) is None
+    assert "not permitted" in str(one(capture))
     assert log == ["run", "run"] and "not permitted" in caplog.text
 
 
 def test_few_passes_are_kept() -> None:
-    passes = Passes(2)
-    made = {key: passes.get(key, lambda: Pass(None, lambda: None)) for key in "ab"}
-    assert passes.get("a", lambda: Pass(None, lambda: None)) is made["a"]
-    passes.get("c", lambda: Pass(None, lambda: None))
+    passes = GraphCache(2)
+    made = {key: passes.get(key, lambda: CapturedGraph(None, lambda: None)) for key in "ab"}
+    assert passes.get("a", lambda: CapturedGraph(None, lambda: None)) is made["a"]
+    passes.get("c", lambda: CapturedGraph(None, lambda: None))
     assert list(passes.held) == ["a", "c"]
 
 
@@ -227,17 +232,19 @@ def test_few_passes_are_kept() -> None:
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+def capture(monkeypatch: pytest.MonkeyPatch) -> Capture:
     """Let the kernels' generation run wherever the tests do, in float32."""
-    made = Recorder()
-    monkeypatch.setattr(runtime, "why_not_device", lambda weight: None)
-    monkeypatch.setattr(whole_prompt, "why_not_experts", lambda language: None)
-    monkeypatch.setattr(graphs, "recorder_for", lambda device: None if ON_GPU else made)
+    made = Capture()
+    monkeypatch.setattr(runtime, "unsupported_device", lambda weight: None)
+    monkeypatch.setattr(prefill, "unsupported_experts", lambda language: None)
+    monkeypatch.setattr(cuda_graphs, "capture_for", lambda device: None if ON_GPU else made)
     monkeypatch.setattr(generation, "FAST_SAMPLERS", [runtime.sample])
     if not ON_GPU:
-        monkeypatch.setattr(decode, "MULTIPROCESSORS", 3)  # the interpreter runs them one after the other
-        monkeypatch.setattr(runtime, "LEAST_ROOM", 64)
-        monkeypatch.setattr(runtime, "FIRST_ROOM", 4)
+        monkeypatch.setattr(
+            decode, "multiprocessors", lambda device: 3
+        )  # the interpreter runs them one after the other
+        monkeypatch.setattr(runtime, "MIN_CAPACITY", 64)
+        monkeypatch.setattr(runtime, "FIRST_CAPACITY", 4)
     return made
 
 
@@ -245,7 +252,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 def ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Note which way prompts went."""
     taken: list[str] = []
-    passed, plain = whole_prompt.embeddings, runtime.read_prompt_plainly
+    passed, plain = prefill.embeddings, runtime.eager_prefill
 
     def noted_pass(*args: Any) -> torch.Tensor:
         taken.append("pass")
@@ -255,8 +262,8 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         taken.append("plain")
         return plain(*args)
 
-    monkeypatch.setattr(whole_prompt, "embeddings", noted_pass)
-    monkeypatch.setattr(runtime, "read_prompt_plainly", noted_plain)
+    monkeypatch.setattr(prefill, "embeddings", noted_pass)
+    monkeypatch.setattr(runtime, "eager_prefill", noted_plain)
     yield taken
 
 
@@ -273,21 +280,21 @@ def plain_answer(model: Any, **inputs: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", [pytest.param("tiny", marks=pytest.mark.slow), "small"])
-def test_answers_agree(kind: str, recorder: Recorder, ways: list[str]) -> None:
+def test_answers_agree(kind: str, capture: Capture, ways: list[str]) -> None:
     model, settings = mini_model(kind).to(DEVICE), {**GREEDY, "max_new_tokens": 3}
     for seed, row in enumerate(([5, (2, 1), 3], [9, (1, 1), 2], [7, (1, 1), 9])):
         inputs = inputs_of(row, seed=seed)
         plain = plain_answer(model, **inputs, **settings)
         assert torch.equal(plain, model.generate(**inputs, **settings))
         (session,) = runtime.ENGINES[model.language].sessions.values()
-        (one,) = session.prompts.held.values()
+        (one,) = session.prefill_graphs.held.values()
         poison(session.buffers.logits, one.buffers.embeds, *(p for layer in session.buffers.caches for p in layer))
     assert ways == ["pass"] * 3
     if not ON_GPU:
-        assert (recorder.records, recorder.replays) == (1, 2)
+        assert (capture.captures, capture.replays) == (1, 2)
 
 
-def test_the_language_model_alone(recorder: Recorder, ways: list[str]) -> None:
+def test_the_language_model_alone(capture: Capture, ways: list[str]) -> None:
     model, settings = mini_model("small").to(DEVICE), {**GREEDY, "max_new_tokens": 2}
     inputs = inputs_of([5, (1, 1), 3])
     embeds = model.prepare_inputs_embeds(**inputs).detach()
@@ -298,19 +305,19 @@ def test_the_language_model_alone(recorder: Recorder, ways: list[str]) -> None:
     assert ways == ["pass"] * 2
 
 
-def test_a_prompt_that_cannot_be_recorded(ways: list[str], recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(run: graphs.Run) -> graphs.Run:
+def test_a_prompt_that_cannot_be_recorded(ways: list[str], capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(run: cuda_graphs.Run) -> cuda_graphs.Run:
         raise RuntimeError("operation not permitted")
 
-    monkeypatch.setattr(graphs, "recorder_for", lambda device: broken)
+    monkeypatch.setattr(cuda_graphs, "capture_for", lambda device: broken)
     model, inputs, settings = mini_model("tiny").to(DEVICE), inputs_of([5]), {**GREEDY, "max_new_tokens": 1}
     plain = plain_answer(model, **inputs, **settings)
     assert all(torch.equal(plain, model.generate(**inputs, **settings)) for _ in range(3))
     assert ways == ["pass", "pass", "plain"]
 
 
-def test_experts_that_cannot_be_recorded(ways: list[str], recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_prompt, "why_not_experts", lambda language: "not these")
+def test_experts_that_cannot_be_recorded(ways: list[str], capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "unsupported_experts", lambda language: "not these")
     model, settings = mini_model("tiny").to(DEVICE), {**GREEDY, "max_new_tokens": 1}
     for _ in range(2):
         model.generate(**inputs_of([5]), **settings)
@@ -337,11 +344,11 @@ FALLBACKS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", FALLBACKS)
 def test_prompts_that_go_the_plain_way(
-    name: str, recorder: Recorder, ways: list[str], monkeypatch: pytest.MonkeyPatch
+    name: str, capture: Capture, ways: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = FALLBACKS[name]
     model, inputs = mini_model("tiny").to(DEVICE), inputs_of(*case.get("rows", ([5],)))
-    monkeypatch.setattr(whole_prompt, "MAX_TOKENS", case.get("most", whole_prompt.MAX_TOKENS))
+    monkeypatch.setattr(prefill, "MAX_TOKENS", case.get("most", prefill.MAX_TOKENS))
     case.get("change", lambda model: None)(model)
     settings = {**GREEDY, "max_new_tokens": 2, **case.get("settings", {})}
     caches = [{"past_key_values": new_cache(model.language.config)} if case.get("cache") else {} for _ in range(2)]
@@ -350,17 +357,17 @@ def test_prompts_that_go_the_plain_way(
     assert ways == ["plain"]
 
 
-def test_images_start_before_the_checks(recorder: Recorder, ways: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_start_before_the_checks(capture: Capture, ways: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second call on; a call that the kernels then do not take is answered all the same, and ends that."""
     model, inputs = mini_model("small").to(DEVICE), inputs_of([5, (2, 1), 3])
     settings = {**GREEDY, "max_new_tokens": 2}
-    plain, checked = plain_answer(model, **inputs, **settings), runtime.why_not
+    plain, checked = plain_answer(model, **inputs, **settings), runtime.unsupported_reason
 
     def noted_check(*args: Any) -> str | None:
         ways.append("check")
         return checked(*args)
 
-    monkeypatch.setattr(runtime, "why_not", noted_check)
+    monkeypatch.setattr(runtime, "unsupported_reason", noted_check)
     for _ in range(2):
         assert torch.equal(plain, model.generate(**inputs, **settings))
     assert ways == ["check", "pass", "pass", "check"]
@@ -401,11 +408,11 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **options: None
 
-    for module in (gate, norm, prompt, rotary):
+    for module in (router, norm, prefill_experts, rope):
         for name in vars(module):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, NoLaunch())
-    monkeypatch.setattr(moe, "FAST_EXPERTS", [prompt.experts_of_prompt])
+    monkeypatch.setattr(moe, "FAST_EXPERTS", [experts.run_experts])
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     return FakeTensorMode()
 
@@ -429,7 +436,7 @@ def test_nothing_waits_for_the_device(kind: str, pretended: FakeTensorMode) -> N
     with pretended, torch.no_grad():
         pretend(model)
         buffers = new_buffers(read_weights(model), 2, *rotary_tables(model, 256))
-        one = whole_prompt.new_pass(model, buffers, 128)
+        one = prefill.new_graph(model, buffers, 128)
         assert buffers.logits.device.type == "cuda"
         with NoHost():
             one.run()

@@ -48,7 +48,8 @@ def wanted(processor: Processor, images: list[Image.Image]) -> torch.Tensor:
     """Return the tiles by PIL's padding and float32 arithmetic, one step after the other, [V, 3, S, S]."""
     side, tiles = processor.image_size, []
     for image in images:
-        rgb = image.convert("RGB")
+        rgba = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        rgb = rgba.convert("RGB") if image.mode == "RGBA" else image.convert("RGB")
         size = select_best_resolution(rgb.size, processor.candidate_resolutions) if len(images) <= 2 else (side, side)
         views = []
         for box in ((side, side), size):

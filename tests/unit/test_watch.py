@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepseek_vl2.kernels.watch import Watch
+from deepseek_vl2.engine.fingerprint import ModuleFingerprint
 
 
 class Small(nn.Module):
@@ -56,33 +56,33 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_noticed(name: str) -> None:
     module = Small()
-    watch = Watch(module)
-    assert watch.holds()
+    fingerprint = ModuleFingerprint(module)
+    assert fingerprint.matches()
     CHANGES[name](module)
-    assert not watch.holds()
-    assert Watch(module).holds()
+    assert not fingerprint.matches()
+    assert ModuleFingerprint(module).matches()
 
 
 def test_use_is_no_change() -> None:
     module = Small()
-    watch = Watch(module)
+    fingerprint = ModuleFingerprint(module)
     module(torch.ones(2, 4)).sum().backward()
     with torch.no_grad():
         module.layers[0].weight += 1
-    assert watch.holds()
+    assert fingerprint.matches()
 
 
 def test_a_hook_that_goes_again_leaves_nothing() -> None:
     module = Small()
-    watch = Watch(module)
+    fingerprint = ModuleFingerprint(module)
     hook = module.layers[0].register_forward_hook(lambda *args: None)
     hook.remove()
-    assert watch.holds()
+    assert fingerprint.matches()
 
 
 def test_the_module_is_not_kept_alive() -> None:
     module = Small()
-    watch, held = Watch(module), weakref.ref(module)
+    fingerprint, held = ModuleFingerprint(module), weakref.ref(module)
     del module
     gc.collect()
-    assert held() is None and watch.full
+    assert held() is None and fingerprint.full

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 import torch
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
-from deepseek_vl2.models.modeling_deepseek_vl_v2 import real_grids
+from deepseek_vl2.models.image_merge import real_grids
 from deepseek_vl2.models.processing_deepseek_vl_v2 import VLChatProcessorOutput
 
 from .slots import SlotCache

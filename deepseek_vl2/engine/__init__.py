@@ -1,0 +1,1 @@
+"""What runs the model fast: support checks, weights, caches, CUDA graphs, prefill and decoding."""

@@ -1,0 +1,384 @@
+"""One decoding step of the language model as a chain of kernels over static buffers.
+
+Batch 1 takes eight kernels a layer, each a GEMV over one weight; a small batch takes eleven, as GEMMs; a large one is
+multiplied by cuBLAS, and its experts as in a prefill. Each is the plain PyTorch form of `deepseek_vl2.models` rounded
+in fewer places.
+
+Shape suffixes: B rows, C capacity of the cache in tokens, H hidden size, N attention heads, R rank of the latent, P
+rotated part of a head, E routed experts, K experts of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+
+from ..ops.triton import (
+    decode_experts_gemm,
+    decode_experts_gemv,
+    decode_gemm,
+    decode_gemv,
+    decode_mha,
+    decode_mla,
+    norm,
+    prefill_experts,
+    router,
+)
+from ..ops.triton.common import multiprocessors, pdl_options, power_of_two
+from ..ops.triton.decode_experts import ExpertWeights
+from ..ops.triton.router import RouterConfig
+from .rows import RowTensors
+
+# Up to this many rows, each row may read the heads' part of kv_b_proj for itself: it stays in the L2 cache.
+MAX_ROWS_PER_HEAD = 4
+# Beyond, experts have rows enough for the products of a prefill.
+MAX_SMALL_BATCH = 64
+MAX_PDL_ROWS = 16
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """The weights of a layer's attention.
+
+    Fields:
+        projections: query and compressed latent; or query, key and value.
+        out: the output projection, [H, N * value size].
+        scaling: of the softmax.
+        heads: N.
+        key_heads: heads of keys and values; unused by latent attention.
+        size: of a head's value.
+        kv_b: kv_b_proj's weight, [N, unrotated + value size, R]; ``None`` for plain multi-head attention.
+        norm: the latent's norm.
+        eps: its epsilon.
+    """
+
+    projections: tuple[torch.Tensor, ...]
+    out: torch.Tensor
+    scaling: float
+    heads: int
+    key_heads: int
+    size: int
+    kv_b: torch.Tensor | None = None
+    norm: torch.Tensor | None = None
+    eps: float = 0.0
+
+    @property
+    def unrotated(self) -> int:
+        """Numbers of a head's query that are not rotated."""
+        return 0 if self.kv_b is None else self.kv_b.shape[1] - self.size
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The weights of a layer; ``gate`` and what belongs to it are missing in a dense one."""
+
+    input_norm: torch.Tensor
+    attention: AttentionWeights
+    post_norm: torch.Tensor
+    eps: float
+    experts: ExpertWeights
+    gate: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    routing: RouterConfig | None = None
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """The weights of a language model, as its modules hold them: nothing is copied."""
+
+    embedding: torch.Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: torch.Tensor
+    eps: float
+    head: torch.Tensor
+
+
+LayerPool = tuple[torch.Tensor, ...]
+
+
+@dataclass
+class DecodeBuffers:
+    """All that a step reads and writes besides weights and the KV cache; graphs hold the addresses.
+
+    Fields:
+        rows: where the rows stand; their tokens are replaced by the likeliest next ones, their positions advance.
+        logits: [B, vocabulary], float32; ``None`` where the output head is not on this device.
+        cos: table for all positions, [C, rotated], and ``sin``.
+        counters: [B], 0 between the kernels, see `router.route`.
+        pdl: the options of launches, see `common.pdl_options`.
+    """
+
+    rows: RowTensors
+    logits: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    hidden: torch.Tensor
+    normed: torch.Tensor
+    counters: torch.Tensor
+    pdl: dict[str, Any] = field(default_factory=dict)
+    scratch: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """B."""
+        return self.hidden.shape[0]
+
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return scratch memory of that name and shape; it is made at the first call, and shared between layers."""
+        dtype = dtype or self.hidden.dtype
+        key = f"{name} {list(shape)} {dtype}"
+        if key not in self.scratch:
+            self.scratch[key] = torch.empty(shape, dtype=dtype, device=self.hidden.device)
+        return self.scratch[key]
+
+
+def new_buffers(
+    weights: DecoderWeights, rows: RowTensors, cos: torch.Tensor, sin: torch.Tensor, pdl: bool = True
+) -> DecodeBuffers:
+    """Return buffers for those rows, on their device; the tables' length bounds the positions.
+
+    With ``pdl`` kernels use programmatic dependent launch where the device has it: all of those
+    for one row, and for up to `MAX_PDL_ROWS` all but the experts' first products. For more rows it was slower.
+    """
+    device, count, (vocabulary, hidden) = rows.tokens.device, len(rows.tokens), weights.head.shape
+    dtype, ends_here = weights.head.dtype, weights.head.device == device
+    with torch.inference_mode(False):  # captured steps write them, in any mode
+        return DecodeBuffers(
+            rows=rows,
+            logits=torch.zeros(count if ends_here else 0, vocabulary, device=device),
+            cos=cos.contiguous(),
+            sin=sin.contiguous(),
+            hidden=torch.zeros(count, hidden, dtype=dtype, device=device),
+            normed=torch.zeros(count, hidden, dtype=dtype, device=device),
+            counters=torch.zeros(count, dtype=torch.int32, device=device),
+            pdl=pdl_options(device) if pdl and count <= MAX_PDL_ROWS else {},
+        )
+
+
+def mha_kv_splits(rows: int, heads: int, programs: int) -> int:
+    """Return into how many parts each row's keys are cut for plain multi-head attention.
+
+    Two programs on each multiprocessor keep it busy with a single row's cache; those for several rows are of one warp,
+    so more are wanted.
+    """
+    programs *= 2 if rows == 1 else 18
+    return min(power_of_two(triton.cdiv(programs, rows * heads)), decode_mla.MAX_SPLITS)
+
+
+def project(
+    weights: AttentionWeights, buffers: DecodeBuffers, source: torch.Tensor, normed: tuple[torch.Tensor, float]
+) -> None:
+    """Write queries and what is cached, projected, into "projected"; a single row is normed on the way."""
+    width = sum(weight.shape[0] for weight in weights.projections)
+    projected = buffers.take("projected", buffers.count, width)
+    if buffers.count == 1:
+        decode_gemv.linear_gemv(source[0], weights.projections, projected[0], *normed, **buffers.pdl)
+    elif buffers.count <= MAX_SMALL_BATCH:
+        decode_gemm.linear_gemm(source, weights.projections, projected, **buffers.pdl)
+    else:
+        first = 0
+        for weight in weights.projections:
+            projected[:, first : first + len(weight)] = F.linear(source, weight)
+            first += len(weight)
+
+
+def attend_mla(weights: AttentionWeights, buffers: DecodeBuffers, cache: torch.Tensor, mixed: torch.Tensor) -> None:
+    """Write each head's attention over the latents, [B, N, value size], from "projected"."""
+    kv_b = weights.kv_b
+    assert kv_b is not None and weights.norm is not None
+    rows, heads, rank, rotated = buffers.count, weights.heads, kv_b.shape[2], buffers.cos.shape[1]
+    width = sum(weight.shape[0] for weight in weights.projections)
+    projected = buffers.take("projected", rows, width)
+    query = buffers.take("query", rows, heads, rank + rotated)
+    alone = rows <= MAX_ROWS_PER_HEAD
+    decode_mla.prepare(
+        projected, kv_b, weights.norm, weights.eps, buffers.cos, buffers.sin, buffers.rows.positions,
+        buffers.rows.starts, query, cache, alone, **buffers.pdl,
+    )  # fmt: skip
+    if not alone:
+        unrotated = weights.unrotated
+        heads_query = projected[:, : heads * (unrotated + rotated)].unflatten(1, (heads, -1))[..., :unrotated]
+        decode_gemm.batched_gemm(heads_query, kv_b[:, :unrotated].mT, query[..., :rank], **buffers.pdl)
+    splits = decode_mla.num_kv_splits(rows, heads, multiprocessors(buffers.hidden.device))
+    partial = buffers.take("partial", rows, splits, heads, rank, dtype=torch.float32)
+    lse = buffers.take("lse", rows, splits, heads, dtype=torch.float32)
+    rows_ = buffers.rows
+    decode_mla.attend_splits(query, cache, rows_.positions, rows_.starts, weights.scaling, partial, lse, **buffers.pdl)
+    if alone:
+        decode_mla.reduce_splits(partial, lse, buffers.rows.positions, mixed, kv_b, **buffers.pdl)
+        return
+    latents = buffers.take("latents", rows, heads, rank)
+    decode_mla.reduce_splits(partial, lse, buffers.rows.positions, latents, **buffers.pdl)
+    decode_gemm.batched_gemm(latents, kv_b[:, weights.unrotated :], mixed, **buffers.pdl)
+
+
+def attend_mha(weights: AttentionWeights, buffers: DecodeBuffers, cache: LayerPool, mixed: torch.Tensor) -> None:
+    """Write each head's attention over keys and values, [B, N, D], from "projected"."""
+    rows, heads, size, pdl = buffers.count, weights.heads, weights.size, buffers.pdl
+    projected = buffers.take("projected", rows, (heads + 2 * weights.key_heads) * size)
+    query = buffers.take("query", rows, heads, size)
+    keys, values = cache
+    positions, starts = buffers.rows.positions, buffers.rows.starts
+    decode_mha.rotate_and_write(projected, buffers.cos, buffers.sin, positions, starts, query, keys, values, **pdl)
+    splits = mha_kv_splits(rows, heads, multiprocessors(buffers.hidden.device))
+    partial = buffers.take("partial", rows, splits, heads, size, dtype=torch.float32)
+    lse = buffers.take("lse", rows, splits, heads, dtype=torch.float32)
+    decode_mha.attend_splits(query, keys, values, positions, starts, weights.scaling, partial, lse, **pdl)
+    decode_mla.reduce_splits(partial, lse, buffers.rows.positions, mixed, step=decode_mha.kv_block(rows), **pdl)
+
+
+def attend(weights: AttentionWeights, buffers: DecodeBuffers, cache: LayerPool) -> None:
+    """Add the attention's output to the hidden state, from "projected"."""
+    mixed = buffers.take("mixed", buffers.count, weights.heads, weights.size)
+    if weights.kv_b is not None:
+        attend_mla(weights, buffers, cache[0], mixed)
+    else:
+        attend_mha(weights, buffers, cache, mixed)
+    hidden = buffers.hidden
+    if buffers.count == 1:
+        decode_gemv.linear_gemv(mixed[0].flatten(), [weights.out], hidden[0], residual_N=hidden[0], **buffers.pdl)
+    elif buffers.count <= MAX_SMALL_BATCH:
+        decode_gemm.linear_gemm(mixed.flatten(1), [weights.out], hidden, hidden, **buffers.pdl)
+    else:
+        torch.addmm(hidden, mixed.flatten(1), weights.out.mT, out=hidden)
+
+
+def mlp_gemv(layer: LayerWeights, buffers: DecodeBuffers) -> None:
+    """Add a layer's experts, or its dense MLP, to the hidden state of one row, by GEMV."""
+    hidden, routing, weights, pdl = buffers.hidden[0], layer.routing, layer.experts, buffers.pdl
+    top_k = routing.top_k if routing is not None else 0
+    inner = buffers.take("inner", top_k * weights.intermediate_size + weights.shared_intermediate_size)
+    if routing is None or layer.gate is None:
+        decode_experts_gemv.gate_up_gemv(hidden, layer.post_norm, layer.eps, weights, inner, **pdl)
+        decode_experts_gemv.down_gemv(inner, weights, hidden, hidden, **pdl)
+        return
+    logits = buffers.take("gate", 1, routing.num_experts, dtype=torch.float32)
+    ids = buffers.take(f"ids {id(layer)}", 1, top_k, dtype=torch.int32)
+    topk_weights = buffers.take("topk weights", 1, top_k, dtype=torch.float32)
+    router.route(
+        buffers.hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, routing, logits, buffers.counters, ids,
+        topk_weights, **pdl,
+    )  # fmt: skip
+    decode_experts_gemv.gate_up_gemv(hidden, layer.post_norm, layer.eps, weights, inner, ids[0], **pdl)
+    decode_experts_gemv.down_gemv(inner, weights, hidden, hidden, ids[0], topk_weights[0], **pdl)
+
+
+def mlp_gemm(layer: LayerWeights, buffers: DecodeBuffers, next_norm: torch.Tensor, next_eps: float) -> None:
+    """Add a layer's experts, or its dense MLP, to the hidden states, and write the next norm of them."""
+    hidden, normed, routing, weights = buffers.hidden, buffers.normed, layer.routing, layer.experts
+    pdl, small = buffers.pdl, buffers.count <= MAX_SMALL_BATCH
+    rows, width = hidden.shape
+    ids = topk_weights = routed = routed_out = shared = shared_out = row_map = None
+    if routing is not None and layer.gate is not None:
+        ids = buffers.take(f"ids {id(layer)}", rows, routing.top_k, dtype=torch.int32)
+        topk_weights = buffers.take("topk weights", rows, routing.top_k, dtype=torch.float32)
+        logits = buffers.take("gate", rows, routing.num_experts, dtype=torch.float32)
+        router.route(
+            hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, routing, logits, buffers.counters, ids,
+            topk_weights, normed, live_rows=buffers.rows.live if small else None, **pdl,
+        )  # fmt: skip
+        routed = buffers.take("routed", rows, routing.top_k, weights.intermediate_size)
+        routed_out = buffers.take("routed out", rows, routing.top_k, width)
+    else:
+        norm.fused_add_rms_norm(hidden, None, None, None, layer.post_norm, layer.eps, hidden, normed, **pdl)
+    if weights.shared_gate is not None:
+        shared = buffers.take("shared", rows, weights.shared_intermediate_size)
+        shared_out = buffers.take("shared out", rows, width)
+    if small:
+        decode_experts_gemm.gate_up_gemm(normed, weights, routed, shared, ids, PDL_LAUNCH=bool(pdl))
+        decode_experts_gemm.down_gemm(routed, shared, weights, routed_out, shared_out, ids, **pdl)
+    else:
+        routed_out, row_map, shared_out = large_batch_mlp(weights, normed, ids)
+    norm.fused_add_rms_norm(
+        hidden, routed_out, topk_weights, shared_out, next_norm, next_eps, hidden, normed, row_map_P=row_map, **pdl
+    )
+
+
+def large_batch_mlp(
+    weights: ExpertWeights, normed_BH: torch.Tensor, ids_BK: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Return the routed experts' outputs in the order of experts, their row map, and the shared experts' output."""
+    routed = row_map = shared = None
+    if ids_BK is not None and weights.gate_up is not None and weights.down is not None:
+        routed, row_map = prefill_experts.permuted_experts(normed_BH, weights.gate_up, weights.down, ids_BK)
+    if weights.shared_gate is not None and weights.shared_up is not None and weights.shared_down is not None:
+        gate, up = F.linear(normed_BH, weights.shared_gate), F.linear(normed_BH, weights.shared_up)
+        shared = F.linear(prefill_experts.silu_and_mul(gate, up), weights.shared_down)
+    return routed, row_map, shared
+
+
+def predict(weights: DecoderWeights, buffers: DecodeBuffers) -> None:
+    """Write the logits, and the likeliest ids in place of those read."""
+    if buffers.count > 1:
+        if buffers.count <= MAX_SMALL_BATCH:
+            decode_gemm.linear_gemm(buffers.normed, [weights.head], buffers.logits, rounded=True, **buffers.pdl)
+        else:
+            buffers.logits.copy_(F.linear(buffers.normed, weights.head))
+        parts = triton.cdiv(weights.head.shape[0], decode_gemv.ARGMAX_BLOCK)
+        partials = (
+            buffers.take("best", buffers.count, parts, dtype=torch.float32),
+            buffers.take("best id", buffers.count, parts, dtype=torch.int32),
+        )
+        decode_gemv.partial_argmax(buffers.logits, partials, **buffers.pdl)
+        decode_gemv.reduce_argmax(partials, buffers.rows.tokens, **buffers.pdl)
+        return
+    block = decode_gemv.gemv_blocks(weights.head.shape[1], weights.head.shape[0])["BLOCK_N"]
+    programs = triton.cdiv(weights.head.shape[0], block)
+    partials = (
+        buffers.take("best", programs, dtype=torch.float32),
+        buffers.take("best id", programs, dtype=torch.int32),
+    )
+    hidden, logits = buffers.hidden[0], buffers.logits[0]
+    pdl = buffers.pdl
+    decode_gemv.linear_gemv(
+        hidden, [weights.head], logits, weights.norm, weights.eps, rounded=True, partials=partials, **pdl
+    )
+    decode_gemv.reduce_argmax(partials, buffers.rows.tokens, **pdl)
+
+
+def decode_stage(
+    weights: DecoderWeights, buffers: DecodeBuffers, pools: Sequence[LayerPool], first: int, last: int
+) -> None:
+    """Run some layers for one token of each row.
+
+    The first layer's stage begins with the rows' tokens, others with what `DecodeBuffers.hidden` holds; the last one's
+    ends with logits and the likeliest next tokens. Pools and positions are brought forward.
+    """
+    layers, single = weights.layers, buffers.count == 1
+    if first == 0:
+        torch.index_select(weights.embedding, 0, buffers.rows.tokens, out=buffers.hidden)
+    if not single:
+        scale, eps = layers[first].input_norm, layers[first].eps
+        norm.fused_add_rms_norm(buffers.hidden, None, None, None, scale, eps, buffers.hidden, buffers.normed)
+    for index in range(first, last):
+        layer = layers[index]
+        source = buffers.hidden if single else buffers.normed
+        project(layer.attention, buffers, source, (layer.input_norm, layer.eps))
+        attend(layer.attention, buffers, pools[index])
+        if single:
+            mlp_gemv(layer, buffers)
+            continue
+        # A stage that ends here has no use for the next norm, whose weight may lie on another device.
+        following = layers[index + 1] if index + 1 < last else layer
+        next_norm, next_eps = following.input_norm, following.eps
+        if index + 1 == len(layers):
+            next_norm, next_eps = weights.norm, weights.eps
+        mlp_gemm(layer, buffers, next_norm, next_eps)
+    if last == len(layers):
+        predict(weights, buffers)
+    buffers.rows.positions.add_(buffers.rows.advance)
+
+
+def experts_hit(weights: DecoderWeights, buffers: DecodeBuffers) -> list[int]:
+    """Return how many experts of each layer the last step read."""
+    counts = []
+    for layer in weights.layers:
+        if layer.routing is not None:
+            ids = buffers.take(f"ids {id(layer)}", buffers.count, layer.routing.top_k, dtype=torch.int32)
+            counts.append(int(ids.unique().numel()))
+    return counts

@@ -1,0 +1,125 @@
+"""Prompts to embeddings: text by the table, images by the vision tower, those of several prompts together.
+
+Shape suffixes: T tokens, H hidden size, V tiles, L tokens of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..models.tiling import count_image_tokens
+from .image_cache import ImageCache
+from .request import Answer, PromptImages
+from .rows import upload
+
+
+def tokens_of_images(images: PromptImages) -> list[int]:
+    """Return how many tokens each image takes."""
+    side = images.model.image_token_side
+    return [count_image_tokens(grid, side) for grid in images.grids]
+
+
+def image_embeddings(images: PromptImages, cache: ImageCache | None, tiles_a_pass: int) -> list[torch.Tensor]:
+    """Return the embeddings of a prompt's images, [tokens, H] each."""
+    return encode_images([images], cache, tiles_a_pass)[0]
+
+
+def encode_images(
+    prompts: Sequence[PromptImages], cache: ImageCache | None, tiles_a_pass: int
+) -> list[list[torch.Tensor]]:
+    """Return the embeddings of the images of several prompts; their tiles go through the tower together.
+
+    Args:
+        prompts: the images of each, all for one model.
+        cache: of images seen before.
+        tiles_a_pass: most tiles that go through the tower at once.
+    """
+    found: list[list[torch.Tensor | None]] = [
+        [None if cache is None else cache.get(images.key(i)) for i in range(len(images.grids))] for images in prompts
+    ]
+    todo = [images for images, known in zip(prompts, found, strict=True) if any(part is None for part in known)]
+    views = dict(zip(map(id, todo), encode_tiles(todo, tiles_a_pass), strict=True))
+    results = []
+    for images, known in zip(prompts, found, strict=True):
+        if id(images) in views:
+            known = place_views(images, views[id(images)])
+            for index, part in enumerate(known):
+                if cache is not None and part is not None:
+                    cache.put(images.key(index), part)
+        results.append([part for part in known if part is not None])
+    return results
+
+
+def encode_tiles(prompts: Sequence[PromptImages], tiles_a_pass: int) -> list[torch.Tensor]:
+    """Return the embeddings of each prompt's tiles, [V, L, H]."""
+    fresh = [images for images in prompts if images.encoded is None]
+    tiles = [images.tiles(images.model.vision_device)[: views_of(images)] for images in fresh]
+    encoded: list[torch.Tensor] = []
+    if tiles:
+        every = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+        parts = [fresh[0].model.encode_tiles(part) for part in every.split(tiles_a_pass)]
+        views = parts[0] if len(parts) == 1 else torch.cat(parts)
+        encoded = list(views.split([views_of(images) for images in fresh]))
+    rest = iter(encoded)
+    return [next(rest) if images.encoded is None else images.encoded() for images in prompts]
+
+
+def views_of(images: PromptImages) -> int:
+    """Return how many tiles a prompt's images have, global views included."""
+    return sum(grid.views for grid in images.grids)
+
+
+def place_views(images: PromptImages, views_VLH: torch.Tensor) -> list[torch.Tensor | None]:
+    """Return each image's embeddings, [tokens, H], from those of its tiles."""
+    embeds: torch.Tensor = images.model.arrange_views(views_VLH, images.grids)
+    return list(embeds.split(tokens_of_images(images)))
+
+
+class Embedder:
+    """Embeds prompts, as far as they are not cached.
+
+    Args:
+        table: the token embedding.
+        cache: of images seen before; ``None``: none are kept.
+        tiles_a_pass: most tiles that go through the vision tower at once.
+    """
+
+    def __init__(self, table: nn.Module, cache: ImageCache | None, tiles_a_pass: int) -> None:
+        self.table = table
+        self.cache = cache
+        self.tiles_a_pass = tiles_a_pass
+
+    def prepare(self, answers: Sequence[Answer]) -> None:
+        """Set ``embeds_TH``, of what is not cached on, of those answers whose prompts are more than text."""
+        shown = [a for a in answers if self._needs_images(a)]
+        pictures = {id(a.prompt.images): a.prompt.images for a in shown if a.prompt.images is not None}
+        encoded = encode_images(list(pictures.values()), self.cache, self.tiles_a_pass) if pictures else []
+        by_prompt = dict(zip(pictures, encoded, strict=True))
+        for answer in answers:
+            images, given = answer.prompt.images, answer.prompt.embeds_TH
+            if answer in shown and images is not None:
+                embeds = self.embed(answer.prompt.ids)
+                positions = upload([images.positions()], embeds.device)[0]
+                embeds = embeds.index_copy(0, positions, torch.cat(by_prompt[id(images)]).to(embeds))
+            elif given is not None:
+                embeds = given
+            else:
+                continue
+            if answer.tokens:  # a preempted answer: what it wrote is read again
+                embeds = torch.cat((embeds, self.embed(answer.tokens).to(embeds)))
+            answer.embeds_TH = embeds
+
+    def _needs_images(self, answer: Answer) -> bool:
+        images = answer.prompt.images
+        return images is not None and bool(images.mask_T[answer.cached :].any())
+
+    def embed(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return the embeddings of ids, [T, H]."""
+        weight = self.table.weight
+        on_meta = not isinstance(weight, torch.Tensor) or weight.device.type == "meta"
+        ids = upload([list(ids)], torch.device("cpu") if on_meta else weight.device)[0]
+        embeds: torch.Tensor = self.table(ids)
+        return embeds

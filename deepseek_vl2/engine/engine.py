@@ -1,0 +1,448 @@
+"""The engine: one model, one KV cache, one loop for everybody who wants answers from it.
+
+Whoever waits for answers drives: `Engine.run_until` steps the engine in the caller's thread, and while one thread does
+so others only wait, so that calls from several threads are batched together. A server lets a thread of the engine's own
+drive (`start`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+
+from ..models.cache import Segment
+from .detokenizer import TokenLogprobs
+from .embedding import Embedder
+from .fetch import Fetch
+from .image_cache import ImageCache
+from .kv_cache import SCRATCH, KVCache, layer_shapes
+from .placement import Placement, place
+from .request import Answer, Request
+from .rows import Rows, upload
+from .runner import Part, Runner
+from .sampler import Sampled, SamplingBatch, read_logprobs
+from .scheduler import EngineOptions, Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+class QueueFull(Exception):
+    """More requests wait than may."""
+
+
+class EngineStopped(Exception):
+    """The engine takes no requests: it was stopped, or its thread has died."""
+
+
+@dataclass
+class EngineStats:
+    """Counts since the engine was made."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+
+
+@dataclass
+class Pending:
+    """Tokens on their way to the host, and whose they are."""
+
+    answers: list[Answer]
+    sampled: Sampled
+    logged: list[int]
+    tokens: Fetch
+    logprobs: Fetch | None
+
+
+def end_ids(language: Any) -> frozenset[int]:
+    """Return the ids of the tokens that end an answer."""
+    eos = language.config.get_text_config().eos_token_id
+    ids = eos if isinstance(eos, (list, tuple)) else [eos]
+    return frozenset(int(i) for i in ids if i is not None)
+
+
+class Engine:
+    """Writes the answers to many requests at once.
+
+    A request gets what it would get alone: it sees its own tokens only, its choices depend on its own parameters and
+    random numbers, and running together changes its logits by no more than the rounding of matrix products.
+
+    Args:
+        language: the language model, in evaluation mode; not kept alive.
+        options: the bounds.
+    """
+
+    def __init__(self, language: Any, options: EngineOptions | None = None) -> None:
+        self.language = ref(language)
+        self.options = options or EngineOptions()
+        self.stats = EngineStats()
+        self.eos_ids = end_ids(language)
+        self.vocabulary = int(language.config.vocab_size)
+        self.kv_cache = KVCache(layer_shapes(language), SCRATCH + (self.options.kv_cache_tokens or 0))
+        self.placement: Placement = place(language, self.kv_cache, self.options.max_batch)
+        self.runner: Runner = self.placement.runner
+        self.scheduler = Scheduler(self.kv_cache, self.options, self.runner.max_batch)
+        self.images = ImageCache(self.options.image_cache_bytes)
+        self.embedder = Embedder(
+            language.get_input_embeddings(), self.images if self.images.max_bytes else None, self.options.tiles_a_pass
+        )
+        self.device = self.placement.device
+        self.rows = Rows(self.scheduler.max_batch, self.device, self.placement.devices)
+        self._batch: SamplingBatch | None = None
+        self._pending: list[Pending] = []
+        self._new: list[Answer] = []
+        self._answers: dict[int, Answer] = {}
+        self._wake = threading.Condition()
+        self._driver = threading.Lock()
+        self._stopping = False
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    # ---------------------------------------------------------------- asked from any thread
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens of a prompt and its answer together."""
+        return self.options.max_length
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine takes requests."""
+        return not self._stopping and (self._thread is None or self._thread.is_alive())
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no room yet."""
+        return len(self.scheduler.waiting) + len(self._new)
+
+    @property
+    def busy(self) -> int:
+        """Answers being written, prompts at work included."""
+        return self.scheduler.busy
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens held for the answers under way."""
+        return sum(answer.cached for answer in [*self.scheduler.running, *self.scheduler.prefilling])
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests, all of them or none.
+
+        Raises:
+            QueueFull: they do not fit into the queue.
+            EngineStopped: the engine does not work.
+            ValueError: a prompt with its answer is longer than the engine allows.
+        """
+        for request in requests:
+            length, most = len(request.prompt), self.options.max_length
+            if length == 0:
+                raise ValueError("The prompt is empty.")
+            if most is not None and length + request.params.max_tokens > most:
+                raise ValueError(f"{length} prompt tokens and max_tokens={request.params.max_tokens} exceed {most}.")
+        answers = [Answer(request, self.eos_ids) for request in requests]
+        with self._wake:
+            if not self.healthy:
+                raise EngineStopped("The engine does not run.") from self._error
+            free = self.scheduler.max_batch - self.busy
+            if self.options.queue_size is not None and self.waiting + len(answers) > self.options.queue_size + free:
+                raise QueueFull(f"{self.waiting} requests are waiting.")
+            self._new.extend(answers)
+            self._answers.update((id(answer.request), answer) for answer in answers)
+            self._wake.notify_all()
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request; its room is free at the next step. Nothing more is delivered from then on."""
+        with self._wake:
+            request.cancelled = True
+            self._wake.notify_all()
+
+    def holds(self, request: Request) -> bool:
+        """Whether a request is still at work, or waits."""
+        return id(request) in self._answers
+
+    def run_until(self, done: Callable[[], bool]) -> None:
+        """Drive the engine, or wait while another thread does, until something is so.
+
+        Raises:
+            EngineStopped: the engine stopped before.
+        """
+        while not done():
+            if not self.healthy:
+                raise EngineStopped("The engine was stopped.") from self._error
+            if self._driver.acquire(blocking=False):
+                try:
+                    with self._device_context():
+                        if self._has_work():
+                            self.step()
+                        elif not done():
+                            raise EngineStopped("The engine has nothing to do, and what was waited for has not come.")
+                except BaseException as error:
+                    self._fail_everything(error)
+                    raise
+                finally:
+                    self._driver.release()
+                    with self._wake:
+                        self._wake.notify_all()
+            else:
+                with self._wake:
+                    if not done():
+                        self._wake.wait(timeout=0.1)
+
+    def start(self) -> None:
+        """Let a thread of the engine's own drive it."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop after the step at work; what is not finished fails with `EngineStopped`."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        if self._thread is not None and self._thread.is_alive():
+            self._thread.join()
+        with self._driver:
+            self._fail_everything(EngineStopped("The engine was stopped."))
+
+    def _run(self) -> None:
+        with self._driver:
+            try:
+                with self._device_context():
+                    while self._wait_for_work():
+                        self.step()
+            except BaseException as error:
+                self._error = error
+                logger.exception("The engine has died.")
+            finally:
+                self._stopping = True
+                self._fail_everything(EngineStopped("The engine was stopped."))
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while not self._stopping and not self._has_work():
+                self._wake.wait()
+            return not self._stopping
+
+    def _has_work(self) -> bool:
+        return bool(self._new or self.scheduler.waiting or self.scheduler.busy or self._pending)
+
+    def _device_context(self) -> AbstractContextManager[Any]:
+        return self.placement.context() if self.placement is not None else nullcontext()
+
+    def _fail_everything(self, error: BaseException) -> None:
+        failure = error if isinstance(error, Exception) else EngineStopped("The engine was interrupted.")
+        with self._wake:
+            answers = [*self._new, *self.scheduler.waiting, *self.scheduler.prefilling, *self.scheduler.running]
+            answers += [a for pending in self._pending for a in pending.answers]
+            self._new, self._pending = [], []
+        for answer in dict.fromkeys(answers):
+            if not answer.finished:
+                answer.fail(failure)
+            self._end(answer)
+        self.rows.arrange([])
+        self._batch = None
+
+    # ---------------------------------------------------------------- a step
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Read some of the waiting prompts, and write one more token of every answer."""
+        self._take_new()
+        self._drop_cancelled()
+        self.scheduler.admit()
+        self._note_growth()
+        self._prefill()
+        self._decode()
+
+    def _take_new(self) -> None:
+        with self._wake:
+            self.scheduler.waiting.extend(self._new)
+            self._new = []
+
+    def _drop_cancelled(self) -> None:
+        everyone = (*self.scheduler.waiting, *self.scheduler.prefilling, *self.scheduler.running)
+        for answer in [answer for answer in everyone if answer.request.cancelled]:
+            answer.finished = True
+            self.stats.cancelled += 1
+            self._end(answer)
+
+    def _end(self, answer: Answer) -> None:
+        """Let go of an answer that has ended."""
+        if answer.request.on_end is not None and not answer.failed:
+            answer.request.on_end(answer)
+        self.scheduler.drop(answer)
+        self._answers.pop(id(answer.request), None)
+
+    def _fail(self, answer: Answer, error: Exception) -> None:
+        if not answer.finished:
+            self.stats.failed += 1
+            answer.fail(error)
+        self._end(answer)
+
+    def _note_growth(self) -> None:
+        if self.scheduler.grew:
+            self.scheduler.grew = False
+            self.runner.pool_changed()
+
+    # ---------------------------------------------------------------- prompts
+
+    def _prefill(self) -> None:
+        """Read a pass of prompts; the answers whose prompts are read get their first tokens."""
+        planned = self.scheduler.next_pass()
+        if not planned:
+            return
+        try:
+            self._prefill_pass(planned)
+        except Exception as error:  # of one of these prompts; each is tried alone, and the others go on
+            if len(planned) == 1:
+                logger.exception("A prompt failed.")
+                self._fail(planned[0][0], error)
+                return
+            for one in planned:
+                try:
+                    self._prefill_pass([one])
+                except Exception as alone:
+                    logger.exception("A prompt failed.")
+                    self._fail(one[0], alone)
+
+    def _prefill_pass(self, planned: list[tuple[Answer, int]]) -> None:
+        self._restore_stored([answer for answer, _ in planned])
+        self.embedder.prepare([answer for answer, _ in planned if answer.embeds_TH is None])
+        planned = [(answer, min(tokens, answer.length - answer.cached)) for answer, tokens in planned]
+        logits_NV = self.runner.prefill([self._part(answer, tokens) for answer, tokens in planned])
+        self.stats.prompt_tokens += sum(tokens for _, tokens in planned)
+        whole = [index for index, (answer, tokens) in enumerate(planned) if self.scheduler.read(answer, tokens)]
+        if not whole:
+            return
+        answers = [planned[index][0] for index in whole]
+        if len(whole) < len(planned):
+            logits_NV = logits_NV[upload([whole], logits_NV.device)[0]]
+        batch = SamplingBatch([answer.sampler for answer in answers], self.vocabulary, logits_NV.device)
+        positions = upload([[answer.cached for answer in answers]], logits_NV.device)[0]
+        self._receive_for(batch, answers)
+        sampled = batch.sample(logits_NV, positions)
+        self.rows.join(answers, sampled.tokens_B)
+        self._batch = None
+        self._send(answers, sampled, batch)
+
+    def _part(self, answer: Answer, tokens: int) -> Part:
+        assert answer.extent is not None
+        segment = Segment(answer.extent.start, answer.cached, tokens)
+        if answer.embeds_TH is not None:
+            return Part(segment, embeds_TH=answer.embeds_TH[segment.past : segment.end])
+        return Part(segment, ids=[*answer.prompt.ids, *answer.tokens][segment.past : segment.end])
+
+    def _restore_stored(self, answers: Iterable[Answer]) -> None:
+        """Write the keys and values that callers brought."""
+        for answer in answers:
+            stored = answer.prompt.stored
+            if stored is not None and answer.cached == 0 and answer.extent is not None:
+                for layer, (keys, values) in enumerate(stored):
+                    self.kv_cache.write(answer.extent, layer, keys, values)
+                answer.cached = min(stored[0][0].shape[1], answer.length - 1)
+
+    # ---------------------------------------------------------------- answers
+
+    def _decode(self) -> None:
+        """Write one more token of every answer; what the step before chose is read meanwhile."""
+        self._drop_ended()
+        self.scheduler.make_room()
+        self._note_growth()
+        answers = [a for a in self.scheduler.running if a.sampler.chosen < a.params.max_tokens]
+        if not answers:
+            self._receive()
+            return
+        self.stats.steps += 1
+        try:
+            self._decode_rows(answers)
+        except Exception as error:
+            if len(answers) == 1:
+                logger.exception("An answer failed.")
+                self._fail(answers[0], error)
+                return
+            logger.exception("A step of %d answers failed; each of them is tried alone.", len(answers))
+            for answer in answers:
+                self._decode_alone(answer)
+
+    def _decode_alone(self, answer: Answer) -> None:
+        try:
+            if not answer.finished:
+                self._decode_rows([answer])
+                self._receive()
+        except Exception as error:  # of this answer; the others go on
+            logger.exception("An answer failed.")
+            self._fail(answer, error)
+
+    def _decode_rows(self, answers: list[Answer]) -> None:
+        count = len(answers)
+        if self.rows.arrange(answers) or self._batch is None:
+            self._batch = SamplingBatch([a.sampler for a in answers], self.vocabulary, self.device)
+        logits_BV, likeliest = self.runner.decode(self.rows, count)
+        for answer in answers:
+            answer.cached += 1
+        self._receive_for(self._batch, answers)
+        sampled = self._batch.sample(logits_BV, self.rows.positions[:count], likeliest)
+        if likeliest is None or sampled.tokens_B is not likeliest:
+            self.rows.tokens[:count] = sampled.tokens_B
+        self._send(answers, sampled, self._batch)
+        self._receive(keep=1)
+
+    def _drop_ended(self) -> None:
+        for answer in [answer for answer in self.scheduler.running if answer.finished]:
+            self._end(answer)
+
+    # ---------------------------------------------------------------- tokens to the host
+
+    def _send(self, answers: list[Answer], sampled: Sampled, batch: SamplingBatch) -> None:
+        """Start to fetch the tokens of a step."""
+        logprobs = None if sampled.logprobs is None else Fetch(sampled.logprobs)
+        self._pending.append(Pending(answers, sampled, batch.logged, Fetch(sampled.tokens_B), logprobs))
+
+    def _receive_for(self, batch: SamplingBatch, answers: list[Answer]) -> None:
+        """Receive what grammars must know before they say what may come next."""
+        if batch.constrained:
+            self._receive()
+
+    def _receive(self, keep: int = 0) -> None:
+        """Wait for tokens, and hand them on: all but those of the last ``keep`` steps."""
+        while len(self._pending) > keep:
+            self._accept(self._pending.pop(0))
+
+    def _accept(self, pending: Pending) -> None:
+        tokens = pending.tokens.wait()
+        lines: dict[int, Any] = {}
+        if pending.logprobs is not None:
+            lines = dict(zip(pending.logged, pending.logprobs.wait(), strict=True))
+        ended = False
+        for index, answer in enumerate(pending.answers):
+            if answer.finished or answer.request.cancelled:
+                continue
+            if index in pending.sampled.failures:
+                error = pending.sampled.failures[index]
+                logger.warning("An answer failed: %s", error)
+                self._fail(answer, error)
+                continue
+            self.stats.generated_tokens += 1
+            try:
+                logprobs = None
+                if index in lines:
+                    logprobs = TokenLogprobs(*read_logprobs(lines[index], answer.params.logprobs or 0))
+                answer.accept(int(tokens[index]), logprobs)
+            except Exception as error:  # of this answer; the others go on
+                logger.warning("An answer failed: %s", error)
+                self._fail(answer, error)
+            if answer.finished and not answer.failed:
+                self.stats.finished += 1
+                ended = True
+        if ended:
+            with self._wake:
+                self._wake.notify_all()

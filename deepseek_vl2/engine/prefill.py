@@ -1,0 +1,292 @@
+"""Prompts through the language model: new tokens of several sequences, packed, attention segment by segment.
+
+Dense products and attention itself are PyTorch's; kernels take what lies between: norms and sums, rotations, the cache,
+the choice of experts and their products. A prompt that runs alone is padded on the right to the next multiple of `STEP`
+tokens, so that a captured pass can be replayed for it: causal attention hides padding there from every token, and its
+keys go to the pool's scratch tokens.
+
+Shape suffixes: N tokens of all segments, H hidden size, P rotated part of a head, K keys of all segments, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..models.attention import DeepseekV2Attention
+from ..models.cache import Segment, causal_mask
+from ..models.moe import DeepseekV2MoE
+from ..ops.triton import norm, prefill_experts, rope, router
+from ..ops.triton.router import NOAUX_TC
+from . import experts
+from .decode import DecoderWeights
+from .rows import upload
+from .weights import read_router_config
+
+STEP = 128
+Pools = Sequence[tuple[torch.Tensor, ...]]
+Tables = dict[torch.device, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class PrefillInputs:
+    """What a captured prefill reads and writes.
+
+    Fields:
+        embeds_NH: the prompt's embeddings, behind them zeros.
+        slots_N: index in the pool of each token; a scratch token's for padding.
+        cos_NP: cosines of the positions, and ``sin_NP``.
+        last: index of the last token that is not padding, [1].
+        logits_1V: written: of that token, float32.
+    """
+
+    embeds_NH: torch.Tensor
+    slots_N: torch.Tensor
+    cos_NP: torch.Tensor
+    sin_NP: torch.Tensor
+    last: torch.Tensor
+    logits_1V: torch.Tensor
+
+
+@dataclass
+class PackedTokens:
+    """Where the tokens of a pass stand, on one device.
+
+    Fields:
+        segments: whose they are.
+        slots_N: index in the pool of each.
+        cos_NP: cosines of their positions, and ``sin_NP``.
+        last: as in `PrefillInputs`; ``None``: there is no padding.
+        masks: of the segments that have cached tokens before them; made once a pass.
+    """
+
+    segments: Sequence[Segment]
+    slots_N: torch.Tensor
+    cos_NP: torch.Tensor
+    sin_NP: torch.Tensor
+    last: torch.Tensor | None = None
+    masks: list[torch.Tensor | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.masks = [
+            causal_mask(s.new, s.end, self.slots_N.device) if s.past and s.new > 1 else None for s in self.segments
+        ]
+
+    @property
+    def has_past(self) -> bool:
+        """Whether some segment has cached tokens before it."""
+        return any(segment.past for segment in self.segments)
+
+
+def padded_length(tokens: int, most: int) -> int:
+    """Return the length that a prompt is padded to."""
+    return min(-(-tokens // STEP) * STEP, most)
+
+
+def slots_of_prompt(start: int, tokens: int, length: int, device: torch.device) -> torch.Tensor:
+    """Return the pool's index of each token of a prompt that begins at ``start``; padding goes to a scratch token."""
+    slots = torch.arange(start, start + length, device=device)
+    slots[tokens:] = 0
+    return slots
+
+
+def static_inputs(weights: DecoderWeights, tables: tuple[torch.Tensor, torch.Tensor], length: int) -> PrefillInputs:
+    """Return the buffers of a captured prefill of that many tokens."""
+    head, (cos, sin) = weights.head, tables
+    return PrefillInputs(
+        embeds_NH=head.new_zeros(length, head.shape[1]),
+        slots_N=torch.zeros(length, dtype=torch.long, device=head.device),
+        cos_NP=cos[:length],
+        sin_NP=sin[:length],
+        last=torch.zeros(1, dtype=torch.long, device=head.device),
+        logits_1V=torch.zeros(1, head.shape[0], device=head.device),
+    )
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attend(module: Any, normed_NH: torch.Tensor, tokens: PackedTokens, pool: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return a layer's attention output, [N, H]; its keys and values are written to the pool."""
+    if isinstance(module, DeepseekV2Attention):
+        query, keys, values = latent_queries_keys_values(module, normed_NH, tokens, pool[0])
+    else:
+        query, keys, values = head_queries_keys_values(module, normed_NH, tokens, pool)
+    out = query.new_empty(len(query), query.shape[1], values.shape[-1])
+    first = first_key = 0
+    for segment, mask in zip(tokens.segments, tokens.masks, strict=True):
+        end, end_key = first + segment.new, first_key + (segment.end if tokens.has_past else segment.new)
+        parts = (query[first:end], keys[first_key:end_key], values[first_key:end_key])
+        attended = F.scaled_dot_product_attention(
+            *(part.transpose(0, 1)[None] for part in parts),
+            attn_mask=mask,
+            is_causal=mask is None and segment.new > 1,
+            scale=module.scaling,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
+        out[first:end] = attended[0].transpose(0, 1)
+        first, first_key = end, end_key
+    projected: torch.Tensor = module.o_proj(out.flatten(1))
+    return projected
+
+
+def latent_queries_keys_values(
+    module: Any, normed_NH: torch.Tensor, tokens: PackedTokens, pool_SC: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return rotated queries, [N, heads, size], and expanded keys and values of all segments, [K, heads, size]."""
+    cos, sin = tokens.cos_NP, tokens.sin_NP
+    query = module.q_proj(normed_NH).view(-1, module.num_heads, module.qk_head_dim)
+    rope.rotate_heads_(query, cos, sin)
+    weights, compressed = module.kv_a_layernorm, module.kv_a_proj_with_mqa(normed_NH)
+    latent, key_rope = rope.cache_latents(
+        compressed, weights.weight, weights.variance_epsilon, cos, sin, tokens.slots_N, pool_SC
+    )
+    if tokens.has_past:
+        held = torch.cat([pool_SC[s.start : s.start + s.end] for s in tokens.segments])
+        latent, key_rope = held[:, : module.kv_lora_rank], held[:, module.kv_lora_rank :].contiguous()
+    expanded = module.kv_b_proj(latent).view(len(latent), module.num_heads, -1)
+    keys = rope.concat_keys(expanded, key_rope, module.qk_nope_head_dim)
+    return query, keys, expanded[..., module.qk_nope_head_dim :]
+
+
+def head_queries_keys_values(
+    module: Any, normed_NH: torch.Tensor, tokens: PackedTokens, pool: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return rotated queries, [N, heads, size], and keys and values of all segments, [K, key heads, size]."""
+    projections = (module.q_proj, module.k_proj, module.v_proj)
+    query, key, value = (linear(normed_NH).view(len(normed_NH), -1, module.head_dim) for linear in projections)
+    for part in (query, key):
+        rope.rotate_heads_(part, tokens.cos_NP, tokens.sin_NP, interleaved=False)
+    for held, new in zip(pool, (key, value), strict=True):
+        held.index_copy_(0, tokens.slots_N, new)
+    if tokens.has_past:
+        key, value = (torch.cat([held[s.start : s.start + s.end] for s in tokens.segments]) for held in pool)
+    return query, key, value
+
+
+# ---------------------------------------------------------------- layers
+
+
+def run_mlp(mlp: Any, rows_NH: torch.Tensor) -> torch.Tensor:
+    """Return what a dense MLP, of one layer or shared by all tokens, makes of rows, [N, H]."""
+    out: torch.Tensor = mlp.down_proj(prefill_experts.silu_and_mul(mlp.gate_proj(rows_NH), mlp.up_proj(rows_NH)))
+    return out
+
+
+def prefill_layer(
+    layer: Any,
+    hidden_NH: torch.Tensor,
+    normed_NH: torch.Tensor,
+    tokens: PackedTokens,
+    pool: tuple[torch.Tensor, ...],
+    following: Any,
+) -> None:
+    """Run one layer: the hidden states and their norm become its output and that one's norm by ``following``.
+
+    As in the layer's own forward pass, but that each sum and the norm of it are one pass over memory, and that padding
+    has no experts.
+    """
+
+    def add_and_norm(new: torch.Tensor, weights: Any) -> None:
+        scale, eps = weights.weight, weights.variance_epsilon
+        norm.fused_add_rms_norm(hidden_NH, None, None, new, scale, eps, hidden_NH, normed_NH)
+
+    add_and_norm(attend(layer.self_attn, normed_NH, tokens, pool), layer.post_attention_layernorm)
+    mlp = layer.mlp
+    if not isinstance(mlp, DeepseekV2MoE):
+        add_and_norm(run_mlp(mlp, normed_NH), following)
+        return
+    routing = read_router_config(mlp.gate)
+    gate_fits = not routing.group_limited and mlp.gate.weight.dtype == normed_NH.dtype
+    if not (gate_fits and experts.is_supported(mlp.experts, normed_NH)):
+        add_and_norm(mlp(normed_NH[None])[0], following)
+        return
+    bias = mlp.gate.e_score_correction_bias if routing.method == NOAUX_TC else None
+    ids, weights = router.route_tokens(normed_NH, mlp.gate.weight, bias, routing, tokens.last, len(normed_NH))
+    outputs, row_map = prefill_experts.permuted_experts(normed_NH, mlp.experts.gate_up_proj, mlp.experts.down_proj, ids)
+    shared = None if mlp.shared_experts is None else run_mlp(mlp.shared_experts, normed_NH)
+    scale, eps = following.weight, following.variance_epsilon
+    norm.fused_add_rms_norm(hidden_NH, outputs, weights, shared, scale, eps, hidden_NH, normed_NH, row_map_P=row_map)
+
+
+def first_norm(weights: Any, embeds_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a copy of the embeddings and their norm."""
+    hidden, normed = torch.empty_like(embeds_NH), torch.empty_like(embeds_NH)
+    scale, eps = weights.weight, weights.variance_epsilon
+    norm.fused_add_rms_norm(embeds_NH, None, None, None, scale, eps, hidden, normed)
+    return hidden, normed
+
+
+def run_captured(language: Any, pools: Pools, given: PrefillInputs) -> None:
+    """Run one padded prompt over static buffers: its keys go to the pool, and the last token's logits are written."""
+    layers = language.model.layers
+    segment = Segment(0, 0, len(given.embeds_NH))
+    tokens = PackedTokens([segment], given.slots_N, given.cos_NP, given.sin_NP, given.last)
+    hidden, normed = first_norm(layers[0].input_layernorm, given.embeds_NH)
+    norms = [layer.input_layernorm for layer in layers[1:]] + [language.model.norm]
+    for layer, pool, following in zip(layers, pools, norms, strict=True):
+        prefill_layer(layer, hidden, normed, tokens, pool, following)
+    given.logits_1V.copy_(language.lm_head(normed.index_select(0, given.last)))
+
+
+def run_packed(
+    language: Any, pools: Pools, tables: Tables, embeds_NH: torch.Tensor, segments: Sequence[Segment]
+) -> torch.Tensor:
+    """Run new tokens of several sequences; returns the logits of each segment's last one, [segments, V], float32.
+
+    Layers may lie on several devices: hidden states follow them.
+    """
+    layers = language.model.layers
+    positions = torch.cat([torch.arange(s.past, s.end) for s in segments])
+    slots = torch.cat([torch.arange(s.start + s.past, s.start + s.end) for s in segments])
+    places = {device: place_tokens(segments, positions, slots, device, tables[device]) for device in tables}
+    device = layers[0].input_layernorm.weight.device
+    with device_of(device):
+        hidden, normed = first_norm(layers[0].input_layernorm, embeds_NH.to(device).contiguous())
+    norms = [layer.input_layernorm for layer in layers[1:]] + [language.model.norm]
+    for layer, pool, following in zip(layers, pools, norms, strict=True):
+        device = layer.input_layernorm.weight.device
+        hidden, normed = hidden.to(device), normed.to(device)
+        with device_of(device):
+            # The next layer's norm may lie on the next device: a copy of it, a few kilobytes, comes here.
+            here = following if following.weight.device == device else MovedNorm(following, device)
+            prefill_layer(layer, hidden, normed, places[device], pool, here)
+    last, ends = -1, []
+    for segment in segments:
+        last += segment.new
+        ends.append(last)
+    kept = normed.index_select(0, upload([ends], normed.device)[0])
+    logits: torch.Tensor = language.lm_head(kept.to(language.lm_head.weight.device)).float()
+    return logits
+
+
+class MovedNorm:
+    """A norm's weight on another device."""
+
+    def __init__(self, module: Any, device: torch.device) -> None:
+        self.weight = module.weight.to(device)
+        self.variance_epsilon = module.variance_epsilon
+
+
+def place_tokens(
+    segments: Sequence[Segment],
+    positions_N: torch.Tensor,
+    slots_N: torch.Tensor,
+    device: torch.device,
+    tables: tuple[torch.Tensor, torch.Tensor],
+) -> PackedTokens:
+    """Return where tokens stand, on a device; positions and slots come from the host."""
+    numbers = torch.stack((positions_N, slots_N))
+    numbers = numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+    cos, sin = (table.index_select(0, numbers[0]) for table in tables)
+    return PackedTokens(segments, numbers[1].contiguous(), cos, sin)
+
+
+def device_of(device: torch.device) -> Any:
+    """Return a context in which kernels launch on a device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

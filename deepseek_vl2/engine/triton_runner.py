@@ -1,0 +1,252 @@
+"""The language model on NVIDIA GPUs: kernels over static buffers, captured as CUDA graphs.
+
+A decoding step is captured for a few batch sizes, the buckets; rows of a bucket beyond those at work are padding. A
+short piece of a prompt, such as a question about a picture whose cache is held, runs as such a step too, its tokens as
+rows. A single prompt replays a captured prefill; several at once are packed and launched.
+
+A model spread over several GPUs is a chain of stages, one for each run of layers on a device: each has its own graph,
+and the hidden states are copied in between.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+
+from . import cuda_graphs, prefill
+from .cuda_graphs import CapturedGraph, GraphCache
+from .decode import DecodeBuffers, DecoderWeights, decode_stage, new_buffers
+from .kv_cache import KVCache
+from .rows import Rows, new_rows, upload
+from .runner import Part
+from .weights import rotary_tables
+
+logger = logging.getLogger(__name__)
+
+BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# Experts of more rows run as in a prefill, by products that know bfloat16 alone.
+MOST_HALF_ROWS = 64
+# Up to this many tokens of prompts run as rows of a decoding step.
+SHORT = 64
+# Longer prompts take the device longer than the host needs to launch their kernels.
+MOST_CAPTURED = 4096
+MAX_PREFILL_GRAPHS = 8
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of layers on one device: the first, the one behind the last, and the device."""
+
+    first: int
+    last: int
+    device: torch.device
+
+
+def stages_of(weights: DecoderWeights) -> list[Stage]:
+    """Return a model's stages; the output head must lie on the last one's device."""
+    stages: list[Stage] = []
+    for index, layer in enumerate(weights.layers):
+        device = layer.input_norm.device
+        if stages and stages[-1].device == device:
+            stages[-1] = Stage(stages[-1].first, index + 1, device)
+        else:
+            stages.append(Stage(index, index + 1, device))
+    return stages
+
+
+class CapturedStep:
+    """A decoding step of one batch size, a graph for each stage.
+
+    Args:
+        buffers: of each stage.
+        runs: what each stage does.
+        capture: what captures graphs on each stage's device; ``None``: they are run as they are.
+    """
+
+    def __init__(
+        self, buffers: list[DecodeBuffers], runs: list[Callable[[], None]], capture: dict[torch.device, Any]
+    ) -> None:
+        self.buffers = buffers
+        self.replays = [
+            run if capture.get(part.hidden.device) is None else capture[part.hidden.device](run)
+            for part, run in zip(buffers, runs, strict=True)
+        ]
+
+    def __call__(self) -> None:
+        """Run the stages, one behind the other."""
+        for index, replay in enumerate(self.replays):
+            part = self.buffers[index]
+            if index:
+                part.hidden.copy_(self.buffers[index - 1].hidden)
+            with prefill.device_of(part.hidden.device):
+                replay()
+
+
+class TritonRunner:
+    """Runs a language model by kernels. See `runner.Runner`.
+
+    Args:
+        language: the language model; not kept alive, but its weights are.
+        weights: those, as the kernels take them.
+        kv_cache: the pool.
+        max_batch: most rows of a decoding step.
+    """
+
+    def __init__(self, language: Any, weights: DecoderWeights, kv_cache: KVCache, max_batch: int) -> None:
+        self.language = ref(language)
+        self.weights = weights
+        self.kv_cache = kv_cache
+        most = max_batch if weights.head.dtype == torch.bfloat16 else min(max_batch, MOST_HALF_ROWS)
+        self.max_batch = min(most, BUCKETS[-1])
+        self.stages = stages_of(weights)
+        devices = {stage.device for stage in self.stages}
+        self.capture = {device: cuda_graphs.capture_for(device) for device in devices}
+        self.positions = int(language.config.max_position_embeddings)
+        self.tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._make_tables(language)
+        self.steps: dict[tuple[Any, ...], CapturedStep] = {}
+        self.prefills = GraphCache(MAX_PREFILL_GRAPHS)
+        self.short: Rows | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where logits are."""
+        return self.stages[-1].device
+
+    def _make_tables(self, language: Any) -> None:
+        cos, sin = rotary_tables(language, self.positions)
+        devices = {stage.device for stage in self.stages}
+        self.tables = {device: (cos.to(device), sin.to(device)) for device in devices}
+
+    def _make_positions(self, most: int) -> None:
+        """See that the rotary tables reach that far; a model may run beyond its max_position_embeddings."""
+        if most > self.positions:
+            language = self.language()
+            assert language is not None
+            self.positions = 2 ** (most - 1).bit_length()
+            self._make_tables(language)
+            self.pool_changed()
+
+    def warm_up(self) -> None:
+        """Compile the kernels of a step of one row: where that fails, the model must run otherwise."""
+        with torch.inference_mode():
+            self._new_step(Rows(1, self.device, [stage.device for stage in self.stages]), 1)
+
+    def pool_changed(self) -> None:
+        """See `Runner.pool_changed`."""
+        self.steps.clear()
+        self.prefills = GraphCache(MAX_PREFILL_GRAPHS)
+
+    # ---------------------------------------------------------------- decoding
+
+    def _step(self, rows: Rows, count: int) -> CapturedStep:
+        """Return the captured step of the smallest bucket that holds that many rows."""
+        bucket = next(size for size in BUCKETS if size >= count)
+        key = (id(rows), bucket, cuda_graphs.modes())
+        if key not in self.steps:
+            self.steps[key] = self._new_step(rows, bucket)
+        return self.steps[key]
+
+    def _new_step(self, rows: Rows, bucket: int) -> CapturedStep:
+        buffers = [
+            new_buffers(self.weights, rows.on(stage.device).first(bucket), *self.tables[stage.device])
+            for stage in self.stages
+        ]
+        runs = [self._stage_run(stage, part) for stage, part in zip(self.stages, buffers, strict=True)]
+        for part, run in zip(buffers, runs, strict=True):
+            if part.hidden.is_cuda:  # compile the kernels, on rows that write to the pool's scratch tokens alone
+                with torch.cuda.device(part.hidden.device):
+                    real, part.rows = part.rows, new_rows(bucket, part.hidden.device)
+                    run()
+                    part.rows = real
+        return CapturedStep(buffers, runs, self.capture)
+
+    def _stage_run(self, stage: Stage, buffers: DecodeBuffers) -> Callable[[], None]:
+        weights, kv_cache = self.weights, self.kv_cache
+        return lambda: decode_stage(weights, buffers, kv_cache.pools, stage.first, stage.last)
+
+    def decode(self, rows: Rows, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Runner.decode`."""
+        self._make_positions(max(answer.cached for answer in rows.answers) + 1)
+        return self._run_step(rows, count)
+
+    def _run_step(self, rows: Rows, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        step = self._step(rows, count)
+        if len(self.stages) > 1:
+            rows.on(self.stages[0].device).tokens.copy_(rows.tokens)
+        step()
+        return step.buffers[-1].logits[:count], rows.tokens[:count]
+
+    # ---------------------------------------------------------------- prompts
+
+    def prefill(self, parts: Sequence[Part]) -> torch.Tensor:
+        """See `Runner.prefill`."""
+        self._make_positions(max(part.segment.end for part in parts))
+        tokens = sum(part.segment.new for part in parts)
+        if tokens <= min(SHORT, self.max_batch) and all(part.embeds_TH is None for part in parts):
+            return self._prefill_as_rows(parts, tokens)
+        only = parts[0] if len(parts) == 1 and len(self.stages) == 1 else None
+        if only is not None and only.segment.past == 0 and tokens <= MOST_CAPTURED:
+            return self._prefill_captured(only)
+        return self._prefill_packed(parts)
+
+    def _prefill_as_rows(self, parts: Sequence[Part], tokens: int) -> torch.Tensor:
+        """Run a few tokens as rows of a decoding step, each of which sees those before it."""
+        if self.short is None:
+            self.short = Rows(SHORT, self.device, [stage.device for stage in self.stages])
+        positions = [p for part in parts for p in range(part.segment.past, part.segment.end)]
+        starts = [part.segment.start for part in parts for _ in range(part.segment.new)]
+        self.short.set([token for part in parts for token in part.ids], positions, starts)
+        logits_NV, _ = self._run_step(self.short, tokens)
+        ends, last = [], -1
+        for part in parts:
+            last += part.segment.new
+            ends.append(last)
+        return logits_NV[upload([ends], logits_NV.device)[0]]
+
+    def _embeds(self, parts: Sequence[Part]) -> torch.Tensor:
+        device = self.weights.embedding.device
+        given = []
+        for part in parts:
+            if part.embeds_TH is None:
+                ids = upload([list(part.ids)], device)[0]
+                given.append(self.weights.embedding.index_select(0, ids))
+            else:
+                given.append(part.embeds_TH.to(device=device, dtype=self.weights.embedding.dtype))
+        return given[0] if len(given) == 1 else torch.cat(given)
+
+    def _prefill_captured(self, part: Part) -> torch.Tensor:
+        """Replay the captured prefill of a prompt of about that many tokens."""
+        tokens = part.segment.new
+        length = prefill.padded_length(tokens, self.positions)
+        language = self.language()
+        assert language is not None
+        graph = self.prefills.get((length, cuda_graphs.modes()), lambda: self._new_prefill(ref(language), length))
+        given: prefill.PrefillInputs = graph.buffers
+        given.embeds_NH[:tokens] = self._embeds([part])
+        given.embeds_NH[tokens:] = 0
+        given.slots_N.copy_(prefill.slots_of_prompt(part.segment.start, tokens, length, given.slots_N.device))
+        given.last.fill_(tokens - 1)
+        reason = graph(self.capture[self.device])
+        if reason is not None:
+            logger.warning("Prompts are launched, not replayed: %s", reason)
+            self.capture[self.device] = None
+        logits: torch.Tensor = given.logits_1V
+        return logits
+
+    def _new_prefill(self, language: ref[Any], length: int) -> CapturedGraph:
+        weights, pools, tables = self.weights, self.kv_cache.pools, self.tables[self.device]
+        with torch.inference_mode(False), torch.no_grad():  # later calls outside of inference mode write them too
+            given = prefill.static_inputs(weights, tables, length)
+        return CapturedGraph(given, lambda: prefill.run_captured(language(), pools, given))
+
+    def _prefill_packed(self, parts: Sequence[Part]) -> torch.Tensor:
+        language = self.language()
+        assert language is not None
+        segments = [part.segment for part in parts]
+        return prefill.run_packed(language, self.kv_cache.pools, self.tables, self._embeds(parts), segments)

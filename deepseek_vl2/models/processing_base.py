@@ -1,0 +1,144 @@
+"""What a processor is built of and saved as: its tokenizer and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.processing_utils import ProcessorMixin
+
+from .conversation import Conversation, get_conv_template
+from .image_modes import WHITE, Background, check_background
+from .image_processing import ImageTransform
+from .messages import CHAT_TEMPLATE, CHAT_TOKENS, GROUNDING_TOKENS
+from .prompt_encoding import encode_with_literals, literal_ids
+from .tiling import Size, tile_grid
+
+
+class BaseProcessor(ProcessorMixin):
+    """Settings, tokenizer and token ids of `DeepseekVLV2Processor`, which documents the arguments."""
+
+    attributes = ["tokenizer"]
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        candidate_resolutions: Sequence[Sequence[int]] = ((384, 384),),
+        patch_size: int = 14,
+        downsample_ratio: int = 2,
+        image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        normalize: bool = True,
+        image_token: str = "<image>",
+        pad_token: str = "<｜▁pad▁｜>",
+        add_special_token: bool = False,
+        sft_format: str = "deepseek",
+        mask_prompt: bool = True,
+        ignore_id: int = -100,
+        chat_template: str | None = None,
+        background: Background = WHITE,
+        **kwargs: Any,
+    ) -> None:
+        get_conv_template(sft_format)  # an unknown name is an error here, not at the first call
+        self.candidate_resolutions = [(int(width), int(height)) for width, height in candidate_resolutions]
+        self.image_size = self.candidate_resolutions[0][0]
+        self._check_resolutions(self.candidate_resolutions)
+        self.patch_size = patch_size
+        self.downsample_ratio = downsample_ratio
+        self.image_mean = tuple(image_mean)
+        self.image_std = tuple(image_std)
+        self.normalize = normalize
+        self.image_transform = ImageTransform(mean=image_mean, std=image_std, normalize=normalize)
+        self.image_token = image_token
+        self.pad_token = pad_token
+        self.add_special_token = add_special_token
+        self.sft_format = sft_format
+        self.mask_prompt = mask_prompt
+        self.ignore_id = ignore_id
+        self.background = check_background(background)
+        self._prepare_tokenizer(tokenizer)
+        super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        tokenizer.chat_template = self.chat_template
+
+    # ---------------------------------------------------------------- tokenizer
+
+    def _check_resolutions(self, resolutions: Sequence[Size]) -> None:
+        for resolution in resolutions:
+            tile_grid(resolution, self.image_size)
+
+    def _prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Add the tokens that the prompts need and the tokenizer lacks, and check that it keeps spaces."""
+        probe = "Two words,  two spaces: 12 34."
+        if tokenizer.decode(tokenizer.encode(probe, add_special_tokens=False)) != probe:
+            raise ValueError(
+                f"This {type(tokenizer).__name__} loses spaces. The tokenizers of DeepSeek-VL2 are byte-level: load "
+                "them with transformers.PreTrainedTokenizerFast, or use DeepseekVLV2Processor.from_pretrained."
+            )
+        # The position of a sample's last token must not depend on the batch: generation continues from there.
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.add_special_tokens({"pad_token": self.pad_token})
+        vocabulary = tokenizer.get_vocab()
+        missing = [t for t in (self.image_token, *GROUNDING_TOKENS, *CHAT_TOKENS) if t not in vocabulary]
+        if missing:
+            tokenizer.add_tokens(missing, special_tokens=True)
+        self.image_token_id = int(tokenizer.convert_tokens_to_ids(self.image_token))
+        self._literals = literal_ids(tokenizer, self.image_token)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[PreTrainedTokenizerBase]:
+        # The released tokenizer_config.json names LlamaTokenizerFast; transformers 5 then drops the byte-level
+        # pre-tokenizer that tokenizer.json asks for, and spaces vanish.
+        for name in ("trust_remote_code", "_from_auto", "processor_class", "code_revision"):
+            kwargs.pop(name, None)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        tokenizer.init_kwargs.pop("auto_map", None)
+        return [tokenizer]
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build from a tokenizer and the content of processor_config.json.
+
+        A chat template that never writes this model's role tags belongs to another model (one release ships such a
+        stray file) and is left out.
+        """
+        template = processor_dict.get("chat_template")
+        if template is not None and not (isinstance(template, str) and "<|User|>" in template):
+            processor_dict = {name: value for name, value in processor_dict.items() if name != "chat_template"}
+        return super().from_args_and_dict(args, processor_dict, **kwargs)
+
+    @property
+    def bos_id(self) -> int:
+        """Id of the token that opens every sequence."""
+        return self.tokenizer.bos_token_id
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the token that ends an answer."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def pad_id(self) -> int:
+        """Id of the padding token."""
+        return self.tokenizer.pad_token_id
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the tensors that the model takes."""
+        return ["input_ids", "attention_mask", "images", "images_seq_mask", "images_spatial_crop"]
+
+    def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
+        """Return the ids of a text, with bos in front and eos behind where asked for."""
+        ids = encode_with_literals(self.tokenizer, text, self._literals)
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def decode(self, t: Any, **kwargs: Any) -> str:
+        """Return the text of token ids."""
+        return self.tokenizer.decode(t, **kwargs)
+
+    def new_chat_template(self) -> Conversation:
+        """Return a fresh copy of this processor's prompt template."""
+        return get_conv_template(self.sft_format)

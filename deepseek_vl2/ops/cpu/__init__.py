@@ -1,0 +1,1 @@
+"""Compiled C for x86 CPUs, and what calls it."""

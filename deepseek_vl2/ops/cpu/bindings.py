@@ -1,0 +1,323 @@
+"""Products of one row in bfloat16 on x86 CPUs: what a decoded token is made of.
+
+PyTorch and oneDNN multiply by such weights at half to two thirds of the speed at which memory gives them; `decode.c` at
+that speed, with few calls a layer. It is compiled at the first use by the C compiler of the system, as Triton does with
+its launchers, which takes less than a second, and stays in the user's cache folder. Without a compiler all runs as
+before.
+
+Each function stands beside the plain form that defines it, in `deepseek_vl2.models`: `F.linear`, `DeepseekV2RMSNorm`,
+`DeepseekV2MLP`, `one_token_experts_forward` and `one_query_attention_forward`. All round where these round, and sum in
+another order.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .. import SWITCH, turned_off
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("decode.c")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-Wno-psabi", "-std=gnu11")
+# Names under which the library comes that runs PyTorch's threads; ours shall be the same ones.
+THREAD_LIBRARIES = ("libgomp", "libiomp5")
+COMPILING_TAKES_AT_MOST_S = 60
+
+POINTER, INTEGER, THREADS, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+ARGUMENTS = {
+    "linear": [POINTER] * 4 + [INTEGER] * 2 + [THREADS],
+    "logits": [POINTER] * 3 + [INTEGER] * 2 + [THREADS],
+    "queries_keys_values": [POINTER] * 7 + [INTEGER] * 4 + [THREADS],
+    "rms_norm": [POINTER] * 3 + [INTEGER, REAL],
+    "swiglu": [POINTER] * 6 + [INTEGER] * 3 + [THREADS],
+    "attend": [POINTER] * 4 + [INTEGER] * 6 + [REAL, THREADS],
+}
+
+
+class Unavailable(RuntimeError):
+    """Says why the library cannot be had here."""
+
+
+def _lines_of(path: str) -> list[str]:
+    return Path(path).read_text(errors="surrogateescape").splitlines()
+
+
+def _cpu_flags() -> str:
+    """Return what names the instructions of this CPU: a library compiled for another one must not be taken."""
+    for line in _lines_of("/proc/cpuinfo"):
+        if line.startswith("flags"):
+            return line
+    return ""
+
+
+def _compilers() -> list[str]:
+    """Return the C compilers there are, best first. clang needs an OpenMP library of its own, which PyTorch has not."""
+    names = [name for name in (os.environ.get("CC"), "gcc", "cc") if name]
+    return list(dict.fromkeys(found for name in names if (found := shutil.which(name))))
+
+
+def _thread_library() -> str:
+    """Return the path of the OpenMP library that PyTorch has loaded."""
+    loaded = {line.split(None, 5)[-1] for line in _lines_of("/proc/self/maps") if "/" in line}
+    paths = [path for path in sorted(loaded) if Path(path).name.startswith(THREAD_LIBRARIES)]
+    # PyTorch's own before one that another package brought.
+    paths.sort(key=lambda path: Path(torch.__file__).parent not in Path(path).parents)
+    if not paths:
+        raise Unavailable("PyTorch has loaded no OpenMP library that is known")
+    return paths[0]
+
+
+def cache_folder() -> Path:
+    """Return where the compiled library is kept."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "deepseek_vl2"
+
+
+def _own_folder() -> Path:
+    """Return the cache folder; where others may write to it, or we may not, one for this process alone.
+
+    What lies in it is loaded into the process.
+    """
+    try:
+        folder = cache_folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if os.access(folder, os.W_OK) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+            return folder
+    except (OSError, RuntimeError):  # the latter where the user has no home
+        pass
+    folder = Path(tempfile.mkdtemp(prefix="deepseek_vl2-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _run(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILING_TAKES_AT_MOST_S)
+    except subprocess.CalledProcessError as error:
+        raise Unavailable(f"{Path(command[0]).name} failed: {error.stderr.strip()[-500:]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{Path(command[0]).name} failed: {error}") from error
+
+
+def _build(path: Path, compiler: str) -> None:
+    """Compile into ``path``, at once: another process may do the same."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        parts = Path(folder) / "rows.o", Path(folder) / "rows.so"
+        _run([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(parts[0])])
+        # Linked without OpenMP: its functions are those of the library that PyTorch has loaded.
+        _run([compiler, "-shared", str(parts[0]), "-lm", "-o", str(parts[1])])
+        parts[1].replace(path)
+
+
+def build(compiler: str) -> Path:
+    """Return the library's path, compiled if it was not yet.
+
+    Raises:
+        Unavailable: compiling failed.
+    """
+    known = "\n".join((SOURCE.read_text(), compiler, *FLAGS, _cpu_flags()))
+    path = _own_folder() / f"rows-{hashlib.sha256(known.encode()).hexdigest()[:24]}.so"
+    if not path.exists():
+        _build(path, compiler)
+    return path
+
+
+def load() -> ctypes.CDLL:
+    """Return the library, of the first compiler that gives one which can be loaded.
+
+    Raises:
+        Unavailable: the system or the CPU is another one, or no compiler gives one.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64" or not {"avx2", "fma"} <= set(_cpu_flags().split()):
+        raise Unavailable("it is for x86 CPUs with AVX2 under Linux")
+    failures = []
+    for compiler in _compilers():
+        try:
+            ctypes.CDLL(_thread_library(), mode=ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(str(build(compiler)), mode=os.RTLD_NOW)
+        except (OSError, Unavailable) as error:
+            failures.append(str(error))
+            continue
+        for name, arguments in ARGUMENTS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, ctypes.c_int
+        return library
+    raise Unavailable("; ".join(failures) or "there is no C compiler")
+
+
+def is_plain(*tensors: torch.Tensor) -> bool:
+    """Whether tensors are of bfloat16, on the CPU, laid out row by row and of no other kind than PyTorch's own."""
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is not torch.Tensor and kind is not torch.nn.Parameter:
+            return False
+        if tensor.dtype is not torch.bfloat16 or not tensor.is_cpu or tensor.layout is not torch.strided:
+            return False
+        if not tensor.is_contiguous():
+            return False
+    return True
+
+
+class RowKernels:
+    """The compiled functions. Each returns ``None`` where tensors are not plain ones (see `is_plain`)."""
+
+    def __init__(self) -> None:
+        self._library = load()
+
+    def _call(self, name: str, *arguments: object) -> None:
+        if getattr(self._library, name)(*arguments):
+            raise MemoryError(f"There is no memory for {name} of one row.")
+
+    def linear(
+        self, x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Return ``F.linear`` of a single row, [..., I] to [..., O]."""
+        rows, width = weight_OI.shape
+        if not is_plain(x, weight_OI) or x.numel() != width or x.shape[-1] != width:
+            return None
+        if bias_O is not None and not (is_plain(bias_O) and bias_O.shape == (rows,)):
+            return None
+        out = x.new_empty(*x.shape[:-1], rows)
+        bias = None if bias_O is None else bias_O.data_ptr()
+        pointers = (x.data_ptr(), weight_OI.data_ptr(), bias, out.data_ptr())
+        self._call("linear", *pointers, rows, width, torch.get_num_threads())
+        return out
+
+    def logits(self, x_1H: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor | None:
+        """Return the products of a single row with a matrix in float32, [1, E]."""
+        rows, width = weight_EH.shape
+        if not is_plain(x_1H, weight_EH) or x_1H.shape != (1, width):
+            return None
+        out = x_1H.new_empty(1, rows, dtype=torch.float32)
+        pointers = (x_1H.data_ptr(), weight_EH.data_ptr(), out.data_ptr())
+        self._call("logits", *pointers, rows, width, torch.get_num_threads())
+        return out
+
+    def queries_keys_values(
+        self,
+        x_11H: torch.Tensor,
+        query_OH: torch.Tensor,
+        key_OH: torch.Tensor,
+        value_OH: torch.Tensor,
+        cos_11D: torch.Tensor,
+        sin_11D: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Return rotated queries, [1, N, 1, D], rotated keys and values, [1, M, 1, D], of a single row."""
+        size, (queries, width), keys = cos_11D.shape[-1], query_OH.shape, len(key_OH)
+        tensors = (x_11H, query_OH, key_OH, value_OH, cos_11D, sin_11D)
+        if not is_plain(*tensors) or x_11H.shape != (1, 1, width) or not cos_11D.numel() == sin_11D.numel() == size:
+            return None
+        if (
+            key_OH.shape != (keys, width)
+            or value_OH.shape != (keys, width)
+            or size % 2
+            or queries % size
+            or keys % size
+        ):
+            return None
+        out = x_11H.new_empty(1, (queries + 2 * keys) // size, 1, size)
+        pointers = [tensor.data_ptr() for tensor in (*tensors, out)]
+        self._call("queries_keys_values", *pointers, queries, keys, width, size, torch.get_num_threads())
+        return out.split([queries // size, keys // size, keys // size], dim=1)
+
+    def rms_norm(self, x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor | None:
+        """Return the RMS norm of a single row, [..., H] in and out."""
+        if not is_plain(x, weight_H) or x.numel() != weight_H.numel() or x.shape[-1] != len(weight_H):
+            return None
+        out = torch.empty_like(x)
+        self._call("rms_norm", x.data_ptr(), weight_H.data_ptr(), out.data_ptr(), x.numel(), eps)
+        return out
+
+    def _swiglu(
+        self, x: torch.Tensor, pointers: list[list[int]], scales: torch.Tensor | None, inner: int
+    ) -> torch.Tensor:
+        out, count = torch.empty_like(x), len(pointers[0])
+        tables = [(POINTER * count)(*table) for table in pointers]
+        numbers = (count, inner, x.numel(), torch.get_num_threads())
+        scale = None if scales is None else scales.data_ptr()
+        self._call("swiglu", x.data_ptr(), *tables, scale, out.data_ptr(), *numbers)
+        return out
+
+    def mlp(
+        self, x: torch.Tensor, gate_IH: torch.Tensor, up_IH: torch.Tensor, down_HI: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return a SwiGLU MLP of a single row, [..., H] in and out."""
+        inner, hidden = gate_IH.shape
+        if not is_plain(x, gate_IH, up_IH, down_HI) or x.numel() != hidden or x.shape[-1] != hidden:
+            return None
+        if up_IH.shape != (inner, hidden) or down_HI.shape != (hidden, inner):
+            return None
+        return self._swiglu(x, [[gate_IH.data_ptr()], [up_IH.data_ptr()], [down_HI.data_ptr()]], None, inner)
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        gate_up_E2IH: torch.Tensor,
+        down_EHI: torch.Tensor,
+        ids_1K: torch.Tensor,
+        weights_1K: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Return the weighted sum of the chosen experts of a single row, [1, H] in and out; weights are float32."""
+        count, hidden, inner = down_EHI.shape
+        if not is_plain(x, gate_up_E2IH, down_EHI) or x.shape != (1, hidden) or weights_1K.dtype != torch.float32:
+            return None
+        if gate_up_E2IH.shape != (count, 2 * inner, hidden) or len(ids_1K) != 1 or weights_1K.shape != ids_1K.shape:
+            return None
+        size, chosen = x.element_size() * hidden * inner, ids_1K[0].tolist()
+        if not all(0 <= expert < count for expert in chosen):
+            return None
+        gates = [gate_up_E2IH.data_ptr() + 2 * size * expert for expert in chosen]
+        downs = [down_EHI.data_ptr() + size * expert for expert in chosen]
+        return self._swiglu(x, [gates, [gate + size for gate in gates], downs], weights_1K.contiguous(), inner)
+
+    def attend(
+        self, query_1N1D: torch.Tensor, key_1MSD: torch.Tensor, value_1MSD: torch.Tensor, scaling: float
+    ) -> torch.Tensor | None:
+        """Return what one query attends to, [1, 1, N, D]; keys and values may lie in larger rooms, as in a cache."""
+        heads, (kv_heads, length, size) = query_1N1D.shape[1], key_1MSD.shape[1:]
+        if query_1N1D.shape != (1, heads, 1, size) or len(key_1MSD) != 1 or value_1MSD.shape != key_1MSD.shape:
+            return None
+        if heads % kv_heads or not is_plain(query_1N1D, key_1MSD[0, 0], value_1MSD[0, 0]):
+            return None
+        out = query_1N1D.new_empty(1, 1, heads, size)
+        pointers = [tensor.data_ptr() for tensor in (query_1N1D, key_1MSD, value_1MSD, out)]
+        steps = key_1MSD.stride(1), value_1MSD.stride(1)
+        numbers = (heads, kv_heads, length, size, *steps, scaling, torch.get_num_threads())
+        self._call("attend", *pointers, *numbers)
+        return out
+
+
+_reason: list[str] = []
+
+
+@cache
+def row_kernels() -> RowKernels | None:
+    """Return the compiled functions, or ``None`` where they cannot be had; `unsupported_reason` then says why."""
+    try:
+        return RowKernels()
+    except Unavailable as error:
+        _reason[:] = [str(error)]
+        logger.debug("Rows are multiplied by PyTorch: %s", error)
+        return None
+
+
+def unsupported_reason() -> str | None:
+    """Return why there are no compiled functions here, in a few words; ``None`` where there are."""
+    if turned_off():
+        return f"{SWITCH} turns it off"
+    return None if row_kernels() is not None else _reason[0]

@@ -1,0 +1,98 @@
+"""The weights of a layer's experts as decoding kernels read them, and the plain forms of those kernels.
+
+A dense MLP is a layer with shared experts alone.
+
+Shape suffixes: B rows, H hidden size, E routed experts, K experts of a row, I intermediate size of a routed expert, S
+that of the shared experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The weights of a layer; either part may be missing, but not both.
+
+    Fields:
+        gate_up: [E, 2I, H], gate rows first.
+        down: [E, H, I].
+        shared_gate: [S, H].
+        shared_up: [S, H].
+        shared_down: [H, S].
+    """
+
+    gate_up: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+    shared_gate: torch.Tensor | None = None
+    shared_up: torch.Tensor | None = None
+    shared_down: torch.Tensor | None = None
+
+    @property
+    def any(self) -> torch.Tensor:
+        """Some weight: kernels take it in place of a missing one, which they never read."""
+        some = self.shared_gate if self.gate_up is None else self.gate_up
+        if some is None:
+            raise ValueError("A layer needs routed or shared experts.")
+        return some
+
+    @property
+    def num_experts(self) -> int:
+        """Number of routed experts."""
+        return 0 if self.gate_up is None else self.gate_up.shape[0]
+
+    @property
+    def intermediate_size(self) -> int:
+        """Intermediate size of a routed expert."""
+        return 0 if self.down is None else self.down.shape[2]
+
+    @property
+    def shared_intermediate_size(self) -> int:
+        """Intermediate size of the shared experts."""
+        return 0 if self.shared_gate is None else self.shared_gate.shape[0]
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for weights that are not contiguous."""
+        parts = (self.gate_up, self.down, self.shared_gate, self.shared_up, self.shared_down)
+        if any_gap := [list(part.shape) for part in parts if part is not None and not part.is_contiguous()]:
+            raise ValueError(f"The kernels need contiguous weights; these are not: {any_gap}.")
+
+
+def gate_up_plain(
+    x_BH: torch.Tensor, weights: ExpertWeights, topk_ids_BK: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return silu(gate) * up of the routed experts, [B, K, I], and of the shared ones, [B, S]."""
+    routed = shared = None
+    if weights.gate_up is not None and topk_ids_BK is not None:
+        gate, up = torch.einsum("bh,bkih->bki", x_BH, weights.gate_up[topk_ids_BK.long()]).chunk(2, dim=-1)
+        routed = F.silu(gate) * up
+    if weights.shared_gate is not None and weights.shared_up is not None:
+        shared = F.silu(F.linear(x_BH, weights.shared_gate)) * F.linear(x_BH, weights.shared_up)
+    return routed, shared
+
+
+def down_plain(
+    routed_BKI: torch.Tensor | None,
+    shared_BS: torch.Tensor | None,
+    weights: ExpertWeights,
+    topk_ids_BK: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the outputs of the routed experts, [B, K, H], unweighted, and of the shared ones, [B, H]."""
+    routed = shared = None
+    if routed_BKI is not None and weights.down is not None and topk_ids_BK is not None:
+        routed = torch.einsum("bki,bkhi->bkh", routed_BKI, weights.down[topk_ids_BK.long()])
+    if shared_BS is not None and weights.shared_down is not None:
+        shared = F.linear(shared_BS, weights.shared_down)
+    return routed, shared
+
+
+@triton.jit
+def silu_mul(gate: tl.tensor, up: tl.tensor) -> tl.tensor:
+    """Return silu(gate) * up, in float32."""
+    return gate / (1.0 + tl.exp(-gate)) * up

@@ -1,0 +1,274 @@
+"""Routed and shared experts of a small batch (GEMM with 2 to 64 rows), without gathering their weights.
+
+Every program finds the rows of its expert by itself and streams its part of a weight where it lies; the shared experts
+run in the same launch.
+
+Shape suffixes: B rows, H hidden size, E routed experts, K experts of a row, I intermediate size of a routed expert, S
+that of the shared experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import check_rows, dot, grid_wait, launch_dependents, power_of_two
+from .decode_experts import ExpertWeights, silu_mul
+
+
+@triton.jit
+def rows_of_expert(
+    ids_ptr: tl.tensor,
+    expert: tl.tensor,
+    block: tl.tensor,
+    rows: tl.tensor,
+    TOP_K: tl.constexpr,
+    TOP_K_PAD: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+) -> tl.tensor:
+    """Return which rows selected an expert, the slot in which each has it, and how many there are in this block.
+
+    Each program sorts out its own rows: it counts, for every row that has the expert, how many stand before it, and
+    takes those numbered ``block`` * BLOCK_B and on. No sorting pass runs before, and no other program is waited for.
+    """
+    b = tl.arange(0, ROWS_PAD)
+    k = tl.arange(0, TOP_K_PAD)
+    held = (b < rows)[:, None] & (k < TOP_K)[None, :]
+    same = tl.load(ids_ptr + b[:, None] * TOP_K + k[None, :], mask=held, other=-1) == expert
+    has = tl.sum(same.to(tl.int32), axis=1) > 0
+    slot = tl.sum(tl.where(same, k[None, :], 0), axis=1)
+    before = tl.sum((has[None, :] & (b[None, :] < b[:, None])).to(tl.int32), axis=1)
+    wanted = block * BLOCK_B + tl.arange(0, BLOCK_B)
+    taken = has[None, :] & (before[None, :] == wanted[:, None])
+    row = tl.sum(tl.where(taken, b[None, :], 0), axis=1)
+    row_slot = tl.sum(tl.where(taken, slot[None, :], 0), axis=1)
+    count = tl.sum(has.to(tl.int32), axis=0) - block * BLOCK_B
+    return row, row_slot, count
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _gate_up_gemm_kernel(
+    x_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    gate_up_ptr: tl.tensor,
+    shared_gate_ptr: tl.tensor,
+    shared_up_ptr: tl.tensor,
+    routed_ptr: tl.tensor,
+    shared_ptr: tl.tensor,
+    rows: tl.tensor,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    S: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_PAD: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL_LAUNCH: tl.constexpr = False,
+) -> None:
+    program = tl.program_id(0) // ROW_BLOCKS
+    row_block = tl.program_id(0) % ROW_BLOCKS
+    shared_blocks: tl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
+    blocks: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    routed = program >= shared_blocks
+    row = row_block * BLOCK_B + tl.arange(0, BLOCK_B)
+    count = rows - row_block * BLOCK_B
+    size = tl.where(routed, I, S)
+    block = program
+    gate_ptr = shared_gate_ptr
+    up_ptr = shared_up_ptr
+    out_ptr = shared_ptr
+    place = row
+    if TOP_K > 0:
+        if routed:
+            expert = (program - shared_blocks) // blocks
+            block = (program - shared_blocks) % blocks
+            row, slot, count = rows_of_expert(ids_ptr, expert, row_block, rows, TOP_K, TOP_K_PAD, ROWS_PAD, BLOCK_B)
+            place = row * TOP_K + slot
+            gate_ptr = gate_up_ptr + expert.to(tl.int64) * (2 * I * H)
+            up_ptr = gate_ptr + I * H
+            out_ptr = routed_ptr
+    if count > 0:
+        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        present = tl.arange(0, BLOCK_B) < count
+        gate = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+        for start in tl.range(0, H, BLOCK_H, num_stages=STAGES):
+            h = start + tl.arange(0, BLOCK_H)
+            offsets = n[:, None] * H + h[None, :]
+            mask = (n < size)[:, None] & (h < H)[None, :]
+            gate_weight = tl.load(gate_ptr + offsets, mask=mask, other=0.0)
+            up_weight = tl.load(up_ptr + offsets, mask=mask, other=0.0)
+            x = tl.load(x_ptr + row[None, :] * H + h[:, None], mask=present[None, :] & (h < H)[:, None], other=0.0)
+            gate = dot(gate_weight, x, gate)
+            up = dot(up_weight, x, up)
+        launch_dependents(PDL_LAUNCH)  # not before: programs of the next kernel would take the place of these
+        dtype = x_ptr.dtype.element_ty
+        out = silu_mul(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32))
+        tl.store(
+            out_ptr + place[None, :] * size + n[:, None],
+            out.to(out_ptr.dtype.element_ty),
+            mask=present[None, :] & (n < size)[:, None],
+        )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _down_gemm_kernel(
+    routed_intermediate_ptr: tl.tensor,
+    shared_intermediate_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    down_ptr: tl.tensor,
+    shared_down_ptr: tl.tensor,
+    routed_ptr: tl.tensor,
+    shared_ptr: tl.tensor,
+    rows: tl.tensor,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    S: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_PAD: tl.constexpr,
+    ROWS_PAD: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr = False,
+) -> None:
+    program = tl.program_id(0) // ROW_BLOCKS
+    row_block = tl.program_id(0) % ROW_BLOCKS
+    blocks: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    shared_blocks: tl.constexpr = blocks if S > 0 else 0
+    routed = program >= shared_blocks
+    row = row_block * BLOCK_B + tl.arange(0, BLOCK_B)
+    count = rows - row_block * BLOCK_B
+    size = tl.where(routed, I, S)
+    in_ptr = shared_intermediate_ptr
+    matrix = shared_down_ptr
+    out_ptr = shared_ptr
+    place = row
+    if TOP_K > 0:
+        if routed:
+            expert = (program - shared_blocks) // blocks
+            row, slot, count = rows_of_expert(ids_ptr, expert, row_block, rows, TOP_K, TOP_K_PAD, ROWS_PAD, BLOCK_B)
+            place = row * TOP_K + slot
+            in_ptr = routed_intermediate_ptr
+            matrix = down_ptr + expert.to(tl.int64) * (H * I)
+            out_ptr = routed_ptr
+    grid_wait(PDL)  # the ids are older: the kernel before this one starts when all before it have ended
+    if count > 0:
+        n = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+        present = tl.arange(0, BLOCK_B) < count
+        total = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+        for start in tl.range(0, size, BLOCK_I, num_stages=STAGES):
+            i = start + tl.arange(0, BLOCK_I)
+            mask = (n < H)[:, None] & (i < size)[None, :]
+            weight = tl.load(matrix + n[:, None] * size + i[None, :], mask=mask, other=0.0)
+            x_mask = present[None, :] & (i < size)[:, None]
+            x = tl.load(in_ptr + place[None, :] * size + i[:, None], mask=x_mask, other=0.0)
+            total = dot(weight, x, total)
+        tl.store(
+            out_ptr + place[None, :] * H + n[:, None],
+            total.to(out_ptr.dtype.element_ty),
+            mask=present[None, :] & (n < H)[:, None],
+        )
+
+
+def row_blocks(rows: int, top_k: int) -> dict[str, int]:
+    """Return the blocks of rows of the GEMM kernels: of 16, launched for the most there can be."""
+    return {
+        "TOP_K": top_k,
+        "TOP_K_PAD": power_of_two(top_k, 2),
+        "ROWS_PAD": power_of_two(rows, 16),
+        "BLOCK_B": 16,
+        "ROW_BLOCKS": triton.cdiv(rows, 16),
+    }
+
+
+def is_narrow(rows: int, hidden: int) -> bool:
+    """Whether the GEMMs are of tiny's width or less, where other blocks were faster (gpu_tune.py)."""
+    return rows <= 16 and hidden <= 1280
+
+
+def gate_up_gemm(
+    x_BH: torch.Tensor,
+    weights: ExpertWeights,
+    routed_BKI: torch.Tensor | None,
+    shared_BS: torch.Tensor | None,
+    topk_ids_BK: torch.Tensor | None = None,
+    **blocks: Any,
+) -> None:
+    """Write `gate_up_plain` of contiguous, normed rows; ids are int32, and an id of -1 stands for no expert."""
+    check_rows(x_BH)
+    weights.check()
+    rows, hidden = x_BH.shape
+    some = weights.any
+    stages = 3 if is_narrow(rows, hidden) else 4
+    sizes = {"BLOCK_N": 64, "BLOCK_H": min(power_of_two(hidden, 16), 64), "STAGES": stages, "num_warps": 4, **blocks}
+    sizes["BLOCK_N"] = min(
+        sizes["BLOCK_N"], power_of_two(max(weights.intermediate_size, weights.shared_intermediate_size), 16)
+    )
+    cut = row_blocks(rows, 0 if topk_ids_BK is None else topk_ids_BK.shape[1])
+    programs = triton.cdiv(weights.shared_intermediate_size, sizes["BLOCK_N"])
+    programs += weights.num_experts * triton.cdiv(weights.intermediate_size, sizes["BLOCK_N"])
+    _gate_up_gemm_kernel[(programs * cut["ROW_BLOCKS"],)](
+        x_BH,
+        x_BH if topk_ids_BK is None else topk_ids_BK,
+        some if weights.gate_up is None else weights.gate_up,
+        some if weights.shared_gate is None else weights.shared_gate,
+        some if weights.shared_up is None else weights.shared_up,
+        x_BH if routed_BKI is None else routed_BKI,
+        x_BH if shared_BS is None else shared_BS,
+        rows,
+        H=hidden,
+        I=weights.intermediate_size,
+        S=weights.shared_intermediate_size,
+        **cut,
+        **sizes,
+    )
+
+
+def down_gemm(
+    routed_BKI: torch.Tensor | None,
+    shared_BS: torch.Tensor | None,
+    weights: ExpertWeights,
+    routed_BKH: torch.Tensor | None,
+    shared_BH: torch.Tensor | None,
+    topk_ids_BK: torch.Tensor | None = None,
+    **blocks: Any,
+) -> None:
+    """Write `down_plain` of contiguous rows; ids are int32, and an id of -1 stands for no expert."""
+    weights.check()
+    out = shared_BH if routed_BKH is None else routed_BKH
+    if out is None:
+        raise ValueError("A layer needs routed or shared experts.")
+    some, rows, hidden = weights.any, out.shape[0], out.shape[-1]
+    widest = power_of_two(max(weights.intermediate_size, weights.shared_intermediate_size), 16)
+    cut_by = {"BLOCK_I": 128, "STAGES": 3} if is_narrow(rows, hidden) else {"BLOCK_I": 64, "STAGES": 4}
+    sizes = {"BLOCK_N": 64, "num_warps": 4, **cut_by, **blocks}
+    sizes["BLOCK_I"] = min(sizes["BLOCK_I"], widest)
+    sizes["BLOCK_N"] = min(sizes["BLOCK_N"], power_of_two(hidden, 16))
+    cut = row_blocks(rows, 0 if topk_ids_BK is None else topk_ids_BK.shape[1])
+    programs = (weights.num_experts + (weights.shared_intermediate_size > 0)) * triton.cdiv(hidden, sizes["BLOCK_N"])
+    _down_gemm_kernel[(programs * cut["ROW_BLOCKS"],)](
+        out if routed_BKI is None else routed_BKI,
+        out if shared_BS is None else shared_BS,
+        out if topk_ids_BK is None else topk_ids_BK,
+        some if weights.down is None else weights.down,
+        some if weights.shared_down is None else weights.shared_down,
+        out if routed_BKH is None else routed_BKH,
+        out if shared_BH is None else shared_BH,
+        rows,
+        H=hidden,
+        I=weights.intermediate_size,
+        S=weights.shared_intermediate_size,
+        **cut,
+        **sizes,
+    )

@@ -1,0 +1,221 @@
+"""Routed and shared experts of one row (GEMV), without gathering their weights.
+
+Every program reads the ids of the selected experts from device memory and streams its part of a weight where it lies;
+the shared experts run in the same launch.
+
+Shape suffixes: H hidden size, K experts of the row, I intermediate size of a routed expert, S that of the shared
+experts, N = K * I + S.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import check_rows, grid_wait, launch_dependents, load_row, load_rows, multiprocessors, power_of_two
+from .decode_experts import ExpertWeights, silu_mul
+
+
+@triton.jit
+def _gate_up_gemv_kernel(
+    x_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    gate_up_ptr: tl.tensor,
+    shared_gate_ptr: tl.tensor,
+    shared_up_ptr: tl.tensor,
+    intermediate_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    eps: tl.tensor,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    S: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr = False,
+) -> None:
+    launch_dependents(PDL)
+    program = tl.program_id(0)
+    shared_blocks: tl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
+    blocks: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    gate_ptr = shared_gate_ptr
+    up_ptr = shared_up_ptr
+    routed = program >= shared_blocks
+    block = program
+    shift = TOP_K * I
+    norms = load_row(norm_ptr, H, BLOCK_H)
+    size = tl.where(routed, I, S)
+    if TOP_K > 0:
+        if routed:
+            grid_wait(PDL)
+            slot = (program - shared_blocks) // blocks
+            block = (program - shared_blocks) % blocks
+            shift = slot * I
+            gate_ptr = gate_up_ptr + tl.load(ids_ptr + slot).to(tl.int64) * (2 * I * H)
+            up_ptr = gate_ptr + I * H
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    # The shared experts come first, and their weights are on the way before the row and the choice are waited for.
+    gates = load_rows(gate_ptr, rows, size, H, H, BLOCK_H)
+    ups = load_rows(up_ptr, rows, size, H, H, BLOCK_H)
+    grid_wait(PDL)
+    gate = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+    squares = tl.zeros([BLOCK_H], tl.float32)
+    for part in tl.static_range((H + BLOCK_H - 1) // BLOCK_H):
+        h = part * BLOCK_H + tl.arange(0, BLOCK_H)
+        held = h < H
+        x = tl.load(x_ptr + h, mask=held, other=0.0).to(tl.float32)
+        squares += x * x
+        x *= norms[part].to(tl.float32)
+        gate += gates[part].to(tl.float32) * x[None, :]
+        up += ups[part].to(tl.float32) * x[None, :]
+    inverse = tl.rsqrt(tl.sum(squares, axis=0) / H + eps)
+    out = silu_mul(tl.sum(gate, axis=1) * inverse, tl.sum(up, axis=1) * inverse)
+    tl.store(intermediate_ptr + shift + rows, out.to(intermediate_ptr.dtype.element_ty), mask=rows < size)
+
+
+def gate_up_gemv(
+    x_H: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    weights: ExpertWeights,
+    intermediate_N: torch.Tensor,
+    topk_ids_K: torch.Tensor | None = None,
+    **blocks: Any,
+) -> None:
+    """Norm one row, and write silu(gate) * up of its experts.
+
+    Args:
+        x_H: the row, before its norm, which is folded into the products.
+        norm_H: the norm's weight.
+        eps: the norm's epsilon.
+        weights: of the experts.
+        intermediate_N: K * I numbers of the routed experts, in the order of their ids, then S of the shared ones.
+        topk_ids_K: the selected experts, int32; with routed experts only.
+        blocks: block sizes instead of the usual ones, and options of the launch (`pdl_options`).
+    """
+    check_rows(x_H, norm_H, intermediate_N)
+    weights.check()
+    hidden, some = x_H.shape[-1], weights.any
+    top_k = 0 if topk_ids_K is None else topk_ids_K.shape[-1]
+    # Measured on an H200 (benchmarks/gpu_tune.py): long rows want few of them in a program, and wide loads.
+    block_n, block_h = (2, 1024) if hidden >= 2048 else (4, 512)
+    sizes = {"BLOCK_N": block_n, "BLOCK_H": min(power_of_two(hidden, 16), block_h), "num_warps": 4, **blocks}
+    routed_blocks = top_k * triton.cdiv(weights.intermediate_size, sizes["BLOCK_N"])
+    _gate_up_gemv_kernel[(triton.cdiv(weights.shared_intermediate_size, sizes["BLOCK_N"]) + routed_blocks,)](
+        x_H,
+        norm_H,
+        some if weights.gate_up is None else weights.gate_up,
+        some if weights.shared_gate is None else weights.shared_gate,
+        some if weights.shared_up is None else weights.shared_up,
+        intermediate_N,
+        intermediate_N if topk_ids_K is None else topk_ids_K,
+        eps,
+        H=hidden,
+        I=weights.intermediate_size,
+        S=weights.shared_intermediate_size,
+        TOP_K=top_k,
+        **sizes,
+    )
+
+
+@triton.jit
+def _down_gemv_kernel(
+    intermediate_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    down_ptr: tl.tensor,
+    shared_down_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    S: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr = False,
+) -> None:
+    launch_dependents(PDL)
+    rows = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    held_rows = (rows < H)[:, None]
+    step = tl.arange(0, BLOCK_I)
+    total = tl.zeros([BLOCK_H, BLOCK_I], tl.float32)
+    # The shared experts come first: their weights, up to some registers full, are on the way before the wait.
+    ahead: tl.constexpr = min(S, AHEAD * BLOCK_I)
+    parts = load_rows(shared_down_ptr, rows, H, S, ahead, BLOCK_I)
+    grid_wait(PDL)
+    for part in tl.static_range((ahead + BLOCK_I - 1) // BLOCK_I):
+        s = part * BLOCK_I + step
+        inner = tl.load(intermediate_ptr + TOP_K * I + s, mask=s < S, other=0.0).to(tl.float32)
+        total += parts[part].to(tl.float32) * inner[None, :]
+    for start in tl.static_range(AHEAD * BLOCK_I, S, BLOCK_I):
+        s = start + step
+        offsets = rows[:, None] * S + s[None, :]
+        mask = held_rows & (s < S)[None, :]
+        weight = tl.load(shared_down_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+        inner = tl.load(intermediate_ptr + TOP_K * I + s, mask=s < S, other=0.0).to(tl.float32)
+        total += weight.to(tl.float32) * inner[None, :]
+    for slot in tl.static_range(TOP_K):
+        matrix = down_ptr + tl.load(ids_ptr + slot).to(tl.int64) * (H * I)
+        topk_weight = tl.load(weights_ptr + slot)
+        for start in tl.static_range(0, I, BLOCK_I):
+            i = start + step
+            offsets = rows[:, None] * I + i[None, :]
+            mask = held_rows & (i < I)[None, :]
+            weight = tl.load(matrix + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+            inner = tl.load(intermediate_ptr + slot * I + i, mask=i < I, other=0.0).to(tl.float32) * topk_weight
+            total += weight.to(tl.float32) * inner[None, :]
+    out = tl.sum(total, axis=1) + tl.load(residual_ptr + rows, mask=rows < H, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty), mask=rows < H)
+
+
+def down_gemv(
+    intermediate_N: torch.Tensor,
+    weights: ExpertWeights,
+    residual_H: torch.Tensor,
+    out_H: torch.Tensor,
+    topk_ids_K: torch.Tensor | None = None,
+    topk_weights_K: torch.Tensor | None = None,
+    **blocks: Any,
+) -> None:
+    """Write residual + weighted sum of one row's experts + its shared experts, all summed in float32.
+
+    Args:
+        intermediate_N: as `gate_up_gemv` wrote it.
+        weights: of the experts.
+        residual_H: what the sum is added to.
+        out_H: may be the residual itself.
+        topk_ids_K: the selected experts, int32; with routed experts only.
+        topk_weights_K: their weights, float32.
+        blocks: block sizes instead of the usual ones, and options of the launch (`pdl_options`).
+    """
+    check_rows(intermediate_N, residual_H, out_H)
+    weights.check()
+    hidden, some = out_H.shape[-1], weights.any
+    widest = power_of_two(max(weights.intermediate_size, weights.shared_intermediate_size), 16)
+    # Measured on an H200 (benchmarks/gpu_tune.py), where 64 registers a thread let 8 programs of four warps run on a
+    # multiprocessor at once, or twice as many of two. Rows of small's width just fit as the former, and wide loads are
+    # faster then.
+    cut = {"BLOCK_H": 2, "BLOCK_I": min(widest, 512), "AHEAD": 6, "num_warps": 2}
+    if 2048 <= hidden <= 2 * 8 * multiprocessors(out_H.device):
+        cut = {"BLOCK_H": 2, "BLOCK_I": min(widest, 1024), "AHEAD": 3, "num_warps": 4}
+    sizes = {**cut, **blocks}
+    _down_gemv_kernel[(triton.cdiv(hidden, sizes["BLOCK_H"]),)](
+        intermediate_N,
+        intermediate_N if topk_ids_K is None else topk_ids_K,
+        intermediate_N if topk_weights_K is None else topk_weights_K,
+        some if weights.down is None else weights.down,
+        some if weights.shared_down is None else weights.shared_down,
+        residual_H,
+        out_H,
+        H=hidden,
+        I=weights.intermediate_size,
+        S=weights.shared_intermediate_size,
+        TOP_K=0 if topk_ids_K is None else topk_ids_K.shape[-1],
+        **sizes,
+    )

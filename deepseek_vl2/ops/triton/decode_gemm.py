@@ -1,0 +1,169 @@
+"""Linear layers of a small batch (GEMM with 2 to 64 rows), bound by reading the weights.
+
+Shape suffixes: B rows, K inputs, N outputs, G groups with weights of their own (attention heads).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import check_rows, dot, grid_wait, launch_dependents, multiprocessors, power_of_two
+from .decode_gemv import MAX_WEIGHTS
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _gemm_kernel(
+    x_ptr: tl.tensor,
+    first_ptr: tl.tensor,
+    second_ptr: tl.tensor,
+    third_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    rows: tl.tensor,
+    x_row: tl.tensor,
+    x_group: tl.tensor,
+    out_row: tl.tensor,
+    out_group: tl.tensor,
+    w_group: tl.tensor,
+    W_N: tl.constexpr,
+    W_K: tl.constexpr,
+    N1: tl.constexpr,
+    N2: tl.constexpr,
+    N3: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    STAGES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    PDL: tl.constexpr = False,
+) -> None:
+    launch_dependents(PDL)
+    grid_wait(PDL)
+    program = tl.program_id(0)
+    group = tl.program_id(1).to(tl.int64)
+    blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
+    blocks2: tl.constexpr = (N2 + BLOCK_N - 1) // BLOCK_N
+    in_second = program >= blocks1
+    in_third = program >= blocks1 + blocks2
+    matrix = first_ptr + group * w_group
+    if in_third:
+        matrix = third_ptr
+    elif in_second:
+        matrix = second_ptr
+    block = program - tl.where(in_third, blocks1 + blocks2, tl.where(in_second, blocks1, 0))
+    size = tl.where(in_third, N3, tl.where(in_second, N2, N1))
+    shift = tl.where(in_third, N1 + N2, tl.where(in_second, N1, 0))
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    b = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
+    # The weight stands on the left: its many rows fill the matrix unit, and the few tokens are its narrow side.
+    total = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        weight_offsets = n.to(tl.int64)[:, None] * W_N + k[None, :] * W_K
+        weight = tl.load(matrix + weight_offsets, mask=(n < size)[:, None] & (k < K)[None, :], other=0.0)
+        x_offsets = group * x_group + b[None, :] * x_row + k[:, None]
+        x = tl.load(x_ptr + x_offsets, mask=(b < rows)[None, :] & (k < K)[:, None], other=0.0)
+        total = dot(weight, x, total)
+    if ROUNDED:
+        total = total.to(x_ptr.dtype.element_ty).to(tl.float32)
+    held = (n < size)[:, None] & (b < rows)[None, :]
+    offsets = group * out_group + b[None, :] * out_row + shift + n[:, None]
+    if RESIDUAL:
+        total += tl.load(residual_ptr + offsets, mask=held, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=held)
+
+
+def gemm_blocks(rows: int, outputs: int, inputs: int, programs: int) -> dict[str, int]:
+    """Return the block sizes of a GEMM: enough programs for that many multiprocessors, 64 rows at most."""
+    block_n = 64 if outputs >= 64 * programs else 32 if outputs > 1280 or rows > 16 else 16
+    return {
+        "BLOCK_N": min(block_n, power_of_two(outputs, 16)),
+        "BLOCK_K": min(power_of_two(inputs, 16), 128),
+        "BLOCK_B": min(power_of_two(rows, 16), 64),
+        "STAGES": 4,
+        "num_warps": 4,
+    }
+
+
+def linear_gemm(
+    x_BK: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    out_BN: torch.Tensor,
+    residual_BN: torch.Tensor | None = None,
+    rounded: bool = False,
+    **blocks: Any,
+) -> None:
+    """Write the outputs of one to three linear layers side by side, plus a residual.
+
+    Args:
+        x_BK: the rows.
+        weights: matrices [N_i, K], contiguous.
+        out_BN: of any floating dtype; may be the residual itself.
+        residual_BN: added to the result; laid out like ``out_BN``.
+        rounded: round the product to the dtype of ``x_BK`` although ``out_BN`` is wider.
+        blocks: block sizes instead of those of `gemm_blocks`.
+    """
+    if not 1 <= len(weights) <= MAX_WEIGHTS:
+        raise ValueError(f"linear_gemm takes one to {MAX_WEIGHTS} weights, got {len(weights)}.")
+    check_rows(*weights)
+    if residual_BN is not None and residual_BN.stride() != out_BN.stride():
+        raise ValueError("linear_gemm needs a residual laid out like its output.")
+    grouped = [weight.unsqueeze(0) for weight in weights]
+    residual = None if residual_BN is None else residual_BN.unsqueeze(1)
+    _launch_gemm(x_BK.unsqueeze(1), grouped, out_BN.unsqueeze(1), residual, rounded, blocks)
+
+
+def batched_gemm(x_BGK: torch.Tensor, weight_GNK: torch.Tensor, out_BGN: torch.Tensor, **blocks: Any) -> None:
+    """Write the batched products of rows with a matrix for each group (head), [B, G, N].
+
+    Args:
+        x_BGK: rows of any strides but the last.
+        weight_GNK: of any strides: a transposed view will do.
+        out_BGN: of any strides but the last.
+        blocks: block sizes instead of those of `gemm_blocks`.
+    """
+    _launch_gemm(x_BGK, [weight_GNK], out_BGN, None, False, blocks)
+
+
+def _launch_gemm(
+    x_BGK: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    out_BGN: torch.Tensor,
+    residual_BGN: torch.Tensor | None,
+    rounded: bool,
+    blocks: dict[str, Any],
+) -> None:
+    check_rows(x_BGK, out_BGN)
+    rows, groups, inputs = x_BGK.shape
+    outputs = [weight.shape[1] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
+    first, second, third = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
+    sizes = {**gemm_blocks(rows, groups * sum(outputs), inputs, multiprocessors(x_BGK.device)), **blocks}
+    programs = sum(triton.cdiv(size, sizes["BLOCK_N"]) for size in outputs)
+    _gemm_kernel[(programs, groups, triton.cdiv(rows, sizes["BLOCK_B"]))](
+        x_BGK,
+        first,
+        second,
+        third,
+        x_BGK if residual_BGN is None else residual_BGN,
+        out_BGN,
+        rows,
+        x_BGK.stride(0),
+        x_BGK.stride(1),
+        out_BGN.stride(0),
+        out_BGN.stride(1),
+        first.stride(0),
+        first.stride(1),
+        first.stride(2),
+        *outputs,
+        K=inputs,
+        RESIDUAL=residual_BGN is not None,
+        ROUNDED=rounded,
+        **sizes,
+    )

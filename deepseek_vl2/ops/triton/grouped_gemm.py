@@ -1,0 +1,161 @@
+"""Grouped GEMM: routed tokens times the weights of their experts, by TMA descriptors (compute capability 9).
+
+Routed tokens are sorted by expert. A program takes up to 128 of one expert and 128 or 256 columns;
+programs that share weights start one after the other, so that memory is read once. An expert has some 130
+of a usual prompt; PyTorch's grouped product, which runs elsewhere, is made for more of them.
+
+The plain form is `torch.nn.functional.grouped_mm`, and between the two products silu(gate) * up.
+
+Shape suffixes: P routed tokens, E experts, H hidden size, I intermediate size, J = 2 * I.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import INTERPRETED, check_rows, dot, power_of_two, rounded
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # releases of Triton that have none
+    TensorDescriptor = None
+
+BLOCK_K = 64
+
+
+def is_supported(weights: torch.Tensor, hidden: int, inner: int) -> bool:
+    """Whether the kernels are for weights on this device, of these sizes."""
+    if TensorDescriptor is None or hidden % 128 or inner % 128:
+        return False
+    if weights.device.type != "cuda":
+        return INTERPRETED.value
+    return torch.version.hip is None and torch.cuda.get_device_capability(weights.device)[0] == 9
+
+
+@triton.jit
+def _find_tile(
+    ends_ptr: tl.tensor,
+    number: tl.tensor,
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """Return a program's expert, block of columns, first row and the row behind its last one; no rows: none is left.
+
+    Programs of one expert and one block of columns are neighbours.
+    """
+    e = tl.arange(0, E_PAD)
+    end = tl.load(ends_ptr + e, mask=e < E, other=0)
+    start = tl.load(ends_ptr + e - 1, mask=(e > 0) & (e < E), other=0)
+    tiles = (end - start + BLOCK - 1) // BLOCK
+    expert = tl.sum((tl.cumsum(tiles, axis=0) * COLUMNS <= number).to(tl.int32), axis=0)
+    own = e == expert
+    local = number - tl.sum(tl.where(e < expert, tiles, 0), axis=0) * COLUMNS
+    count = tl.maximum(tl.sum(tl.where(own, tiles, 0), axis=0), 1)
+    first = tl.sum(tl.where(own, start, 0), axis=0) + local % count * BLOCK
+    return expert, local // count, first, tl.sum(tl.where(own, end, 0), axis=0)
+
+
+@triton.jit
+def _gate_up_kernel(
+    rows_desc: tl.tensor,
+    weights_desc: tl.tensor,
+    ends_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    expert, column, first, end = _find_tile(ends_ptr, tl.program_id(0), E, E_PAD, I // BLOCK_N, BLOCK_P)
+    if first < end:
+        dtype = out_ptr.dtype.element_ty
+        gate = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+        up = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+        line = expert * 2 * I + column * BLOCK_N
+        for k in range(0, H, BLOCK_K):
+            rows = rows_desc.load([first, k])
+            gate = dot(rows, weights_desc.load([line, k]).T, gate)
+            up = dot(rows, weights_desc.load([line + I, k]).T, up)
+        gate = rounded(gate, dtype)
+        inner = rounded(gate / (1.0 + tl.exp(-gate)), dtype) * rounded(up, dtype)
+        p = first + tl.arange(0, BLOCK_P)
+        i = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        tl.store(out_ptr + p.to(tl.int64)[:, None] * I + i[None, :], inner.to(dtype), mask=(p < end)[:, None])
+
+
+@triton.jit
+def _down_kernel(
+    rows_desc: tl.tensor,
+    weights_desc: tl.tensor,
+    ends_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    E: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    expert, column, first, end = _find_tile(ends_ptr, tl.program_id(0), E, E_PAD, H // BLOCK_N, BLOCK_P)
+    if first < end:
+        total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+        line = expert * H + column * BLOCK_N
+        for k in range(0, I, BLOCK_K):
+            total = dot(rows_desc.load([first, k]), weights_desc.load([line, k]).T, total)
+        p = first + tl.arange(0, BLOCK_P)
+        h = column * BLOCK_N + tl.arange(0, BLOCK_N)
+        out = total.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + p.to(tl.int64)[:, None] * H + h[None, :], out, mask=(p < end)[:, None])
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    rows: torch.Tensor,
+    weights_EML: torch.Tensor,
+    ends_E: torch.Tensor,
+    out: torch.Tensor,
+    hidden: int,
+    inner: int,
+    block_n: int,
+) -> None:
+    check_rows(rows, weights_EML)
+    (experts, _, width), routed_tokens, columns = weights_EML.shape, len(rows), out.shape[1] // block_n
+    few = routed_tokens <= 64 * experts
+    block = 64 if few else 128
+    kernel[((experts + routed_tokens // block) * columns,)](
+        TensorDescriptor.from_tensor(rows, [block, BLOCK_K]),
+        TensorDescriptor.from_tensor(weights_EML.view(-1, width), [block_n, BLOCK_K]),
+        ends_E, out,
+        H=hidden, I=inner, E=experts, E_PAD=power_of_two(experts), BLOCK_P=block, BLOCK_N=block_n, BLOCK_K=BLOCK_K,
+        num_warps=4 if few else 8, num_stages=4,
+    )  # fmt: skip
+
+
+def grouped_gate_up(rows_PH: torch.Tensor, gate_up_EJH: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up of each routed token by its expert, [P, I], rounded where the model's modules round.
+
+    Args:
+        rows_PH: the routed tokens sorted by expert, contiguous; those behind the last expert's are not read.
+        gate_up_EJH: the experts' weights, I rows of gates and then I of ups, contiguous.
+        ends_E: the end of each expert's rows, int32.
+    """
+    hidden, inner = rows_PH.shape[1], gate_up_EJH.shape[1] // 2
+    out = rows_PH.new_empty(len(rows_PH), inner)
+    _launch(_gate_up_kernel, rows_PH, gate_up_EJH, ends_E, out, hidden, inner, 128)
+    return out
+
+
+def grouped_down(intermediate_PI: torch.Tensor, down_EHI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """Return each routed token's product with its expert's weights, [P, H]; see `grouped_gate_up`."""
+    hidden, inner = down_EHI.shape[1:]
+    out = intermediate_PI.new_empty(len(intermediate_PI), hidden)
+    _launch(_down_kernel, intermediate_PI, down_EHI, ends_E, out, hidden, inner, 128 if hidden % 256 else 256)
+    return out
