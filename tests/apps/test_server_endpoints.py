@@ -182,6 +182,12 @@ def test_version_and_ping_need_no_key(server: RunningServer) -> None:
         assert call(server, method, "/ping", Authorization="")[:2] == (200, {"status": "ok"})
 
 
+def test_a_refused_method_names_all_that_are_taken(server: RunningServer) -> None:
+    for path, methods in (("/ping", "GET, POST"), ("/v1/responses/x", "DELETE, GET"), ("/v1/responses", "POST")):
+        status, _, headers = call(server, "PUT", path)
+        assert status == 405 and headers["allow"] == methods
+
+
 def test_each_request_has_a_name(server: RunningServer, client: Any) -> None:
     seen = set()
     for method, path, status in (("GET", "/health", 200), ("GET", "/nowhere", 404), ("POST", "/v1/completions", 400)):
