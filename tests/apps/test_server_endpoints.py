@@ -188,6 +188,12 @@ def test_a_refused_method_names_all_that_are_taken(server: RunningServer) -> Non
         assert status == 405 and headers["allow"] == methods
 
 
+def test_another_model_is_told_before_anything_else(server: RunningServer) -> None:
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"):
+        status, answer, _ = call(server, "POST", path, {"model": "other", "unheard_of": 1})
+        assert status == 404 and answer["error"]["code"] == "model_not_found"
+
+
 def test_each_request_has_a_name(server: RunningServer, client: Any) -> None:
     seen = set()
     for method, path, status in (("GET", "/health", 200), ("GET", "/nowhere", 404), ("POST", "/v1/completions", 400)):
@@ -242,7 +248,6 @@ def test_system_messages_are_joined(client: Any) -> None:
 def test_a_literal_tag_of_an_image_is_text(
     client: Any, server: RunningServer, processor: DeepseekVLV2Processor
 ) -> None:
-    pytest.importorskip("deepseek_vl2.models.prompt_encoding")
     image = {"type": "image_url", "image_url": data_url(picture(60, 60))}
     parts = [image, {"type": "text", "text": "Is <image> a tag? Or <image_placeholder>?"}]
     messages = [
