@@ -13,6 +13,7 @@ from torch import nn
 from ..models.tiling import count_image_tokens
 from .image_cache import ImageCache
 from .request import Answer, PromptImages
+from .rows import upload
 
 
 def tokens_of_images(images: PromptImages) -> list[int]:
@@ -101,7 +102,7 @@ class Embedder:
             images, given = answer.prompt.images, answer.prompt.embeds_TH
             if answer in shown and images is not None:
                 embeds = self.embed(answer.prompt.ids)
-                positions = images.mask_T.nonzero()[:, 0].to(embeds.device, non_blocking=True)
+                positions = upload([images.positions()], embeds.device)[0]
                 embeds = embeds.index_copy(0, positions, torch.cat(by_prompt[id(images)]).to(embeds))
             elif given is not None:
                 embeds = given
@@ -115,11 +116,10 @@ class Embedder:
         images = answer.prompt.images
         return images is not None and bool(images.mask_T[answer.cached :].any())
 
-    def embed(self, ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the embeddings of ids, [T, H]."""
         weight = self.table.weight
-        device = weight.device if isinstance(weight, torch.Tensor) and weight.device.type != "meta" else None
-        if not isinstance(ids, torch.Tensor):
-            ids = torch.tensor(list(ids))
-        embeds: torch.Tensor = self.table(ids.to(device, non_blocking=True))
+        on_meta = not isinstance(weight, torch.Tensor) or weight.device.type == "meta"
+        ids = upload([list(ids)], torch.device("cpu") if on_meta else weight.device)[0]
+        embeds: torch.Tensor = self.table(ids)
         return embeds

@@ -25,7 +25,7 @@ from .image_cache import ImageCache
 from .kv_cache import SCRATCH, KVCache, layer_shapes
 from .placement import Placement, place
 from .request import Answer, Request
-from .rows import Rows
+from .rows import Rows, upload
 from .runner import Part, Runner
 from .sampler import Sampled, SamplingBatch, read_logprobs
 from .scheduler import EngineOptions, Scheduler
@@ -325,9 +325,9 @@ class Engine:
             return
         answers = [planned[index][0] for index in whole]
         if len(whole) < len(planned):
-            logits_NV = logits_NV[torch.tensor(whole, device=logits_NV.device)]
+            logits_NV = logits_NV[upload([whole], logits_NV.device)[0]]
         batch = SamplingBatch([answer.sampler for answer in answers], self.vocabulary, logits_NV.device)
-        positions = torch.tensor([answer.cached for answer in answers]).to(logits_NV.device, non_blocking=True)
+        positions = upload([[answer.cached for answer in answers]], logits_NV.device)[0]
         self._receive_for(batch, answers)
         sampled = batch.sample(logits_NV, positions)
         self.rows.join(answers, sampled.tokens_B)

@@ -39,6 +39,11 @@ class PromptImages:
     keys: list[bytes] | None = None
     encoded: Callable[[], torch.Tensor] | None = None
 
+    def positions(self) -> list[int]:
+        """Return which of the prompt's tokens are image tokens."""
+        found: list[int] = self.mask_T.nonzero()[:, 0].tolist()
+        return found
+
     def key(self, index: int) -> bytes | None:
         """Return an image's key, its tiling included."""
         if self.keys is None:
@@ -87,7 +92,7 @@ class Prompt:
             return []
         from .embedding import tokens_of_images  # which knows the model's geometry
 
-        places = self.images.mask_T.nonzero()[:, 0].tolist()
+        places = self.images.positions()
         spans, used = [], 0
         for index, count in enumerate(tokens_of_images(self.images)):
             key = self.images.key(index)

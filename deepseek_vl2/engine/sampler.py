@@ -165,7 +165,8 @@ class SamplingBatch:
         self._gather_counts(params)
 
     def _put(self, values: Any, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+        held = torch.tensor(values, dtype=dtype)
+        return held.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else held
 
     def _upload_sampled(self, params: list[SamplingParams]) -> None:
         chosen = [params[i] for i in self.sampled]

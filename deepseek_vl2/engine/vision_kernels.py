@@ -11,6 +11,7 @@ from typing import Any
 
 import timm.models.vision_transformer as timm_vit
 import torch
+from timm.layers import Mlp
 from torch import nn
 
 from ..models.siglip_vit import VisionTransformer
@@ -86,5 +87,21 @@ def encode(tower: Any, pixels_V3SS: torch.Tensor, pdl: dict[str, Any] | None = N
 
     for block, norm in zip(tower.blocks, following, strict=True):
         add_and_norm(block.attn(normed_VTC), block.norm2)
-        add_and_norm(block.mlp(normed_VTC), norm)
+        add_and_norm(run_mlp(block.mlp, normed_VTC), norm)
     return normed_VTC
+
+
+def run_mlp(mlp: Any, x_VTC: torch.Tensor) -> torch.Tensor:
+    """Return a block's MLP of [V, T, C]; on a GPU its tanh GELU is the end of the first product, not a pass of its own."""
+    out: torch.Tensor
+    if x_VTC.device.type != "cuda" or type(mlp) is not Mlp or not is_tanh_gelu(mlp.act):
+        out = mlp(x_VTC)
+        return out
+    wide = torch._addmm_activation(mlp.fc1.bias, x_VTC.flatten(0, 1), mlp.fc1.weight.mT, use_gelu=True)
+    out = mlp.fc2(wide).view_as(x_VTC)
+    return out
+
+
+def is_tanh_gelu(activation: nn.Module) -> bool:
+    """Whether an activation is the GELU that cuBLAS applies."""
+    return type(activation) is nn.GELU and activation.approximate == "tanh"

@@ -182,6 +182,18 @@ def test_version_and_ping_need_no_key(server: RunningServer) -> None:
         assert call(server, method, "/ping", Authorization="")[:2] == (200, {"status": "ok"})
 
 
+def test_a_refused_method_names_all_that_are_taken(server: RunningServer) -> None:
+    for path, methods in (("/ping", "GET, POST"), ("/v1/responses/x", "DELETE, GET"), ("/v1/responses", "POST")):
+        status, _, headers = call(server, "PUT", path)
+        assert status == 405 and headers["allow"] == methods
+
+
+def test_another_model_is_told_before_anything_else(server: RunningServer) -> None:
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"):
+        status, answer, _ = call(server, "POST", path, {"model": "other", "unheard_of": 1})
+        assert status == 404 and answer["error"]["code"] == "model_not_found"
+
+
 def test_each_request_has_a_name(server: RunningServer, client: Any) -> None:
     seen = set()
     for method, path, status in (("GET", "/health", 200), ("GET", "/nowhere", 404), ("POST", "/v1/completions", 400)):
@@ -221,8 +233,9 @@ def test_harmless_fields_are_taken(client: Any) -> None:
 
 
 def test_answers_are_cut_to_the_room_there_is(client: Any) -> None:
+    long = [{"role": "user", "content": "dog " * 560}]
     for field in ("max_tokens", "max_completion_tokens"):
-        answer = ask(client, **{"max_tokens": openai.omit, field: 10**9}, extra_body={"ignore_eos": True})
+        answer = ask(client, long, **{"max_tokens": openai.omit, field: 10**9}, extra_body={"ignore_eos": True})
         assert answer.choices[0].finish_reason == "length" and answer.usage.total_tokens == 600
 
 
@@ -235,7 +248,6 @@ def test_system_messages_are_joined(client: Any) -> None:
 def test_a_literal_tag_of_an_image_is_text(
     client: Any, server: RunningServer, processor: DeepseekVLV2Processor
 ) -> None:
-    pytest.importorskip("deepseek_vl2.models.prompt_encoding")
     image = {"type": "image_url", "image_url": data_url(picture(60, 60))}
     parts = [image, {"type": "text", "text": "Is <image> a tag? Or <image_placeholder>?"}]
     messages = [

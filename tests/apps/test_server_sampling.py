@@ -131,7 +131,7 @@ def test_a_grammar_may_end_an_answer_before_its_least_number_of_tokens(processor
 
 
 def test_no_row_looks_at_another() -> None:
-    logits = random_logits(6)
+    logits = random_logits(8)
     logits[4] *= 0.1
     options = [
         *(SamplingOptions(temperature=0), SamplingOptions(seed=1), SamplingOptions(seed=2, top_p=0.9)),

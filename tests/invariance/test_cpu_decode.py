@@ -6,11 +6,11 @@ import threading
 
 import pytest
 import torch
+from support import mini_language
 
 from deepseek_vl2.models.attention import eager_attention_forward, one_query_attention_forward
 from deepseek_vl2.models.moe import cpu_experts_forward, one_token_experts_forward
 from deepseek_vl2.utils.demo import LANGUAGE
-from support import mini_language
 
 # Float32 sums of some hundred products in another order.
 TOLERANCE = {"rtol": 0, "atol": 1e-5}

@@ -14,9 +14,10 @@ from support import MINI_VOCABULARY, mini_language
 
 pytest.importorskip("triton")
 
+from deepseek_vl2.engine.runtime import fill_caches
+
 from deepseek_vl2.engine import decode
 from deepseek_vl2.engine.decode import decode_step, experts_hit, new_buffers
-from deepseek_vl2.engine.runtime import fill_caches
 from deepseek_vl2.engine.weights import read_weights, rotary_tables, unsupported_model
 from deepseek_vl2.models.cache import new_cache
 from deepseek_vl2.models.moe import MoEGate

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from deepseek_vl2 import __version__
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
@@ -53,6 +54,12 @@ from .tokenizing import DetokenizeRequest, TokenizeRequest, TokenService
 logger = logging.getLogger(__name__)
 
 LAST_WORDS_SECONDS = 2.0
+
+
+def allowed_methods(app: FastAPI, path: str) -> list[str]:
+    """Return the methods that a path takes."""
+    routes = [route for route in app.routes if isinstance(route, Route) and route.path_regex.match(path)]
+    return sorted({method for route in routes for method in route.methods or ()})
 
 
 class Server:
@@ -145,6 +152,8 @@ class Server:
             assert isinstance(error, HTTPException)
             answer = error_response(ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path}"))
             answer.headers.update(error.headers or {})
+            if error.status_code == 405:  # the router names the methods of one route, and a path may have several
+                answer.headers["Allow"] = ", ".join(allowed_methods(app, request.url.path))
             return answer
 
         async def unforeseen(request: Request, error: Exception) -> JSONResponse:

@@ -6,7 +6,7 @@ from .answers import Answers
 from .errors import ApiError
 from .generation import Generator, job_of, sampling_params
 from .replies import Reply
-from .schemas import ChatRequest, parse_request
+from .schemas import ChatRequest
 from .structured import Grammar, format_schema, json_grammar, json_options, requested_grammar
 from .tools import ToolUse
 from .turns import conversation_turns
@@ -40,12 +40,12 @@ class ChatEndpoint:
         self.generator = generator
 
     def parse(self, body: bytes) -> ChatRequest:
-        """Read a request; errors as `parse_request`."""
-        return parse_request(body)
+        """Read a request; errors as `Generator.parse`."""
+        return self.generator.parse(body, ChatRequest)
 
     def check(self, request: ChatRequest) -> None:
         """Check a request; errors as `Generator.check`."""
-        self.generator.check(request, request.model, request.n)
+        self.generator.check(request, request.n)
 
     async def submit(self, request: ChatRequest, answers: Answers) -> Reply:
         """Prepare the prompt and hand the jobs to the engine.

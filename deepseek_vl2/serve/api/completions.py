@@ -20,7 +20,6 @@ from .json_size import MAX_VALUES
 from .prefill import Prompt
 from .prompts import prompt_of_ids
 from .replies import LEAST_LOGPROB, STREAM_END, StreamedReply, add_usage, server_sent, text_of
-from .schemas import parse_body
 from .sequence import Delta
 from .structured import Grammar, format_schema, json_grammar, json_options, requested_grammar
 from .text import ShownToken
@@ -97,12 +96,12 @@ class CompletionEndpoint:
         self.generator = generator
 
     def parse(self, body: bytes) -> CompletionRequest:
-        """Read a request; errors as `parse_body`."""
-        return parse_body(body, CompletionRequest, MAX_VALUES + self.generator.engine.options.max_length)
+        """Read a request; errors as `Generator.parse`."""
+        return self.generator.parse(body, CompletionRequest, MAX_VALUES + self.generator.engine.options.max_length)
 
     def check(self, request: CompletionRequest) -> None:
         """Check a request; errors as `Generator.check`."""
-        self.generator.check(request, request.model, request.n)
+        self.generator.check(request, request.n)
 
     async def submit(self, request: CompletionRequest, answers: Answers) -> CompletionReply:
         """Prepare the prompts and hand the jobs to the engine.

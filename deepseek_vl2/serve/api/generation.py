@@ -13,10 +13,12 @@ from .errors import ApiError
 from .generation_fields import LOWEST_TEMPERATURE, GenerationFields
 from .grammar import Constraint
 from .grammar_process import GrammarService
+from .json_size import MAX_VALUES
 from .prefill import Prompt
 from .prompts import PromptBuilder
 from .sampling import SamplingOptions
 from .sampling_params import SamplingParams
+from .schemas import RequestT, parse_body
 from .sequence import Job, Sink
 from .settings import Settings
 from .structured import Grammar
@@ -95,22 +97,25 @@ class Generator:
         self.compiler = grammars.compiler
         self.settings = settings
 
-    def check(self, request: GenerationFields, model: str | None, n: int | None = None) -> None:
-        """Check what a request says about this server's model and limits.
+    def parse(self, body: bytes, kind: type[RequestT], most_values: int = MAX_VALUES) -> RequestT:
+        """Read a request's body; errors as `parse_body`, and for another model than this server's."""
+        return parse_body(body, kind, self.check_model, most_values)
+
+    def check(self, request: GenerationFields, n: int | None = None) -> None:
+        """Check what a request says about this server's limits.
 
         Raises:
-            ApiError: it asks for another model, too many answers or tokens that there are not.
+            ApiError: it asks for too many answers, or tokens that there are not.
         """
-        self.check_model(model)
         if n is not None and n > self.settings.max_choices:
             raise ApiError(400, f"n is {n}; this server writes at most {self.settings.max_choices} answers.", "n")
         self.check_tokens([int(token) for token in request.logit_bias or {}], "logit_bias")
         self.check_tokens(request.stop_token_ids or [], "stop_token_ids")
 
-    def check_model(self, model: str | None) -> None:
+    def check_model(self, model: str) -> None:
         """Raise an `ApiError` where a request names another model."""
         name = self.settings.model_name
-        if model is not None and model != name:
+        if model != name:
             message = f"There is no model {model[:100]!r} here, but {name!r}."
             raise ApiError(404, message, "model", "model_not_found")
 

@@ -23,7 +23,7 @@ from .response_schemas import (
     SchemaFormat,
 )
 from .response_store import ResponseStore
-from .schemas import ChatRequest, ImagePart, ImageUrl, Message, TextPart, parse_body
+from .schemas import ChatRequest, ImagePart, ImageUrl, Message, TextPart
 from .tool_schemas import (
     AllowedToolChoice,
     AllowedTools,
@@ -141,12 +141,12 @@ class ResponsesEndpoint:
         self.store = store
 
     def parse(self, body: bytes) -> ResponsesRequest:
-        """Read a request; errors as `parse_body`."""
-        return parse_body(body, ResponsesRequest)
+        """Read a request; errors as `Generator.parse`."""
+        return self.generator.parse(body, ResponsesRequest)
 
     def check(self, request: ResponsesRequest) -> None:
         """Check a request; errors as `Generator.check`."""
-        self.generator.check(request, request.model)
+        self.generator.check(request)
 
     def _earlier(self, name: str | None) -> list[Message]:
         if name is None:

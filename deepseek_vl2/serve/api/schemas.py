@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
@@ -240,8 +241,16 @@ def refuse_unsupported(fields: dict[str, Any], known: set[str]) -> dict[str, Any
     return {name: value for name, value in fields.items() if name not in UNSUPPORTED or name in known}
 
 
-def parse_body(body: bytes, kind: type[RequestT], most_values: int = MAX_VALUES) -> RequestT:
-    """Read a request's body, of so many values at most.
+def parse_body(
+    body: bytes, kind: type[RequestT], check_model: Callable[[str], None], most_values: int = MAX_VALUES
+) -> RequestT:
+    """Read a request's body.
+
+    Args:
+        body: the body.
+        kind: what it is to hold.
+        check_model: is told which model it asks for, before anything else is looked at.
+        most_values: values that it may hold.
 
     Raises:
         ApiError: it is not JSON, or not a request this server can serve.
@@ -254,12 +263,9 @@ def parse_body(body: bytes, kind: type[RequestT], most_values: int = MAX_VALUES)
         raise ApiError(400, f"The body is not JSON: {error}.") from error
     if not isinstance(fields, dict):
         raise ApiError(400, f"The body must be a JSON object, got {type(fields).__name__}.")
+    if isinstance(fields.get("model"), str):
+        check_model(fields["model"])
     try:
         return kind.model_validate(refuse_unsupported(fields, set(kind.model_fields)))
     except ValidationError as error:
         raise from_validation(error) from error
-
-
-def parse_request(body: bytes) -> ChatRequest:
-    """Read the body of a chat completion request; errors as `parse_body`."""
-    return parse_body(body, ChatRequest)

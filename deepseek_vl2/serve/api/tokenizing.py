@@ -18,7 +18,7 @@ from .generation import Generator
 from .generation_fields import TokenId
 from .json_size import MAX_VALUES
 from .replies import text_of
-from .schemas import MAX_MESSAGES, ImagePart, Message, parse_body
+from .schemas import MAX_MESSAGES, ImagePart, Message
 from .tool_schemas import MAX_TOOLS, Strict, Tool
 from .tools import ToolUse
 from .turns import conversation_turns
@@ -78,9 +78,7 @@ class TokenService:
 
     async def _read(self, request: Request, kind: type[Any]) -> Any:
         values = MAX_VALUES + self.generator.engine.options.max_length
-        asked = await self.bodies.read(request, lambda body: parse_body(body, kind, values))
-        self.generator.check_model(asked.model)
-        return asked
+        return await self.bodies.read(request, lambda body: self.generator.parse(body, kind, values))
 
     async def tokenize(self, request: Request) -> JSONResponse:
         """Return the tokens of a prompt, those of images included.
