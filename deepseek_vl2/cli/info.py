@@ -19,7 +19,6 @@ examples:
   deepseek-vl2 info deepseek-ai/deepseek-vl2-tiny --dtype float16 --context 8192 --json
 """
 GB = 1e9
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 PACKAGES = (
     "deepseek_vl2",
     "torch",
@@ -32,14 +31,13 @@ PACKAGES = (
     "gradio",
     "fastapi",
 )
-# Of the releases: parameters, and bytes of cache a token in 16 bits.
+# Of the releases: parameters; bytes of the weights in 8 bits and in int4, what is not packed in 16; and bytes of cache
+# a token in 16 bits.
 RELEASES = {
-    "deepseek-ai/deepseek-vl2-tiny": (3_370_501_440, 61_440),
-    "deepseek-ai/deepseek-vl2-small": (16_148_349_504, 31_104),
-    "deepseek-ai/deepseek-vl2": (27_480_134_248, 34_560),
+    "deepseek-ai/deepseek-vl2-tiny": (3_370_501_440, 4_142_743_936, 2_918_075_520, 61_440),
+    "deepseek-ai/deepseek-vl2-small": (16_148_349_504, 17_030_342_912, 9_849_029_760, 31_104),
+    "deepseek-ai/deepseek-vl2": (27_480_134_248, 28_619_279_312, 16_235_035_856, 34_560),
 }
-# Measured peaks lie up to this far above weights and cache: activations of vision and prefill, and the allocator.
-WORKING_MEMORY = 1.3 * GB
 MOST_BYTES_READ = 500_000_000  # weights of larger checkpoints are not looked at for NaN: that would take long
 TYPICAL_IMAGES = ((640, 480), (1024, 768), (1920, 1080), (1080, 1920))
 
@@ -62,7 +60,7 @@ def run(args: Namespace) -> int:
     facts: dict[str, Any] = {"versions": versions(), "devices": devices()}
     if args.model is not None:
         check_reachable(args.model)
-        facts["model"] = model_facts(args.model, args.dtype, args.context)
+        facts["model"] = model_facts(args.model, args.context)
     facts["fits"] = what_fits(facts.get("model"), facts["devices"], args.dtype, args.context)
     if args.json:
         print(json.dumps(facts, ensure_ascii=False))
@@ -109,7 +107,7 @@ def devices() -> list[dict[str, Any]]:
     return found
 
 
-def model_facts(name: str, dtype: str, context: int) -> dict[str, Any]:
+def model_facts(name: str, context: int) -> dict[str, Any]:
     """Return a model's sizes from its config and, where they are at hand, the headers of its weights.
 
     Raises:
@@ -121,6 +119,7 @@ def model_facts(name: str, dtype: str, context: int) -> dict[str, Any]:
     from deepseek_vl2.models.checkpoint import released_shapes
     from deepseek_vl2.models.checkpoint_check import check_config
     from deepseek_vl2.utils.io import resolve_model_path
+    from deepseek_vl2.utils.memory import model_sizes, stored_sizes
 
     source = resolve_model_path(name)
     if isinstance(source, Path):
@@ -129,7 +128,9 @@ def model_facts(name: str, dtype: str, context: int) -> dict[str, Any]:
     with torch.device("meta"):
         shapes = released_shapes(DeepseekVLV2ForCausalLM(config), config)
     parts = count_parameters(shapes, config.language_config)
-    cache = cache_bytes(config.language_config)
+    sizes = model_sizes(config)
+    if getattr(config, "quantization_config", None) is not None:
+        sizes = stored_sizes(config, source)
     return {
         "name": name,
         "parameters": parts,
@@ -139,9 +140,9 @@ def model_facts(name: str, dtype: str, context: int) -> dict[str, Any]:
         "experts_per_token": config.language_config.num_experts_per_tok or 0,
         "max_position_embeddings": config.language_config.max_position_embeddings,
         "image_tokens": image_tokens(config),
-        "cache_bytes_per_token": cache,
-        "weights_bytes": {kind: parts["total"] * size for kind, size in BYTES.items()},
-        "needed_bytes": needed_bytes(parts["total"], cache, dtype, context),
+        "cache_bytes_per_token": sizes.cache,
+        "weights_bytes": sizes.weights,
+        "needed_bytes": {kind: sizes.needed(kind, context) for kind in sizes.weights},
         **stored_facts(source, shapes),
     }
 
@@ -164,15 +165,6 @@ def count_parameters(shapes: dict[str, tuple[int, ...]], language: Any) -> dict[
     return {**counts, "total": total, "activated": total - idle}
 
 
-def cache_bytes(language: Any) -> int:
-    """Return the cache's bytes a token in 16 bits."""
-    if language.use_mla:
-        numbers = language.kv_lora_rank + language.qk_rope_head_dim
-    else:
-        numbers = 2 * language.num_key_value_heads * (language.hidden_size // language.num_attention_heads)
-    return 2 * numbers * language.num_hidden_layers
-
-
 def image_tokens(config: Any) -> dict[str, int]:
     """Return how many tokens images of usual sizes take."""
     from deepseek_vl2.models.tiling import count_image_tokens, select_best_resolution, tile_grid, tokens_per_side
@@ -187,15 +179,11 @@ def image_tokens(config: Any) -> dict[str, int]:
     return counts
 
 
-def needed_bytes(parameters: int, cache: int, dtype: str, context: int) -> int:
-    """Return about how much memory a conversation needs: weights, cache, and room to work in."""
-    return round(parameters * BYTES[dtype] + cache * BYTES[dtype] / 2 * context + WORKING_MEMORY)
-
-
 def stored_facts(source: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Return what the files of a directory hold and what is wrong with them, from their headers or, if small, whole."""
     from deepseek_vl2.models.checkpoint import StoredTensors, check_shapes, find_files
     from deepseek_vl2.models.checkpoint_check import check_tokenizer, find_not_finite, read_json_object
+    from deepseek_vl2.models.quantized_checkpoint import logical_shapes, read_layers
 
     if not Path(source).is_dir():
         return {}
@@ -209,7 +197,11 @@ def stored_facts(source: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict
             "file_bytes": sum(file.stat().st_size for file in files),
             "dtype": str(stored.dtype).removeprefix("torch."),
         }
-        check_shapes(shapes, stored.shapes, source)
+        if any(name.endswith(("weight_scale", "weight_scale_inv")) for name in stored.shapes):
+            facts["dtype"] = f"packed, {facts['dtype']}"
+            check_shapes(shapes, logical_shapes(stored, read_layers(stored)), source)
+        else:
+            check_shapes(shapes, stored.shapes, source)
         if facts["file_bytes"] <= MOST_BYTES_READ:
             wrong = find_not_finite((name, tensor[...]) for name, tensor in stored.slices.items())
             if wrong:
@@ -223,19 +215,41 @@ def stored_facts(source: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict
 def what_fits(
     model: dict[str, Any] | None, machine: list[dict[str, Any]], dtype: str, context: int
 ) -> list[dict[str, Any]]:
-    """Return, for the model and for the releases, the memory needed and where it is."""
+    """Return, for the model and for the releases, the memory needed in each precision and where it is."""
     needs = {} if model is None else {model["name"]: model["needed_bytes"]}
-    for name, (parameters, cache) in RELEASES.items():
-        needs.setdefault(name, needed_bytes(parameters, cache, dtype, context))
-    gpus = [entry for entry in machine if entry["device"] != "cpu"]
+    for name in RELEASES:
+        sizes = release_sizes(name)
+        needs.setdefault(name, {kind: sizes.needed(kind, context) for kind in sizes.weights})
     rows = []
-    for name, needed in needs.items():
-        places = [entry["device"] for entry in machine if entry["free"] >= needed]
-        together = sum(entry["free"] for entry in gpus)
-        if len(gpus) > 1 and together >= needed * 1.1 and not any(place != "cpu" for place in places):
-            places.insert(0, f"{len(gpus)} GPUs together")
-        rows.append({"model": name, "needed": needed, "fits": places})
+    for name, kinds in needs.items():
+        for kind in shown_precisions(kinds, dtype):
+            places = find_places(kinds[kind], machine)
+            rows.append({"model": name, "precision": kind, "needed": kinds[kind], "fits": places})
     return rows
+
+
+def release_sizes(name: str) -> Any:
+    """Return the `deepseek_vl2.utils.memory.Sizes` of a release."""
+    from deepseek_vl2.utils.memory import BYTES, Sizes
+
+    parameters, eight_bits, int4, cache = RELEASES[name]
+    weights = {kind: parameters * size for kind, size in BYTES.items()}
+    return Sizes({**weights, "int8": eight_bits, "int4": int4, "fp8": eight_bits}, cache)
+
+
+def shown_precisions(known: dict[str, int], dtype: str) -> list[str]:
+    """Return in which precisions a model is shown: of those that are not packed, the one that was asked for."""
+    return [kind for kind in known if kind not in DTYPES or kind == dtype]
+
+
+def find_places(needed: int, machine: list[dict[str, Any]]) -> list[str]:
+    """Return where on a machine that many bytes are free."""
+    gpus = [entry for entry in machine if entry["device"] != "cpu"]
+    places = [entry["device"] for entry in machine if entry["free"] >= needed]
+    together = sum(entry["free"] for entry in gpus)
+    if len(gpus) > 1 and together >= needed * 1.1 and not any(place != "cpu" for place in places):
+        places.insert(0, f"{len(gpus)} GPUs together")
+    return places
 
 
 # ---------------------------------------------------------------- text
@@ -244,10 +258,10 @@ def what_fits(
 def sections(facts: dict[str, Any], args: Namespace) -> list[str]:
     """Return the facts as a person reads them."""
     parts = [model_section(facts["model"], args)] if "model" in facts else []
-    lines = [f"memory for {args.context} tokens in {args.dtype}, about"]
+    lines = [f"memory for a picture and {args.context} tokens, about"]
     for row in facts["fits"]:
         places = ", ".join(row["fits"]) or "not on this machine"
-        lines.append(f"  {row['model']:34} {row['needed'] / GB:6.1f} GB   {places}")
+        lines.append(f"  {row['model']:34} {row['precision']:9} {row['needed'] / GB:6.1f} GB   {places}")
     parts.append("\n".join(lines))
     lines = ["devices"]
     for entry in facts["devices"]:

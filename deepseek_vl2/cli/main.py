@@ -54,6 +54,7 @@ COMMANDS = {
     "ground": Command("deepseek_vl2.cli.ground", "find things: a drawing and boxes"),
     "batch": Command("deepseek_vl2.cli.batch", "answer a file of questions"),
     "info": Command("deepseek_vl2.cli.info", "sizes, memory needed, devices, versions"),
+    "quantize": Command("deepseek_vl2.cli.quantize", "write a checkpoint with weights in 8 or 4 bits"),
     "demo": Command("deepseek_vl2.serve.web.command", "a web page to chat in", "gradio"),
     "serve": Command("deepseek_vl2.serve.api.command", "an OpenAI-compatible server", "serve"),
     "finetune": Command("deepseek_vl2.training.finetune", "train a model on your own conversations", "train"),

@@ -9,7 +9,7 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 IMAGE_CACHE_BYTES = 256 << 20  # the next question about a picture does not encode it again
 DTYPES = ("bfloat16", "float16", "float32")
+QUANTIZED = ("int4", "int8", "fp8")
 RANDOM_WEIGHTS = "The demo checkpoint has random weights: what follows shows that everything runs, and is noise."
 
 
@@ -89,6 +90,36 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument("--device", help="cuda, cuda:1, mps, cpu, or auto to spread it; default: the best there is")
     group.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights; default: %(default)s")
+    add_memory_arguments(group)
+
+
+def add_memory_arguments(group: Any) -> None:
+    """Declare in how many bits the weights are held, and how much memory they may take."""
+    group.add_argument(
+        "--quantize", choices=QUANTIZED, help="pack the language model's weights while loading, experts included"
+    )
+    group.add_argument(
+        "--quantize_head", choices=QUANTIZED, help="the output head too, in this kind; default: it keeps its dtype"
+    )
+    group.add_argument("--max_memory", metavar="SIZE", help="most memory on the device, or on each GPU: 16GB, 12GiB")
+
+
+def loading_options(args: Namespace) -> dict[str, Any]:
+    """Return where and in how many bits `load_pretrained_model` shall load, from the options.
+
+    Raises:
+        ValueError: the head shall be quantized, and nothing else.
+    """
+    from deepseek_vl2.models.quantizer import WeightOnlyConfig
+
+    if args.quantize_head is not None and args.quantize is None:
+        raise ValueError("--quantize_head needs --quantize: say in which kind the other weights shall be.")
+    where: dict[str, Any] = {"device_map": "auto"} if args.device == "auto" else {"device": args.device}
+    if args.quantize is not None:
+        where["quantize"] = WeightOnlyConfig(args.quantize, head=args.quantize_head)
+    if args.max_memory is not None:
+        where["max_memory"] = args.max_memory
+    return where
 
 
 def add_generation_arguments(parser: ArgumentParser) -> None:
@@ -150,8 +181,7 @@ def load(args: Namespace, tell: Callable[[str], None] = note) -> Loaded:
     check_reachable(name)
     if name == DEMO_NAME:
         tell(RANDOM_WEIGHTS)
-    where = {"device_map": "auto"} if args.device == "auto" else {"device": args.device}
-    loaded = Loaded(name, *load_pretrained_model(name, dtype=getattr(torch, args.dtype), **where))
+    loaded = Loaded(name, *load_pretrained_model(name, dtype=getattr(torch, args.dtype), **loading_options(args)))
     engine_of(loaded.model, EngineOptions(share_prefixes=True, image_cache_bytes=IMAGE_CACHE_BYTES))
     return loaded
 

@@ -30,6 +30,8 @@ __all__ = [
     "may_scale",
     "release",
     "run_experts",
+    "run_packed_experts",
+    "run_packed_linear",
     "scale",
     "unsupported_reason",
 ]
@@ -149,3 +151,23 @@ def run_experts(
     except Exception as error:  # whatever a compiler or its tools may raise: the plain form still works
         logger.warning("These experts run without kernels: %s: %s", type(error).__name__, error)
         return None
+
+
+def run_packed_linear(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """Run a linear layer over packed weights; ``None`` where it is computed as written."""
+    if x.device.type != "cpu" or x.numel() != x.shape[-1] or turned_off():
+        return None
+    from . import packed
+
+    return packed.run_packed_linear(layer, x)
+
+
+def run_packed_experts(
+    layer: Any, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
+) -> torch.Tensor | None:
+    """Run experts over packed weights; ``None`` where they are computed as written."""
+    if hidden_NH.device.type != "cpu" or len(hidden_NH) != 1 or turned_off():
+        return None
+    from . import packed
+
+    return packed.run_packed_experts(layer, hidden_NH, ids_NK, weights_NK)

@@ -28,7 +28,7 @@ from .weights import rotary_tables
 
 logger = logging.getLogger(__name__)
 
-BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 # Experts of more rows run as in a prefill, by products that know bfloat16 alone.
 MOST_HALF_ROWS = 64
 # Up to this many tokens of prompts run as rows of a decoding step.

@@ -19,6 +19,7 @@ from .cache import PackedCache, causal_mask
 from .configuration_deepseek import DeepseekV2Config
 from .cpu import is_bare, project, row_kernels
 from .norm import DeepseekV2RMSNorm
+from .quantized_layers import PackedLinear, dense_weight
 from .rope import apply_rotary, split_interleaved_pairs, yarn_softmax_scale
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -246,8 +247,10 @@ class DeepseekV2Attention(nn.Module):
         return apply_rotary(split_interleaved_pairs(rope), *rotation), self.kv_a_layernorm(latent)
 
     def can_absorb(self, hidden: torch.Tensor) -> bool:
-        """Whether ``kv_b_proj`` is a bare weight here: not quantized, adapted, offloaded or distributed."""
+        """Whether ``kv_b_proj`` is a weight here, bare or packed: not adapted, offloaded or distributed."""
         projection = self.kv_b_proj
+        if type(projection) is PackedLinear:
+            return projection.weight_packed.device == hidden.device
         return (
             type(projection) is nn.Linear
             and type(projection.weight) in (nn.Parameter, torch.Tensor)
@@ -287,7 +290,7 @@ class DeepseekV2Attention(nn.Module):
         attention_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend to the latents; returns [B, T, N, v] and the weights [B, N, T, S]."""
-        weight = self.kv_b_proj.weight.view(self.num_heads, -1, self.kv_lora_rank)
+        weight = dense_weight(self.kv_b_proj, query_nope.dtype).view(self.num_heads, -1, self.kv_lora_rank)
         into_latent, out_of_latent = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         query_latent = self._through_heads(query_nope, into_latent)
         # All heads share the keys: heads times queries become the rows of one matrix product, and nothing is repeated.

@@ -100,6 +100,7 @@ class DeepseekV2Config(PretrainedConfig):
     model_type = "deepseek_v2"
     base_config_key = "language_config"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    attribute_map = {"num_experts": "n_routed_experts"}  # the name that transformers' own quantizers ask for
 
     def __init__(
         self,

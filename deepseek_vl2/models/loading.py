@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import infer_auto_device_map
@@ -15,8 +16,12 @@ from transformers.generation import GenerationConfig
 from .bundled import locate_bundled
 from .checkpoint import StoredTensors, check_shapes, conversion_rules, find_files, released_shapes
 from .checkpoint_check import check_config, check_finite
+from .quantized_checkpoint import READABLE, PackedFile, logical_shapes, packed_while_read
+from .quantizer import WeightOnlyConfig, check_foreign, plan_formats
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Of these a config has fields too, and the call's are the ones that count.
+CALL_OPTIONS = ("dtype", "torch_dtype", "quantization_config")
 SPECIAL_OPTIONS = ("state_dict", "gguf_file", "variant", "tp_plan", "distributed_config", "quantization_config")
 
 
@@ -40,6 +45,41 @@ def stays_in_memory(model: nn.Module, options: dict[str, Any]) -> bool:
     return "disk" not in inferred.values()
 
 
+def dtype_of_scales(config: PretrainedConfig, stored: StoredTensors, options: dict[str, Any]) -> torch.dtype:
+    """Return the dtype that the model will have where nothing is packed."""
+    asked = options.get("dtype", options.get("torch_dtype"))
+    if isinstance(asked, str) and asked != "auto":
+        asked = getattr(torch, asked)
+    if isinstance(asked, torch.dtype):
+        return asked
+    return config.dtype or stored.dtype or torch.get_default_dtype()
+
+
+def check_no_flags(options: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for arguments that older versions of transformers quantized by."""
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if options.pop(name, None):
+            kind = "int4" if name == "load_in_4bit" else "int8"
+            raise ValueError(
+                f"{name} is no argument of from_pretrained: pass quantization_config=WeightOnlyConfig({kind!r}) of "
+                "deepseek_vl2.models.quantizer, which packs the experts too."
+            )
+
+
+class Checkpoint(NamedTuple):
+    """What is read of a checkpoint.
+
+    Fields:
+        state: tensors in the model's own names, which read themselves at ``value[...]``.
+        is_packed: whether some are packed.
+        files: the file of each stored tensor.
+    """
+
+    state: dict[str, Any]
+    is_packed: bool
+    files: dict[str, Path]
+
+
 class CheckpointLoadingMixin:
     """``from_pretrained`` for directories and repositories in the released layout."""
 
@@ -49,32 +89,30 @@ class CheckpointLoadingMixin:
 
         Of those, ``dtype`` (or ``torch_dtype``), ``device_map``, ``attn_implementation`` ("sdpa", "eager",
         "flash_attention_2", ...) and ``vision_attention_backend`` ("sdpa", "eager", "xformers") are the usual ones.
+        ``quantization_config=WeightOnlyConfig(...)`` packs the weights while they are read, matrix by matrix.
 
         Raises:
             ValueError: tensors are missing, extra or of another shape; each is named. With
                 ``ignore_mismatched_sizes=True`` the checkpoint is not checked. Or a file is damaged, its weights are
                 NaN, or the config is another model's.
             FileNotFoundError: a file is not there.
+            ValueError: another quantizer was asked for, which would leave the experts as they are.
         """
         source, options = locate_bundled(pretrained_model_name_or_path), dict(kwargs)
-        for name in ("load_in_4bit", "load_in_8bit"):
-            if options.pop(name, None):
-                raise ValueError(
-                    f"{name} is no argument of from_pretrained: pass quantization_config="
-                    f"transformers.BitsAndBytesConfig({name}=True), which needs the package bitsandbytes."
-                )
-        stored = cls._open_checkpoint(source, options)
-        if stored is None:
+        check_no_flags(options)
+        found = cls._open_checkpoint(source, options)
+        if found is None:
             result = super().from_pretrained(source, *model_args, **options)  # type: ignore[misc]
         else:
             # transformers maps the files into memory and fuses the experts in a second copy; read by us, each tensor
             # goes into its place, and host memory stays near the checkpoint's size.
-            result = super().from_pretrained(None, *model_args, state_dict=stored.fused(), **options)  # type: ignore[misc]
+            result = super().from_pretrained(None, *model_args, state_dict=found.state, **options)  # type: ignore[misc]
         model = result[0] if isinstance(result, tuple) else result
-        if stored is not None:
+        if found is not None:
             model.name_or_path = model.config.name_or_path = str(source)
-            model._weight_conversions = conversion_rules()  # what saving reverses; loading did without
-            check_finite(model, stored.files, source)
+            # What saving reverses; loading did without. Packed weights are saved as they are.
+            model._weight_conversions = [] if found.is_packed else conversion_rules()
+            check_finite(model, found.files, source)
             with contextlib.suppress(OSError):  # releases ship no generation_config.json
                 model.generation_config = GenerationConfig.from_pretrained(source, **hub_options(options))
         model.freeze_unused()
@@ -88,14 +126,21 @@ class CheckpointLoadingMixin:
         """Fill in what a release's config.json lacks and its other files tell."""
 
     @classmethod
-    def _open_checkpoint(cls, source: Any, options: dict[str, Any]) -> StoredTensors | None:
+    def _open_checkpoint(cls, source: Any, options: dict[str, Any]) -> Checkpoint | None:
         """Check a checkpoint against its config and return its tensors; put the config into ``options``.
 
         Returns ``None`` for what is left to transformers: other formats, special requests, weights on the disk.
         """
-        if source is None or any(options.get(name) is not None for name in SPECIAL_OPTIONS):
+        wanted = options.get("quantization_config")
+        special = [name for name in SPECIAL_OPTIONS if options.get(name) is not None]
+        if isinstance(wanted, WeightOnlyConfig):
+            special.remove("quantization_config")
+            # A copy: one config may load several models, each with formats of its own.
+            options["quantization_config"] = wanted = wanted.copy()
+        if source is None or special or options.get("use_safetensors") is False:
+            check_foreign(wanted, cls._has_experts(source, options))
             return None
-        if options.get("ignore_mismatched_sizes") or options.get("use_safetensors") is False:
+        if options.get("ignore_mismatched_sizes"):
             return None
         hub = hub_options(options)
         config = options.get("config")
@@ -107,17 +152,63 @@ class CheckpointLoadingMixin:
             return None
         if not isinstance(config, PretrainedConfig):
             config = cls.config_class.from_pretrained(source if config is None else config, **hub)  # type: ignore[attr-defined]
-            for name in [name for name in options if hasattr(config, name) and name not in ("dtype", "torch_dtype")]:
+            for name in [name for name in options if hasattr(config, name) and name not in CALL_OPTIONS]:
                 setattr(config, name, options.pop(name))
-        if getattr(config, "quantization_config", None) is not None:
-            return None
         options["config"] = config
         cls.complete_config(config, source, hub)
         stored = StoredTensors(files)
+        packed = cls._read_packed(config, stored, wanted)
         with torch.device("meta"):
             model: Any = cls(config)  # type: ignore[call-arg]
-        check_shapes(released_shapes(model, config), stored.shapes, source)
+        shapes = stored.shapes if packed is None else logical_shapes(stored, packed.layers)
+        check_shapes(released_shapes(model, config), shapes, source)
         automatic = all(options.get(name) in (None, "auto") for name in ("dtype", "torch_dtype"))
         if automatic and config.dtype is None and stored.dtype is not None:
             options["dtype"] = stored.dtype
-        return stored if stays_in_memory(model, options) else None
+        if packed is not None:
+            options["config"] = config = copy.deepcopy(config)  # the caller's own stays as it is
+            del config.quantization_config
+            wanted = options["quantization_config"] = WeightOnlyConfig.of_file(packed)
+        elif wanted is not None:
+            wanted.formats = plan_formats(model, wanted)
+            wanted.scale_dtype = dtype_of_scales(config, stored, options)
+        if not stays_in_memory(model, options):
+            return None
+        if packed is not None:
+            return Checkpoint(packed.state, is_packed=True, files=stored.files)
+        if wanted is not None:
+            state = packed_while_read(stored.fused(), wanted.formats, dtype_of_scales(config, stored, options))
+            return Checkpoint(state, is_packed=True, files=stored.files)
+        return Checkpoint(stored.fused(), is_packed=False, files=stored.files)
+
+    @staticmethod
+    def _read_packed(config: Any, stored: StoredTensors, wanted: Any) -> PackedFile | None:
+        """Return the packed weights of a file, where its config says that there are some.
+
+        Raises:
+            ValueError: they are of a kind that is not read, or shall be quantized once more.
+        """
+        described = getattr(config, "quantization_config", None)
+        if described is None:
+            return None
+        method = described.get("quant_method") if isinstance(described, dict) else described.quant_method
+        if method not in READABLE:
+            raise ValueError(
+                f"The checkpoint is quantized by {method}, which this package does not read: it reads "
+                f"{' and '.join(READABLE)}, or quantizes a released checkpoint itself."
+            )
+        if wanted is not None:
+            raise ValueError("The checkpoint is quantized already: load it as it is, or quantize the released one.")
+        packed = PackedFile(stored)
+        if not packed.formats:
+            raise ValueError(
+                "The checkpoint's config.json says that it is quantized, and its files hold no packed weight."
+            )
+        return packed
+
+    @classmethod
+    def _has_experts(cls, source: Any, options: dict[str, Any]) -> bool:
+        config = options.get("config")
+        if not isinstance(config, PretrainedConfig) and source is not None:
+            config = cls.config_class.from_pretrained(source, **hub_options(options))  # type: ignore[attr-defined]
+        return config is None or bool(config.get_text_config().n_routed_experts)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from deepseek_vl2.cli.options import add_memory_arguments, loading_options
 from deepseek_vl2.utils.io import load_pretrained_model
 
 from .samples import TASKS
@@ -34,6 +35,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> Namesp
     parser.add_argument("--batch_size", type=int, default=16, help="questions answered at once (default: 16)")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu; default: the best there is")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights (default: bfloat16)")
+    add_memory_arguments(parser)
     parser.add_argument("--output", type=Path, help="directory for table.md, sheet.png and answers.jsonl")
     args = parser.parse_args(argv)
     for name in ("number", "batch_size"):
@@ -57,7 +59,7 @@ def write_results(results: list[TaskResult], directory: Path) -> None:
 
 def run(args: Namespace) -> list[TaskResult]:
     """Load, ask and report; returns the results."""
-    _, processor, model = load_pretrained_model(args.model, device=args.device, dtype=DTYPES[args.dtype])
+    _, processor, model = load_pretrained_model(args.model, dtype=DTYPES[args.dtype], **loading_options(args))
     results = []
     for task in args.tasks or [*TASKS, *UNTILED]:
         start = time.perf_counter()

@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from deepseek_vl2.cli.main import as_declared
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models.quantizer import WeightOnlyConfig
 from deepseek_vl2.utils.io import NANO_NAME, resolve_model_path
 
 from .collator import ConversationCollator
@@ -90,6 +91,11 @@ def _add_method_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("what is trained")
     group.add_argument(
         "--method", choices=("lora", "full"), default="lora", help="adapters, or the weights themselves (default: lora)"
+    )
+    group.add_argument(
+        "--quantize",
+        choices=("int4", "int8", "fp8"),
+        help="hold the frozen weights packed under the adapters (QLoRA); the merged model is unpacked",
     )
     group.add_argument("--lora_rank", type=int, default=16, help="rank of the adapters (default: %(default)s)")
     group.add_argument("--lora_alpha", type=float, help="scale of the adapters; default: twice the rank")
@@ -179,6 +185,8 @@ def check_options(args: Namespace) -> None:
             raise UsageError(f"--{name} must be positive, not {getattr(args, name)}.")
     if args.epochs <= 0 and args.max_steps < 1:
         raise UsageError(f"--epochs must be positive, not {args.epochs:g}.")
+    if args.method == "full" and args.quantize is not None:
+        raise UsageError("--quantize packs frozen weights: it needs --method lora.")
     if args.method == "lora" and (args.stage is not None or args.freeze):
         raise UsageError("--stage and --freeze choose weights to train: they need --method full.")
     if args.stage == 1 and "language" not in args.freeze:
@@ -225,6 +233,7 @@ def load_base(args: Namespace) -> DeepseekVLV2ForCausalLM:
         resolve_model_path(args.model),
         dtype=torch.bfloat16 if halved else torch.float32,
         attn_implementation=args.attention,
+        quantization_config=None if args.quantize is None else WeightOnlyConfig(args.quantize),
     )
     return model
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from deepseek_vl2.models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
+from deepseek_vl2.models.quantized_layers import PackedExperts, PackedLinear, packed_layers
 
 ATTENTION = "q_proj|k_proj|v_proj|o_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj"
 MLP = "gate_proj|up_proj|down_proj"
@@ -40,7 +41,8 @@ def import_peft() -> Any:
 def target_modules(model: nn.Module, parts: tuple[str, ...]) -> list[str]:
     """Return the names of the linear layers that make up some of `PARTS`."""
     pattern = re.compile("|".join(f"({MODULES[part]})" for part in parts if part in MODULES) or r"(?!)")
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and pattern.fullmatch(name)]
+    linear = (nn.Linear, PackedLinear)
+    return [name for name, module in model.named_modules() if isinstance(module, linear) and pattern.fullmatch(name)]
 
 
 def lora_config(
@@ -56,15 +58,17 @@ def lora_config(
         raise ValueError(f"Unknown parts for adapters: {unknown}; choose some of {', '.join(PARTS)}.")
     if rank < 1:
         raise ValueError(f"The rank of adapters must be at least 1, got {rank}.")
-    experts = list(EXPERT_PARAMETERS) if "experts" in parts and has_experts(model) else None
-    if dropout > 0 and experts:
+    wanted = "experts" in parts and has_experts(model)
+    packed = [name for name, layer in packed_layers(model) if isinstance(layer, PackedExperts)] if wanted else []
+    experts = list(EXPERT_PARAMETERS) if wanted and not packed else None
+    if dropout > 0 and wanted:
         raise ValueError(
             'Adapters of fused experts cannot drop out: set dropout to 0, or leave "experts" out of parts.'
         )
-    modules = target_modules(model, parts)
+    modules = target_modules(model, parts) + packed
     if not modules and not experts:
         raise ValueError(f"The model has nothing to adapt in {', '.join(parts)}.")
-    return import_peft().LoraConfig(
+    config = import_peft().LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
@@ -72,6 +76,16 @@ def lora_config(
         target_parameters=experts,
         task_type="CAUSAL_LM",
     )
+    return know_packed(model, config)
+
+
+def know_packed(model: nn.Module, config: Any) -> Any:
+    """Tell PEFT's config of packed layers, where a model has some; returns it."""
+    if not any(True for _ in packed_layers(model)):
+        return config
+    from .packed_lora import know_packed_layers
+
+    return know_packed_layers(config)
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -111,16 +125,24 @@ def load_lora(model: DeepseekVLV2ForCausalLM, directory: str | Path, trainable: 
         directory: where they are.
         trainable: go on training them.
     """
-    return import_peft().PeftModel.from_pretrained(model, str(directory), is_trainable=trainable)
+    peft = import_peft()
+    config = peft.PeftConfig.from_pretrained(str(directory))
+    config.inference_mode = not trainable
+    config = know_packed(model, config)
+    return peft.PeftModel.from_pretrained(model, str(directory), is_trainable=trainable, config=config)
 
 
 def merge_lora(model: Any) -> DeepseekVLV2ForCausalLM:
-    """Add the adapters to the weights and return the model itself.
+    """Add the adapters to the weights and return the model itself; packed weights are unpacked.
 
     Raises:
         ValueError: a merged weight is not finite.
     """
     merged: DeepseekVLV2ForCausalLM = model.merge_and_unload(safe_merge=True)
+    if getattr(merged, "hf_quantizer", None) is not None:
+        from .packed_lora import forget_packing
+
+        forget_packing(merged)
     return merged
 
 

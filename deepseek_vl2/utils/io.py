@@ -19,7 +19,10 @@ from deepseek_vl2.models.checkpoint_check import check_config
 from deepseek_vl2.models.image_loading import load_image
 from deepseek_vl2.models.image_modes import WHITE, Background, check_background
 from deepseek_vl2.models.messages import check_messages, listed_images
+from deepseek_vl2.models.quantization import Kind
+from deepseek_vl2.models.quantizer import WeightOnlyConfig
 from deepseek_vl2.utils.demo import DEMO_NAME, demo_checkpoint
+from deepseek_vl2.utils.memory import STORED, check_fits, max_memory_map, model_sizes, parse_size, stored_sizes
 
 NANO_NAME = "nano"
 AUTO_MAP = {
@@ -78,6 +81,8 @@ def load_pretrained_model(
     model_path: str | Path,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    quantize: Kind | WeightOnlyConfig | None = None,
+    max_memory: int | str | dict[int | str, int | str] | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedTokenizerBase, DeepseekVLV2Processor, DeepseekVLV2ForCausalLM]:
     """Load a checkpoint for inference.
@@ -86,7 +91,11 @@ def load_pretrained_model(
         model_path: a directory in the released layout, the id of a hub repository, "nano" for the small model that
             ships with the package, or "demo" for a small checkpoint with random weights.
         device: where to put the model; by default a GPU where there is one.
-        dtype: dtype of the weights.
+        dtype: dtype of the weights; of those that are not packed, with ``quantize``.
+        quantize: "int8", "int4" or "fp8": pack the language model's matrices while they are read, experts included; a
+            `WeightOnlyConfig` says more of it. A checkpoint that is quantized already needs none.
+        max_memory: most bytes on the device (or on each GPU, with ``device_map``), such as "16GB"; or a dictionary, as
+            accelerate takes it. By default what is free.
         **kwargs: more arguments of ``from_pretrained``, such as ``attn_implementation`` or ``device_map`` (which
             then decides instead of ``device``).
 
@@ -94,17 +103,47 @@ def load_pretrained_model(
         The tokenizer, the processor and the model, in evaluation mode.
 
     Raises:
-        ValueError: the checkpoint does not fit its config, or a file of it is damaged or another model's.
+        ValueError: the checkpoint does not fit its config, or a file of it is damaged or another model's, or it is
+            more than the device holds.
         OSError: there is no checkpoint at that path, or one of its files is missing.
     """
     source = resolve_model_path(model_path)
     if isinstance(source, Path):
         check_config(source, DeepseekVLV2Config.model_type)
+    if isinstance(quantize, str):
+        quantize = WeightOnlyConfig(quantize)
+    if quantize is not None:
+        kwargs["quantization_config"] = quantize
+    place = torch.device(device or default_device())
+    if isinstance(max_memory, dict):
+        kwargs["max_memory"] = max_memory
+    elif kwargs.get("device_map") is None:
+        refuse_what_does_not_fit(source, place, dtype, quantize, max_memory)
+    elif max_memory is not None:
+        kwargs["max_memory"] = max_memory_map(parse_size(max_memory))
     processor = DeepseekVLV2Processor.from_pretrained(source)
     model = DeepseekVLV2ForCausalLM.from_pretrained(source, dtype=dtype, **kwargs).eval()
     if kwargs.get("device_map") is None:
-        model = model.to(device or default_device())
+        model = model.to(place)
     return processor.tokenizer, processor, model
+
+
+def refuse_what_does_not_fit(
+    source: str | Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: WeightOnlyConfig | None,
+    max_memory: int | str | None,
+) -> None:
+    """Raise ``ValueError`` for a model that a device cannot hold, before anything of it is loaded."""
+    limit = None if max_memory is None else parse_size(max_memory)
+    config = DeepseekVLV2Config.from_pretrained(source)
+    if getattr(config, "quantization_config", None) is not None:
+        sizes, precision = stored_sizes(config, source), STORED
+    else:
+        sizes = model_sizes(config, quantize)
+        precision = quantize.weights if quantize is not None else str(dtype).removeprefix("torch.")
+    check_fits(sizes, precision, device, str(source), limit)
 
 
 def load_pil_images(conversations: Iterable[Mapping[str, Any]], background: Background = WHITE) -> list[Image.Image]:

@@ -11,6 +11,7 @@ import sys
 import threading
 import types
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,22 @@ def test_the_command_runs_in_a_process_of_its_own(model_path: str) -> None:
     assert json.loads(done.stdout)["usage"]["completion_tokens"] == 4
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+def test_weights_are_packed_when_asked(kind: str, model_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from deepseek_vl2.cli.options import add_model_arguments, load
+    from deepseek_vl2.models.quantized_layers import PackedExperts, PackedLinear
+
+    parser = ArgumentParser()
+    add_model_arguments(parser)
+    arguments = ["--model", model_path, "--device", "cpu", "--quantize", kind, "--quantize_head", "int8"]
+    model = load(parser.parse_args(arguments)).model
+    assert any(isinstance(m, PackedExperts) and m.formats["gate_up_proj"].kind == kind for m in model.modules())
+    head = model.get_output_embeddings()
+    assert isinstance(head, PackedLinear) and head.format.kind == "int8"
+    assert main(["ask", "Hi", *arguments, "--max_new_tokens", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["usage"]["completion_tokens"] == 3
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["nonsense"], ["ask"], ["ask", "x", "--top_p", "2"], ["ask", "x", "--temperature", "hot"]]
 )
@@ -118,6 +135,9 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.Capture
         (["ground", PICTURE, "a<|/ref|>"], "must not hold the tag"),
         (["ground", PICTURE, "x", "--example_box", "1,2,3,4"], "needs --example"),
         (["info", "./no/such"], "no checkpoint directory"),
+        (["ask", "x", "--quantize_head", "int8"], "needs --quantize"),
+        (["ask", "x", "--device", "cpu", "--max_memory", "16 apples"], "no size of memory"),
+        (["ask", "x", "--device", "cpu", "--max_memory", "100kB"], "0.0 GB allowed"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_1(
@@ -314,6 +334,8 @@ def test_info_of_a_checkpoint(model_path: str, capsys: pytest.CaptureFixture[str
     assert facts["model"]["file_bytes"] > counts["total"] * 4  # float32 and headers
     assert facts["devices"][-1]["device"] == "cpu" and facts["versions"]["torch"]
     assert {row["model"] for row in facts["fits"]} >= {model_path, "deepseek-ai/deepseek-vl2"}
+    precisions = {row["precision"] for row in facts["fits"] if row["model"] == model_path}
+    assert precisions == {"bfloat16", "int8", "int4", "fp8"}
     assert main(["info", model_path]) == 0
     assert "3 of 8 experts a token" in capsys.readouterr().out
 
@@ -323,8 +345,10 @@ def test_info_counts_the_releases(capsys: pytest.CaptureFixture[str]) -> None:
     from deepseek_vl2.cli.info import RELEASES, model_facts
 
     for kind, name in zip(("tiny", "small", "base"), RELEASES, strict=True):
-        facts = model_facts(str(ROOT / "tests" / "golden" / "releases" / kind), "bfloat16", 4096)
-        assert (facts["parameters"]["total"], facts["cache_bytes_per_token"]) == RELEASES[name]
+        facts = model_facts(str(ROOT / "tests" / "golden" / "releases" / kind), 4096)
+        weights = facts["weights_bytes"]
+        counts = (facts["parameters"]["total"], weights["int8"], weights["int4"], facts["cache_bytes_per_token"])
+        assert counts == RELEASES[name] and weights["fp8"] == weights["int8"]
         assert facts["image_tokens"]["1024x768"] == 1415
         assert "no safetensors files" in facts["problem"]
 

@@ -167,7 +167,7 @@ def test_questions_wait_for_the_model_and_learn_when_it_fails(backend: ScriptedB
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelBackend]:
     directory = write_demo_checkpoint(tmp_path_factory.mktemp("demo"))
-    backend = ModelBackend(str(directory), device="cpu", dtype=torch.float32)
+    backend = ModelBackend(str(directory), {"device": "cpu"}, dtype=torch.float32)
     seen: list[float | None] = []
     report = backend._report
     backend._report = lambda fraction: (seen.append(fraction), report(fraction))[1]  # type: ignore[method-assign]

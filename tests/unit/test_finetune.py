@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import TESTS, mini_conversation, mini_model, mini_processor
+from support import TESTS, mini_conversation, mini_model, mini_processor, released_names
 
 from deepseek_vl2.cli.main import run_command
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
@@ -55,6 +55,14 @@ def run(files: Path, tmp_path: Path) -> Callable[..., int]:
         return main([*paths, *fixed, *options])
 
     return run
+
+
+def test_adapters_over_packed_weights_end_in_a_plain_checkpoint(
+    run: Callable[..., int], files: Path, tmp_path: Path
+) -> None:
+    assert run("--quantize", "int4", "--max_steps", "2", "--lora_rank", "2") == 0
+    assert released_names(tmp_path / "out") == released_names(files / "model")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
 
 
 def test_full_training_is_saved_resumed_and_loads(run: Callable[..., int], tmp_path: Path, capsys: Any) -> None:
@@ -135,6 +143,7 @@ def test_adapters_are_merged_into_a_model_that_loads(run: Callable[..., int], fi
 
 MISTAKES = {
     "--method lora --freeze vision": (2, "--stage and --freeze choose weights to train: they need --method full."),
+    "--method full --quantize int4": (2, "--quantize packs frozen weights: it needs --method lora."),
     "--method full --freeze vision projector language": (2, "--freeze names every part"),
     "--eval_every 5": (2, "--eval_every needs --eval_data."),
     "--max_length 0": (2, "--max_length must be positive, not 0."),

@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -38,13 +39,13 @@ THREAD_LIBRARIES = ("libgomp", "libiomp5")
 COMPILING_TAKES_AT_MOST_S = 60
 
 POINTER, INTEGER, THREADS, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-ARGUMENTS = {
+ARGUMENTS: dict[str, list[type]] = {
     "linear": [POINTER] * 4 + [INTEGER] * 2 + [THREADS],
     "logits": [POINTER] * 3 + [INTEGER] * 2 + [THREADS],
     "queries_keys_values": [POINTER] * 7 + [INTEGER] * 4 + [THREADS],
     "rms_norm": [POINTER] * 3 + [INTEGER, REAL],
     "swiglu": [POINTER] * 6 + [INTEGER] * 3 + [THREADS],
-    "attend": [POINTER] * 4 + [INTEGER] * 6 + [REAL, THREADS],
+    "attend": [POINTER] * 4 + [INTEGER] * 8 + [REAL, THREADS],
 }
 
 
@@ -114,31 +115,31 @@ def _run(command: list[str]) -> None:
         raise Unavailable(f"{Path(command[0]).name} failed: {error}") from error
 
 
-def _build(path: Path, compiler: str) -> None:
+def _build(path: Path, compiler: str, source: Path) -> None:
     """Compile into ``path``, at once: another process may do the same."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         parts = Path(folder) / "rows.o", Path(folder) / "rows.so"
-        _run([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(parts[0])])
+        _run([compiler, *FLAGS, "-c", str(source), "-o", str(parts[0])])
         # Linked without OpenMP: its functions are those of the library that PyTorch has loaded.
         _run([compiler, "-shared", str(parts[0]), "-lm", "-o", str(parts[1])])
         parts[1].replace(path)
 
 
-def build(compiler: str) -> Path:
+def build(compiler: str, source: Path = SOURCE) -> Path:
     """Return the library's path, compiled if it was not yet.
 
     Raises:
         Unavailable: compiling failed.
     """
-    known = "\n".join((SOURCE.read_text(), compiler, *FLAGS, _cpu_flags()))
-    path = _own_folder() / f"rows-{hashlib.sha256(known.encode()).hexdigest()[:24]}.so"
+    known = "\n".join((source.read_text(), compiler, *FLAGS, _cpu_flags()))
+    path = _own_folder() / f"{source.stem}-{hashlib.sha256(known.encode()).hexdigest()[:24]}.so"
     if not path.exists():
-        _build(path, compiler)
+        _build(path, compiler, source)
     return path
 
 
-def load() -> ctypes.CDLL:
-    """Return the library, of the first compiler that gives one which can be loaded.
+def load(source: Path = SOURCE, functions: Mapping[str, list[type]] = ARGUMENTS) -> ctypes.CDLL:
+    """Return the library of a C file, of the first compiler that gives one which can be loaded.
 
     Raises:
         Unavailable: the system or the CPU is another one, or no compiler gives one.
@@ -149,11 +150,11 @@ def load() -> ctypes.CDLL:
     for compiler in _compilers():
         try:
             ctypes.CDLL(_thread_library(), mode=ctypes.RTLD_GLOBAL)
-            library = ctypes.CDLL(str(build(compiler)), mode=os.RTLD_NOW)
+            library = ctypes.CDLL(str(build(compiler, source)), mode=os.RTLD_NOW)
         except (OSError, Unavailable) as error:
             failures.append(str(error))
             continue
-        for name, arguments in ARGUMENTS.items():
+        for name, arguments in functions.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, ctypes.c_int
         return library
@@ -171,6 +172,15 @@ def is_plain(*tensors: torch.Tensor) -> bool:
         if not tensor.is_contiguous():
             return False
     return True
+
+
+# Of fewer numbers of a weight one thread is done before another has woken, or while it spins for the next call.
+NUMBERS_A_THREAD = 1 << 17
+
+
+def threads_for(numbers: int) -> int:
+    """Return how many threads share the work on that many numbers of weights or of a cache."""
+    return max(1, min(torch.get_num_threads(), numbers // NUMBERS_A_THREAD))
 
 
 class RowKernels:
@@ -195,7 +205,7 @@ class RowKernels:
         out = x.new_empty(*x.shape[:-1], rows)
         bias = None if bias_O is None else bias_O.data_ptr()
         pointers = (x.data_ptr(), weight_OI.data_ptr(), bias, out.data_ptr())
-        self._call("linear", *pointers, rows, width, torch.get_num_threads())
+        self._call("linear", *pointers, rows, width, threads_for(rows * width))
         return out
 
     def logits(self, x_1H: torch.Tensor, weight_EH: torch.Tensor) -> torch.Tensor | None:
@@ -205,7 +215,7 @@ class RowKernels:
             return None
         out = x_1H.new_empty(1, rows, dtype=torch.float32)
         pointers = (x_1H.data_ptr(), weight_EH.data_ptr(), out.data_ptr())
-        self._call("logits", *pointers, rows, width, torch.get_num_threads())
+        self._call("logits", *pointers, rows, width, threads_for(rows * width))
         return out
 
     def queries_keys_values(
@@ -232,7 +242,8 @@ class RowKernels:
             return None
         out = x_11H.new_empty(1, (queries + 2 * keys) // size, 1, size)
         pointers = [tensor.data_ptr() for tensor in (*tensors, out)]
-        self._call("queries_keys_values", *pointers, queries, keys, width, size, torch.get_num_threads())
+        numbers = (queries, keys, width, size, threads_for((queries + 2 * keys) * width))
+        self._call("queries_keys_values", *pointers, *numbers)
         return out.split([queries // size, keys // size, keys // size], dim=1)
 
     def rms_norm(self, x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor | None:
@@ -248,7 +259,7 @@ class RowKernels:
     ) -> torch.Tensor:
         out, count = torch.empty_like(x), len(pointers[0])
         tables = [(POINTER * count)(*table) for table in pointers]
-        numbers = (count, inner, x.numel(), torch.get_num_threads())
+        numbers = (count, inner, x.numel(), threads_for(3 * count * inner * x.numel()))
         scale = None if scales is None else scales.data_ptr()
         self._call("swiglu", x.data_ptr(), *tables, scale, out.data_ptr(), *numbers)
         return out
@@ -288,16 +299,17 @@ class RowKernels:
     def attend(
         self, query_1N1D: torch.Tensor, key_1MSD: torch.Tensor, value_1MSD: torch.Tensor, scaling: float
     ) -> torch.Tensor | None:
-        """Return what one query attends to, [1, 1, N, D]; keys and values may lie in larger rooms, as in a cache."""
+        """Return what one query attends to, [1, 1, N, D]; tokens and heads of the cache may lie any way apart."""
         heads, (kv_heads, length, size) = query_1N1D.shape[1], key_1MSD.shape[1:]
         if query_1N1D.shape != (1, heads, 1, size) or len(key_1MSD) != 1 or value_1MSD.shape != key_1MSD.shape:
             return None
-        if heads % kv_heads or not is_plain(query_1N1D, key_1MSD[0, 0], value_1MSD[0, 0]):
+        rows = (key_1MSD[0, 0, 0], value_1MSD[0, 0, 0]) if length else ()
+        if heads % kv_heads or not is_plain(query_1N1D, *rows):
             return None
         out = query_1N1D.new_empty(1, 1, heads, size)
         pointers = [tensor.data_ptr() for tensor in (query_1N1D, key_1MSD, value_1MSD, out)]
-        steps = key_1MSD.stride(1), value_1MSD.stride(1)
-        numbers = (heads, kv_heads, length, size, *steps, scaling, torch.get_num_threads())
+        steps = (key_1MSD.stride(1), value_1MSD.stride(1), key_1MSD.stride(2), value_1MSD.stride(2))
+        numbers = (heads, kv_heads, length, size, *steps, scaling, threads_for(heads * length * size))
         self._call("attend", *pointers, *numbers)
         return out
 

@@ -207,11 +207,12 @@ static inline void mix(const uint16_t *rows, const float *weights, uint16_t *out
     for (int64_t i = 0; i < COLUMNS; i++) out[i] = narrow((i & 1 ? odds : evens)[i / PAIRS][i % PAIRS / 2]);
 }
 
-/* out[heads, size]: each head's query attends to length keys and values, whose heads lie key_step and value_step
-   numbers apart; heads / kv_heads queries share a head of keys. Scores and weights are rounded, softmax is float32. */
+/* out[heads, size]: each head's query attends to length keys and values, whose heads lie key_step and value_step numbers
+   apart, and whose tokens key_row and value_row; heads / kv_heads queries share a head of keys. Scores and weights are
+   rounded, softmax is float32. */
 int attend(const uint16_t *query, const uint16_t *key, const uint16_t *value, uint16_t *out, int64_t heads,
-           int64_t kv_heads, int64_t length, int64_t size, int64_t key_step, int64_t value_step, double scaling,
-           int threads) {
+           int64_t kv_heads, int64_t length, int64_t size, int64_t key_step, int64_t value_step, int64_t key_row,
+           int64_t value_row, double scaling, int threads) {
     int failed = 0;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(| : failed)
     for (int64_t h = 0; h < heads; h++) {
@@ -221,12 +222,12 @@ int attend(const uint16_t *query, const uint16_t *key, const uint16_t *value, ui
         if (row && weights) {
             float most = -INFINITY, sum = 0;
             for (int64_t s = 0; s < length; s++) {
-                weights[s] = rounded(rounded(dot(keys + s * size, row, size)) * (float)scaling);
+                weights[s] = rounded(rounded(dot(keys + s * key_row, row, size)) * (float)scaling);
                 if (!(weights[s] <= most)) most = weights[s];
             }
             for (int64_t s = 0; s < length; s++) sum += weights[s] = expf(weights[s] - most);
             for (int64_t s = 0; s < length; s++) weights[s] = rounded(weights[s] / sum);
-            for (int64_t i = 0; i < size; i += COLUMNS) mix(values + i, weights, out + h * size + i, length, size, size - i);
+            for (int64_t i = 0; i < size; i += COLUMNS) mix(values + i, weights, out + h * size + i, length, value_row, size - i);
         } else {
             failed = 1;
         }

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from deepseek_vl2.engine.scheduler import EngineOptions
     from deepseek_vl2.serve.api.settings import Settings
 
+from deepseek_vl2.cli.options import add_memory_arguments
+
 DESCRIPTION = "Serve a model over HTTP, with OpenAI's chat completions API."
 EXAMPLES = """\
 examples:
@@ -106,6 +108,7 @@ def _add_engine_arguments(group: Any) -> None:
     group.add_argument(
         "--dtype", default="bfloat16", choices=DTYPES, help="dtype of the weights (default: %(default)s)"
     )
+    add_memory_arguments(group)
     group.add_argument(
         "--slots", type=positive, help=f"answers written together (default: {GPU_SLOTS} on a GPU, {CPU_SLOTS} on a CPU)"
     )
@@ -315,7 +318,7 @@ def build_server(args: argparse.Namespace) -> Any:
     """
     import torch
 
-    from deepseek_vl2.cli.options import check_device, check_reachable
+    from deepseek_vl2.cli.options import check_device, check_reachable, loading_options
     from deepseek_vl2.serve.api.app import Server
     from deepseek_vl2.utils.io import load_pretrained_model
 
@@ -324,8 +327,7 @@ def build_server(args: argparse.Namespace) -> Any:
     if args.device is not None:
         check_device(args.device)
     check_reachable(name)
-    where: dict[str, Any] = {"device_map": "auto"} if args.device == "auto" else {"device": args.device}
-    _, processor, model = load_pretrained_model(name, dtype=getattr(torch, args.dtype), **where)
+    _, processor, model = load_pretrained_model(name, dtype=getattr(torch, args.dtype), **loading_options(args))
     options = engine_options(args, model)
     return Server(model, processor, server_settings(args, keys, name, options.max_batch), options)
 

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from deepseek_vl2.engine.holder import engine_of
 from deepseek_vl2.engine.scheduler import EngineOptions
+from deepseek_vl2.models.quantized_layers import count_weights, packed_layers
 from deepseek_vl2.serve.inference import generate
 from deepseek_vl2.serve.streaming import Answer
 from deepseek_vl2.serve.web.state import Settings
@@ -142,7 +143,7 @@ class ModelBackend:
 
     Args:
         model_path: a directory, a hub id, or a name that `load_pretrained_model` knows.
-        device: where to put the model; by default a GPU where there is one; "auto" to spread it over all.
+        where: arguments of `load_pretrained_model` that say where and in how many bits the model is loaded.
         dtype: dtype of the weights.
         chunk_size: tokens a chunk of the prefill; -1 for all at once.
     """
@@ -150,11 +151,11 @@ class ModelBackend:
     def __init__(
         self,
         model_path: str,
-        device: str | None = None,
+        where: Mapping[str, Any] | None = None,
         dtype: torch.dtype = torch.bfloat16,
         chunk_size: int = -1,
     ) -> None:
-        self.model_path, self.device, self.dtype, self.chunk_size = model_path, device, dtype, chunk_size
+        self.model_path, self.where, self.dtype, self.chunk_size = model_path, dict(where or {}), dtype, chunk_size
         self._status = LoadStatus(text="Loading the model")
         self._settled = threading.Event()
         self._loaded: Any = None
@@ -165,10 +166,9 @@ class ModelBackend:
 
     def _load(self) -> None:
         begin = time.monotonic()
-        where = {"device_map": "auto"} if self.device == "auto" else {"device": self.device}
         try:
             with _watch_loading(self._report):
-                loaded = load_pretrained_model(self.model_path, dtype=self.dtype, **where)
+                loaded = load_pretrained_model(self.model_path, dtype=self.dtype, **self.where)
             engine_of(loaded[2], EngineOptions(share_prefixes=True, image_cache_bytes=IMAGE_CACHE_BYTES))
             self._loaded = loaded
             self._status = LoadStatus(ready=True, text=self._describe(self._loaded[2]), fraction=1.0)
@@ -181,8 +181,9 @@ class ModelBackend:
             self._settled.set()
 
     def _describe(self, model: Any) -> str:
-        size = sum(parameter.numel() for parameter in model.parameters())
-        dtype = str(model.dtype).removeprefix("torch.")
+        size = count_weights(model)
+        packed = {str(fmt.kind) for _, layer in packed_layers(model) for fmt in layer.formats.values()}
+        dtype = " and ".join([*sorted(packed), str(model.dtype).removeprefix("torch.")])
         noise = " · random weights: the answers are noise" if self.model_path == DEMO_NAME else ""
         return f"{self.model_path} · {_count(size)} parameters · {dtype} · {model.device}{noise}"
 

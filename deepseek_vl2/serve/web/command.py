@@ -10,7 +10,14 @@ import time
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from importlib.util import find_spec
 
-from deepseek_vl2.cli.options import add_model_arguments, check_device, check_reachable, chunk_size, whole_number
+from deepseek_vl2.cli.options import (
+    add_model_arguments,
+    check_device,
+    check_reachable,
+    chunk_size,
+    loading_options,
+    whole_number,
+)
 from deepseek_vl2.serve.web.limits import Limits
 
 DESCRIPTION = "A web page to chat with the model about pictures. Only this machine reaches it unless told otherwise."
@@ -81,7 +88,7 @@ def _serve(args: Namespace) -> int:
     limits = Limits(images=args.max_images, file_mb=args.max_image_mb, waiting=args.max_waiting)
     name = args.model or default_model()
     check_reachable(name)  # a mistyped name ends the program, rather than standing on a page that never answers
-    backend = ModelBackend(name, args.device, getattr(torch, args.dtype), args.chunk_size)
+    backend = ModelBackend(name, loading_options(args), getattr(torch, args.dtype), args.chunk_size)
     page = build_page(backend, limits)
     address = launch(page, limits, args.host, args.port, args.share, args.root_path)
     backend.start()
