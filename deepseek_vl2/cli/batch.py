@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import json
+import contextlib
 import os
 import secrets
 import socket
@@ -12,12 +10,26 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from deepseek_vl2.cli.batch_lines import Job, answer_lines
+from deepseek_vl2.cli.batch_files import (
+    Job,
+    check_answers,
+    check_files,
+    errors_file,
+    forget,
+    gather,
+    locked,
+    part_files,
+    read_jobs,
+    read_records,
+    record_line,
+    write_answers,
+)
+from deepseek_vl2.cli.batch_lines import answer_lines
 from deepseek_vl2.cli.options import (
     add_generation_arguments,
     add_model_arguments,
@@ -60,27 +72,41 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Answer this process's share of the lines; the first process gathers them all."""
-    jobs = read_jobs(Path(args.input))
-    output = Path(args.output)
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"There is no directory {output.parent} to write {output.name} into.")
+    questions, output = Path(args.input), Path(os.path.realpath(args.output))
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if world == 1 and args.processes > 1 and LAUNCHED not in os.environ:
-        return launch(args) or finish(output, len(jobs))
-    if args.overwrite and rank == 0:
-        for file in (output, errors_file(output), *part_files(output)):
-            file.unlink(missing_ok=True)
+    shared = LAUNCHED in os.environ or rank > 0  # the lock is held by who launched this process, or by the first
+    jobs = read_jobs(questions)
+    if not shared:
+        check_files(questions, output)
+    with contextlib.nullcontext() if shared else locked(output) as lock:
+        if not shared:
+            check_files(questions, output)  # another run may have ended since
+        if world == 1 and args.processes > 1:
+            return launch(args, lock) or finish(output, len(jobs))
+        return answer_share(args, jobs, output, rank, world)
+
+
+def answer_share(args: Namespace, jobs: list[Job], output: Path, rank: int, world: int) -> int:
+    """Answer every ``world``-th line, from the ``rank``-th on."""
     wait = meet_others(args) if world > 1 else lambda: None
     wait()
-    answered = check_answers(jobs, gather(output), output)
+    answered = set() if args.overwrite else check_answers(jobs, gather(output), output)
     mine = [job for job in jobs[rank::world] if job.line not in answered]
-    wait()  # all have read what there was before any writes
+
+    def begin() -> None:
+        wait()  # all have a model, and have read what there was, before anything is written
+        if args.overwrite and rank == 0:
+            forget(output)
+        wait()
+
     try:
         if mine:
-            work(args, mine, output.with_name(f"{output.name}.part{rank}"), len(jobs[rank::world]), show=rank == 0)
+            work(args, mine, output.with_name(f"{output.name}.part{rank}"), len(jobs[rank::world]), rank == 0, begin)
+        else:
+            begin()
         wait()
     finally:
-        if world == 1:
+        if world == 1 and part_files(output):
             write_answers(output)
     if world > 1:
         if rank == 0:
@@ -90,8 +116,8 @@ def run(args: Namespace) -> int:
     return finish(output, len(jobs)) if world == 1 else 0
 
 
-def launch(args: Namespace) -> int:
-    """Run this command in several processes; return the exit code.
+def launch(args: Namespace, lock: int | None) -> int:
+    """Run this command in several processes, which hold the lock too; return the exit code.
 
     Raises:
         ValueError: there are GPUs, but fewer than processes.
@@ -108,7 +134,11 @@ def launch(args: Namespace) -> int:
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     command = [sys.executable, "-m", "deepseek_vl2.cli", "batch", *args.argv]
     workers = [
-        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        subprocess.Popen(
+            command,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            pass_fds=() if lock is None else (lock,),
+        )
         for rank in range(args.processes)
     ]
     try:
@@ -144,100 +174,6 @@ def leave_others() -> None:
         torch.distributed.destroy_process_group()
 
 
-# ---------------------------------------------------------------- files
-
-
-def read_jobs(path: Path) -> list[Job]:
-    """Read the lines that are not blank.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such file, or it is not text or holds nothing.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    try:
-        # Not splitlines: JSON may hold separators such as U+2028 as they are, and they end no line.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error}.") from error
-    jobs = [
-        Job(line, hashlib.sha256(text.encode()).hexdigest()[:16], text)
-        for line, text in enumerate(lines, 1)
-        if text.strip()
-    ]
-    if not jobs:
-        raise ValueError(f"{path} holds no questions.")
-    return jobs
-
-
-def part_files(output: Path) -> list[Path]:
-    """Return what processes have written and nobody has gathered."""
-    return sorted(output.parent.glob(f"{glob.escape(output.name)}.part[0-9]*"))
-
-
-def errors_file(output: Path) -> Path:
-    """Return the file of the lines that could not be answered."""
-    return output.with_name(f"{output.name}.errors")
-
-
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole records of a file; a last line that a killed process left unfinished is none."""
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8") as file:
-        for text in file:
-            try:
-                record = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict) and "line" in record:
-                yield record
-
-
-def gather(output: Path) -> dict[int, dict[str, Any]]:
-    """Return all records of this and earlier runs by line; an answer replaces an error, a later record an earlier."""
-    records: dict[int, dict[str, Any]] = {}
-    for file in (output, *part_files(output)):
-        for record in read_records(file):
-            if "error" not in record or "answer" not in records.get(record["line"], {}):
-                records[record["line"]] = record
-    return records
-
-
-def check_answers(jobs: list[Job], records: dict[int, dict[str, Any]], output: Path) -> set[int]:
-    """Return the lines that are answered.
-
-    Raises:
-        ValueError: the answers belong to another input.
-    """
-    keys = {job.line: job.key for job in jobs}
-    answered = {line for line, record in records.items() if "answer" in record}
-    foreign = sorted(line for line in answered if records[line].get("key") != keys.get(line))
-    if foreign:
-        raise ValueError(
-            f"{output} answers another input: its line {foreign[0]} was another one. "
-            "Name another output, or begin anew with --overwrite."
-        )
-    return answered
-
-
-def write_answers(output: Path) -> None:
-    """Gather all answers into the output, in the input's order, and all errors beside it."""
-    records = gather(output)
-    ordered = [records[line] for line in sorted(records)]
-    parts = part_files(output)
-    for file, kept in ((output, "answer"), (errors_file(output), "error")):
-        chosen = [json.dumps(record, ensure_ascii=False) for record in ordered if kept in record]
-        if chosen or kept == "answer":
-            aside = file.with_name(f"{file.name}.new")
-            aside.write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
-            aside.replace(file)  # a kill half-way leaves the old file whole
-        else:
-            file.unlink(missing_ok=True)
-    for part in parts:
-        part.unlink()
-
-
 def finish(output: Path, total: int) -> int:
     """Tell how it went; the exit code is 1 when lines could not be answered."""
     failed = list(read_records(errors_file(output)))
@@ -253,17 +189,21 @@ def finish(output: Path, total: int) -> int:
 # ---------------------------------------------------------------- answering
 
 
-def work(args: Namespace, jobs: list[Job], part: Path, share: int, show: bool) -> None:
-    """Answer lines, several at a time, and append their records in order to this process's part file."""
+def work(args: Namespace, jobs: list[Job], part: Path, share: int, show: bool, begin: Callable[[], None]) -> None:
+    """Answer lines, several at a time, and append their records in order to this process's part file.
+
+    What earlier runs wrote stays as it is until ``begin`` is called, with the model loaded.
+    """
     from tqdm import tqdm
 
     loaded = load(args)
+    begin()
     seed = secrets.randbits(32) if args.seed is None else args.seed
     bar = tqdm(total=share, initial=share - len(jobs), unit="line", disable=args.quiet or not show)
-    with bar, open(part, "a", encoding="utf-8") as file:
+    with bar, open(part, "a", encoding="utf-8", newline="\n") as file:
         if part.stat().st_size:
             file.write("\n")  # a killed process may have left its last line unfinished
         for record in answer_lines(loaded, jobs, args, seed):
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(record_line(record))
             file.flush()
             bar.update()

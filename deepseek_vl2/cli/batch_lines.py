@@ -6,26 +6,12 @@ import json
 from argparse import Namespace
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from deepseek_vl2.cli.batch_files import Job, error_record, record_line
 from deepseek_vl2.cli.images import clean_path, download, open_image
-from deepseek_vl2.cli.options import Loaded, generation_options, is_out_of_memory
-
-
-@dataclass
-class Job:
-    """One line of the input.
-
-    Fields:
-        line: its number, from 1.
-        key: of its text, to tell whether an answer is to this very line.
-        text: the line.
-    """
-
-    line: int
-    key: str
-    text: str
+from deepseek_vl2.cli.options import Loaded, generation_options, is_out_of_memory, note
 
 
 @dataclass
@@ -44,13 +30,15 @@ def answer_lines(loaded: Loaded, jobs: Iterable[Job], args: Namespace, seed: int
     todo = iter(jobs)
     try:
         while True:
+            while window and window[0].done:  # before another is asked: what is done is written
+                if window[0].failure is not None and args.batch_size > 1:
+                    ask_alone(loaded, window, args, seed)
+                yield window.popleft().record()
             while sum(not line.done for line in window) < args.batch_size and (job := next(todo, None)) is not None:
                 window.append(ask(loaded, job, args, seed))
             if not window:
                 return
-            if window[0].done:
-                yield window.popleft().record(args)
-            else:
+            if not window[0].done:
                 wait_for_another(window)
     finally:
         for line in window:
@@ -60,7 +48,27 @@ def answer_lines(loaded: Loaded, jobs: Iterable[Job], args: Namespace, seed: int
 def wait_for_another(window: Sequence[Pending]) -> None:
     """Drive the engine until one more line is done, so that its place is filled though earlier ones go on."""
     done = sum(line.done for line in window)
-    window[0].engine.run_until(lambda: sum(line.done for line in window) > done)
+    engine = next(line.engine for line in window if not line.done)
+    engine.run_until(lambda: sum(line.done for line in window) > done)
+
+
+def ask_alone(loaded: Loaded, window: deque[Pending], args: Namespace, seed: int) -> None:
+    """Ask the first line, which failed among others, once more when these are done.
+
+    Raises:
+        Exception: the device failed.
+    """
+    failed = window[0]
+    assert failed.failure is not None and failed.question is not None
+    if is_broken_device(failed.failure):
+        raise failed.failure
+    if is_out_of_memory(failed.failure):
+        note(f"Out of memory with {args.batch_size} lines at a time: lower --batch_size. A line is tried alone.")
+    while not all(line.done for line in window):
+        wait_for_another(window)
+    window[0] = submit_safely(loaded, failed.question, args, seed)
+    while not window[0].done:
+        wait_for_another(window)
 
 
 @dataclass
@@ -70,12 +78,15 @@ class Pending:
     Fields:
         job: the line.
         question: what it asks; ``None`` where that cannot be read.
-        error: why there is no answer.
+        error: what is wrong with the line.
+        failure: why a line that can be asked was not answered.
+        end: the engine's last word.
     """
 
     job: Job
     question: Question | None = None
     error: str | None = None
+    failure: Exception | None = None
     engine: Any = None
     request: Any = None
     text: str = ""
@@ -84,7 +95,7 @@ class Pending:
     @property
     def done(self) -> bool:
         """Whether there is an answer, or an error."""
-        return self.error is not None or self.end is not None
+        return self.error is not None or self.failure is not None or self.end is not None
 
     def cancel(self) -> None:
         """Stop the answer."""
@@ -99,30 +110,50 @@ class Pending:
             self.text += event.text
             self.end = event if event.finish_reason is not None else None
         else:
-            self.end = event.error
+            self.failure = event.error
 
-    def record(self, args: Namespace) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """Return the line's record.
 
         Raises:
-            ValueError: memory ran out.
+            Exception: the device failed, and would refuse every other line.
         """
-        if isinstance(self.end, Exception):
-            if is_out_of_memory(self.end):
-                raise ValueError(f"Out of memory: lower --batch_size ({args.batch_size}). {self.end}") from self.end
-            self.error = f"The model failed: {self.end}"
+        if self.failure is not None:
+            if is_broken_device(self.failure):
+                raise self.failure
+            self.error = why_unanswered(self.failure)
         if self.error is not None or self.question is None:
-            return {"line": self.job.line, "key": self.job.key, "error": self.error}
+            return error_record(self.job, self.error or "")
         return answer_record(self.question, self.text, self.end)
+
+
+def is_broken_device(error: Exception) -> bool:
+    """Whether nothing more can be run after an error: a GPU that failed refuses everything from then on."""
+    return type(error).__name__ == "AcceleratorError" or ("CUDA error" in str(error) and not is_out_of_memory(error))
+
+
+def why_unanswered(error: Exception) -> str:
+    """Return what to tell about a question that could not be answered."""
+    memory = is_out_of_memory(error) or isinstance(error, MemoryError) or "allocate memory" in str(error)
+    return f"Out of memory: {error}" if memory else f"{type(error).__name__}: {error}"
 
 
 def ask(loaded: Loaded, job: Job, args: Namespace, seed: int) -> Pending:
     """Hand a line to the engine; what is wrong with it becomes its error."""
     try:
-        return submit(loaded, read_question(loaded, job, args.system_prompt), args, seed)
-    except (ValueError, OSError, TypeError, AttributeError, KeyError) as error:  # whatever shape a line has
-        reason = str(error) if isinstance(error, (ValueError, OSError)) else f"The line has a wrong shape: {error}."
-        return Pending(job, error=reason)
+        question = read_question(loaded, job, args.system_prompt)
+    except Exception as error:  # whatever a line says, the others are answered
+        known = isinstance(error, (ValueError, OSError))
+        return Pending(job, error=str(error) if known else f"The line has a wrong shape: {error}.")
+    return submit_safely(loaded, question, args, seed)
+
+
+def submit_safely(loaded: Loaded, question: Question, args: Namespace, seed: int) -> Pending:
+    """Hand a question to the engine; what goes wrong becomes its failure."""
+    try:
+        return submit(loaded, question, args, seed)
+    except Exception as error:
+        return Pending(question.job, question, failure=error)
 
 
 def submit(loaded: Loaded, question: Question, args: Namespace, seed: int) -> Pending:
@@ -134,10 +165,12 @@ def submit(loaded: Loaded, question: Question, args: Namespace, seed: int) -> Pe
     from deepseek_vl2.serve.streaming import answer_params, model_ends
 
     options, ends = generation_options(args), model_ends(loaded.model)
+    room = most_tokens(loaded) - len(question.sample["input_ids"])
+    params = answer_params(options, ends, seed + question.job.line)  # a line gets what it would get alone
     line = Pending(question.job, question, engine=engine_of(loaded.model))
     line.request = Request(
         prompt_of(loaded.model, question.sample),
-        answer_params(options, ends, seed + question.job.line),  # a line gets what it would get alone
+        replace(params, max_tokens=min(params.max_tokens, room)),
         line.take,
         token_bytes_of(loaded.tokenizer, ends),
         options.prefill_chunk_size,
@@ -154,10 +187,7 @@ def read_question(loaded: Loaded, job: Job, system_prompt: str) -> Question:
     """
     from deepseek_vl2.utils.prompts import question_about
 
-    try:
-        line = json.loads(job.text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"Not JSON: {error}.") from error
+    line = read_line(job)
     if not isinstance(line, dict) or ("prompt" in line) == ("messages" in line):
         raise ValueError('A line is an object with either "prompt" or "messages".')
     if "prompt" in line:
@@ -170,8 +200,36 @@ def read_question(loaded: Loaded, job: Job, system_prompt: str) -> Question:
     turns = loaded.processor.messages_to_conversation([fetched(message) for message in messages])
     shown = [open_image(s) if isinstance(s, str) else s for turn in turns for s in turn["images"]]
     sample = loaded.processor.process_one(conversations=turns, images=shown, system_prompt=system_prompt)
+    length, most = len(sample["input_ids"]), most_tokens(loaded)
+    if length >= most:
+        raise ValueError(f"The prompt has {length:,} tokens; the model knows {most:,}, its answer's included.")
     sizes = [image.size for image in shown if hasattr(image, "size")]
     return Question(job, line.get("id"), sample, sizes)
+
+
+def read_line(job: Job) -> Any:
+    """Return what a line says.
+
+    Raises:
+        ValueError: it is not JSON, or such that no record of it could be written.
+    """
+    if job.text is None:
+        raise ValueError("Not text in UTF-8.")
+    try:
+        line = json.loads(job.text)
+        record_line({"line": line}).encode()
+    except RecursionError:
+        raise ValueError("Not JSON that can be read: it is nested too deeply.") from None
+    except UnicodeEncodeError:
+        raise ValueError("Not text: it has one half of a surrogate pair without the other.") from None
+    except ValueError as error:
+        raise ValueError(f"Not JSON: {error}.") from error
+    return line
+
+
+def most_tokens(loaded: Loaded) -> int:
+    """Return how many tokens a prompt and its answer may have together."""
+    return int(loaded.model.config.language_config.max_position_embeddings)
 
 
 def fetched(message: dict[str, Any]) -> dict[str, Any]:

@@ -114,10 +114,11 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class ShownToken:
-    """A token whose text has been shown (or is empty), and its log probabilities."""
+    """A token whose text has been shown (or is empty), its log probabilities, and where in the answer it begins."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
+    start: int = 0
 
 
 class Detokenizer:
@@ -134,21 +135,27 @@ class Detokenizer:
         self.filter = StopFilter(stop)
         self.decoded = 0
         self.shown = 0
-        self.waiting: list[tuple[int, ShownToken]] = []
+        self.waiting: list[ShownToken] = []
 
     @property
     def stopped(self) -> bool:
         """Whether a stop sequence came."""
         return self.filter.stopped
 
-    def push(self, token_id: int, logprobs: TokenLogprobs | None = None) -> str:
-        """Add a token; return the text that can be shown."""
+    def push(self, token_id: int, logprobs: TokenLogprobs | None = None, may_stop: bool = True) -> str:
+        """Add a token; return the text that can be shown.
+
+        Args:
+            token_id: the token.
+            logprobs: its log probabilities.
+            may_stop: whether its text may end the answer; it does not where the answer is still too short.
+        """
         if token_id in self.token_bytes.hidden:
             return ""
-        self.waiting.append((self.decoded, ShownToken(token_id, logprobs)))
+        self.waiting.append(ShownToken(token_id, logprobs, self.decoded))
         text = self.decoder.decode(self.token_bytes[token_id])
         self.decoded += len(text)
-        return self._show(self.filter.push(text))
+        return self._show(self.filter.push(text) if may_stop else text)
 
     def finish(self) -> str:
         """Return the rest of the text, at the end of the answer."""
@@ -168,10 +175,10 @@ class Detokenizer:
         At the end (``finished``) those go too that show nothing; tokens of a stop sequence never do.
         """
         count = 0
-        for start, _ in self.waiting:
-            if start >= self.shown and not (finished and not self.stopped):
+        for token in self.waiting:
+            if token.start >= self.shown and not (finished and not self.stopped):
                 break
             count += 1
-        taken = [token for _, token in self.waiting[:count]]
+        taken = self.waiting[:count]
         del self.waiting[:count]
         return taken

@@ -199,7 +199,9 @@ class Answer:
         constraint, detokenizer = self.sampler.constraint, self.detokenizer
         if constraint is not None:
             constraint.advance(token)
-        text = "" if detokenizer is None else detokenizer.push(token, logprobs)
+        text = ""
+        if detokenizer is not None and token not in self.params.stop_token_ids:
+            text = detokenizer.push(token, logprobs, may_stop=len(self.tokens) > self.params.min_tokens)
         stopped = token in self.end_ids or (detokenizer is not None and detokenizer.stopped)
         reason: FinishReason | None = None
         if stopped or (constraint is not None and constraint.finished):

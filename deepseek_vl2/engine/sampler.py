@@ -101,14 +101,15 @@ def row_keys(seeds_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
 
 def exponential_noise(keys_B: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """Return exponentially distributed numbers for each row and token, [B, V], float32, none of them zero."""
+    # 23 bits and a half are exact in float32; with 24 the largest would be rounded to 1, whose logarithm is 0.
     if keys_B.device.type == "cpu":
         tokens = np.arange(vocabulary, dtype=np.uint32) * np.uint32(SPREAD)
         bits = mix_numpy(tokens[None] + keys_B.numpy().astype(np.uint32)[:, None])
-        uniform = torch.from_numpy((bits >> np.uint32(8)).astype(np.float32))
+        uniform = torch.from_numpy((bits >> np.uint32(9)).astype(np.float32))
     else:
         tokens_V = torch.arange(vocabulary, device=keys_B.device) * SPREAD
-        uniform = (mix((tokens_V[None] + keys_B[:, None]) & MASK32) >> 8).float()
-    return uniform.add_(0.5).mul_(2.0**-24).log_().neg_()
+        uniform = (mix((tokens_V[None] + keys_B[:, None]) & MASK32) >> 9).float()
+    return uniform.add_(0.5).mul_(2.0**-23).log_().neg_()
 
 
 def smallest_kept(
@@ -217,8 +218,12 @@ class SamplingBatch:
         early = [(i, row.end_ids) for i, row in enumerate(self.rows) if row.chosen < row.params.min_tokens]
         pairs = [(i, token) for i, ends in early for token in ends]
         if pairs:
-            rows, tokens = zip(*pairs, strict=True)
-            logits_BV[self._put(rows, torch.long), self._put(tokens, torch.long)] = -torch.inf
+            rows, tokens = (self._put(each, torch.long) for each in zip(*pairs, strict=True))
+            allowed = logits_BV[rows, tokens]
+            logits_BV[rows, tokens] = -torch.inf
+            if self.constrained:
+                stuck = torch.isneginf(logits_BV.amax(dim=-1))[rows]  # the grammar leaves the end alone
+                logits_BV[rows, tokens] = torch.where(stuck, allowed, -torch.inf)
 
     def _apply_grammars(self, logits_BV: torch.Tensor) -> dict[int, Exception]:
         masks, kept, failures = [], [], {}
@@ -250,8 +255,9 @@ class SamplingBatch:
             logits_BV.index_put_(self.bias_index, self.bias_values, accumulate=True)
         if self.counting:
             logits_BV[self.counting_rows] = self._penalised(logits_BV[self.counting_rows])
+        failures = self._apply_grammars(logits_BV)
         self._forbid_ends(logits_BV)
-        return logits_BV, self._apply_grammars(logits_BV)
+        return logits_BV, failures
 
     # ---------------------------------------------------------------- choice
 

@@ -34,7 +34,7 @@ class SamplingParams:
         top_p: sample among the most likely tokens that together reach this probability.
         top_k: sample among this many most likely tokens; 0 for all.
         min_p: leave out tokens less likely than this share of the most likely one's probability.
-        min_tokens: tokens before which the answer may not end.
+        min_tokens: tokens before which neither end tokens nor stop texts end the answer; a grammar may.
         seed: of the answer's random numbers, which depend on nothing else; ``None`` for a seed nobody knows.
         presence_penalty: taken from the logits of tokens that the answer has.
         frequency_penalty: taken from them once for each time they occur.
@@ -42,7 +42,7 @@ class SamplingParams:
         logit_bias: added to the logits of these ids.
         logprobs: report the log probability of each token and of this many alternatives; ``None``: nothing.
         stop: texts that end the answer, themselves not shown.
-        stop_token_ids: ids that end the answer beside the model's own.
+        stop_token_ids: ids that end the answer beside the model's own, themselves not shown.
         ignore_eos: go on after the model's own end tokens, up to ``max_tokens``.
         grammar: makes the constraint that the answer follows; called once an answer.
 

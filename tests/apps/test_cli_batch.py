@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from deepseek_vl2.cli import batch as batch_module
 from deepseek_vl2.cli import batch_lines
 from deepseek_vl2.cli.main import main
 from deepseek_vl2.cli.options import Loaded
+from deepseek_vl2.engine.holder import engine_of
+from deepseek_vl2.engine.request import Answer
 from deepseek_vl2.utils.demo import write_demo_checkpoint
 from deepseek_vl2.utils.io import load_pretrained_model
 
@@ -41,7 +44,8 @@ def one_model(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_lines(path: Path, *lines: Any) -> Path:
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), "utf-8")
+    texts = [line if isinstance(line, (str, bytes)) else json.dumps(line) for line in lines]
+    path.write_bytes(b"".join((text if isinstance(text, bytes) else text.encode()) + b"\n" for text in texts))
     return path
 
 
@@ -111,6 +115,18 @@ def test_images_and_messages(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "Unknown type"),
         ({"messages": [{"role": "user"}]}, "needs a content"),
         ({"messages": [{"content": "x"}]}, "role"),
+        ('{"prompt": "half of a pair: \\ud83d"}', "surrogate"),
+        ('{"prompt": "x", "id": "\\udc00"}', "surrogate"),
+        ('{"prompt": "x", "id": NaN}', "Not JSON"),
+        ('{"prompt": "x", "id": 1e999}', "Not JSON"),
+        ('{"prompt": "x", "id": ' + "1" * 5000 + "}", "Not JSON"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ('{"prompt": "x", "id": ' + "[" * 50_000 + "]" * 50_000 + "}", "nested too deeply"),
+        ('{"messages": ' + '[{"role": "user", "content": ' * 300 + "1" + "}]" * 300 + "}", "content"),
+        (b"\xff\xfe", "Not text in UTF-8"),
+        ({"prompt": "word " * 6000}, "the model knows 4,096"),
+        ({"prompt": "x" * 4096}, "the model knows 4,096"),
+        ({"prompt": "x", "images": [PICTURE] * 20}, "the model knows 4,096"),
     ],
 )
 def test_bad_lines_are_reported_and_skipped(
@@ -131,6 +147,165 @@ def test_separators_within_a_text_end_no_line(tmp_path: Path) -> None:
     assert run(questions, tmp_path / "a.jsonl") == 0
     first, second = records(tmp_path / "a.jsonl")
     assert first["answer"] == second["answer"] and (first["line"], second["line"]) == (1, 2)
+
+
+def test_a_question_that_fails_takes_no_other_with_it(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(questions, tmp_path / "whole.jsonl") == 0
+    submit, asked = batch_lines.submit, []
+
+    def failing(loaded: Any, question: Any, *rest: Any) -> Any:
+        asked.append(question.job.line)
+        if question.job.line == 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 28800000000 bytes.")
+        return submit(loaded, question, *rest)
+
+    monkeypatch.setattr(batch_lines, "submit", failing)
+    assert run(questions, tmp_path / "a.jsonl", "--batch_size", "5") == 1
+    assert asked == [1, 2, 3, 4, 5, 3], "tried once more when the others are done"
+    whole = records(tmp_path / "whole.jsonl")
+    assert records(tmp_path / "a.jsonl") == [*whole[:2], *whole[3:]]
+    (error,) = records(tmp_path / "a.jsonl.errors")
+    assert error["line"] == 3 and "Out of memory" in error["error"]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_question_that_fails_among_others_is_asked_alone(
+    alone: bool, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: Loaded
+) -> None:
+    """What the engine could not do while others were at work."""
+    assert run(questions, tmp_path / "whole.jsonl") == 0
+    engine = engine_of(loaded.model)
+    accept = Answer.accept
+
+    def failing(answer: Any, *rest: Any) -> None:
+        if len(answer.prompt) == lengths[1] and len(answer.tokens) == 2 and (alone or engine.busy > 1):
+            raise RuntimeError("It does not work.")
+        accept(answer, *rest)
+
+    whole = records(tmp_path / "whole.jsonl")
+    lengths = [record["usage"]["prompt_tokens"] for record in whole]
+    assert lengths.count(lengths[1]) == 1
+    monkeypatch.setattr(Answer, "accept", failing)
+    assert run(questions, tmp_path / "a.jsonl", "--batch_size", "5") == int(alone)
+    assert records(tmp_path / "a.jsonl") == ([whole[0], *whole[2:]] if alone else whole)
+    if alone:
+        (error,) = records(tmp_path / "a.jsonl.errors")
+        assert error["line"] == 2 and error["error"] == "RuntimeError: It does not work."
+
+
+def test_an_answer_ends_where_the_model_knows_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_lines, "most_tokens", lambda loaded: 120)
+    questions = write_lines(tmp_path / "q.jsonl", {"prompt": "x" * 105}, {"prompt": "y"})
+    for size in ("1", "2"):
+        output = tmp_path / f"{size}.jsonl"
+        assert run(questions, output, "--batch_size", size, "--max_new_tokens", "10") == 0
+        long, short = records(output)
+        room = 120 - long["usage"]["prompt_tokens"]
+        assert 0 < room < 10 and long["usage"]["completion_tokens"] == room and long["finish_reason"] == "length"
+        assert short["usage"]["completion_tokens"] == 10
+
+
+@pytest.mark.parametrize("way", ["same", "dots", "symlink", "hard link", "errors", "part", "dangling"])
+def test_the_questions_are_never_overwritten(
+    way: str, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = questions.read_bytes()
+    output = {
+        "same": questions,
+        "dots": tmp_path / "x" / ".." / "q.jsonl",
+        "symlink": tmp_path / "link",
+        "hard link": tmp_path / "hard",
+        "errors": tmp_path / "q",
+        "part": tmp_path / "q",
+        "dangling": tmp_path / "link",
+    }[way]
+    (tmp_path / "x").mkdir()
+    if way == "symlink":
+        output.symlink_to(questions)
+    elif way == "hard link":
+        output.hardlink_to(questions)
+    elif way in ("errors", "part"):
+        questions = questions.rename(tmp_path / ("q.errors" if way == "errors" else "q.part0"))
+    elif way == "dangling":
+        output.symlink_to(tmp_path / "later.jsonl")  # the answers go where it points to
+        assert run(questions, output) == 0
+        assert output.is_symlink() and len(records(tmp_path / "later.jsonl")) == 5
+        return
+    for options in ((), ("--overwrite",)):
+        assert run(questions, output, *options) == 1
+        assert questions.read_bytes() == before
+        assert "holds the questions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.errors", "a.jsonl.part3", "a.jsonl.new", "a.jsonl.lock"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"dear diary\n",
+        b'{"prompt": "other questions"}\n',
+        b"\x89PNG\r\n\x1a\n\0\0",
+        b'{"line": 1, "key": "0", "answer": "x"}\nand notes\n',
+        b'{"line": 1, "text": "of another program"}\n',
+    ],
+)
+def test_what_others_wrote_is_never_replaced(
+    name: str, content: bytes, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    for options in ((), ("--overwrite",)):
+        assert run(questions, tmp_path / "a.jsonl", *options) == 1
+        assert "was not written by this command" in capsys.readouterr().err
+        assert (tmp_path / name).read_bytes() == content
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([name, "q.jsonl"])
+
+
+def test_a_directory_is_no_output(questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").mkdir()
+    assert run(questions, tmp_path / "a.jsonl") == 1
+    assert run(questions, Path(os.devnull)) == 1
+    assert capsys.readouterr().err.count("was not written by this command") == 2
+
+
+def test_a_run_that_fails_replaces_nothing(questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "a.jsonl"
+    output.touch()  # an empty file holds nothing to lose
+    assert run(questions, output) == 0
+    before = output.read_bytes()
+
+    def no_model(args: Any) -> Any:
+        raise FileNotFoundError("There is no such model.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_module, "load", no_model)
+        assert run(questions, output, "--overwrite") == 1
+        assert output.read_bytes() == before
+        assert run(questions, tmp_path / "b.jsonl") == 1
+        assert not (tmp_path / "b.jsonl").exists()
+    lines = count_answers(monkeypatch)
+    assert run(questions, output, "--overwrite") == 0
+    assert lines == [1, 2, 3, 4, 5] and output.read_bytes() == before
+
+
+def test_two_runs_do_not_mix(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "a.jsonl"
+    submit, codes = batch_lines.submit, []
+
+    def meddling(*arguments: Any) -> Any:
+        if not codes:
+            codes.append(run(questions, output))
+        return submit(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_lines, "submit", meddling)
+        assert run(questions, output, "--batch_size", "5") == 0
+    assert codes == [1] and "Another run works on" in capsys.readouterr().err
+    (tmp_path / "a.jsonl.lock").touch()  # a killed run's lock keeps nobody off
+    assert run(questions, output) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
 
 
 def count_answers(monkeypatch: pytest.MonkeyPatch, fail_after: int | None = None) -> list[int]:
@@ -233,3 +408,25 @@ def test_two_processes_share_the_lines(questions: Path, tmp_path: Path, model_pa
     assert records(tmp_path / "two.jsonl") == records(tmp_path / "one.jsonl")
     assert "Traceback" not in done.stderr
     assert sorted(file.name for file in tmp_path.iterdir()) == ["one.jsonl", "q.jsonl", "two.jsonl"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_three_times(tmp_path: Path, model_path: str) -> None:
+    texts = [f"Question {number}" for number in range(40)]
+    questions = write_lines(tmp_path / "q.jsonl", *({"prompt": text} for text in texts))
+    output, part = tmp_path / "a.jsonl", tmp_path / "a.jsonl.part0"
+    arguments = ["batch", str(questions), str(output), "--max_new_tokens", "20", "--dtype", "float32", "--quiet"]
+    command = [sys.executable, "-m", "deepseek_vl2.cli", *arguments, "--model", model_path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for kill in range(3):
+        process = subprocess.Popen(command, cwd=ROOT, env=environment)
+        while process.poll() is None and (not part.exists() or part.read_bytes().count(b"answer") < 5 * (kill + 1)):
+            time.sleep(0.02)
+        assert process.poll() is None, "it was done before it was killed"
+        process.kill()
+        process.wait(30)
+    assert subprocess.run(command, cwd=ROOT, env=environment, timeout=300).returncode == 0
+    assert [record["line"] for record in records(output)] == list(range(1, 41))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
+    assert run(questions, tmp_path / "whole.jsonl", "--max_new_tokens", "20") == 0
+    assert records(output) == records(tmp_path / "whole.jsonl")

@@ -110,6 +110,12 @@ def fetch(url: str, limits: ImageLimits = OPEN) -> bytes:
         *((a, False) for a in ("100.64.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "192.0.2.1", "198.18.0.1")),
         *((a, False) for a in ("::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:10.0.0.1")),
         *((a, False) for a in ("64:ff9b::a00:1", "2002:a00:1::", "2001:db8::1", "::ffff:169.254.169.254")),
+        # Site-local, unassigned, and IPv4 behind gateways, tunnels and translators.
+        *((a, False) for a in ("fec0::1", "feff::1", "::127.0.0.1", "64:ff9b:1::7f00:1", "::ffff:0:10.0.0.1")),
+        *((a, False) for a in ("2606:2800:220:1:0:5efe:10.0.0.1", "2606:2800:220:1:200:5efe:192.168.0.1")),
+        *((a, False) for a in ("2001:0:4136:e378:8000:63bf:f5ff:fffe", "2002:7f00:1::1", "2002:808:808::1")),
+        *((a, False) for a in ("3fff::1", "5f00::1", "4000::1", "100::1", "192.88.99.1", "192.0.0.8", "198.51.100.1")),
+        *((a, True) for a in ("2606:2800:220:1:0:5efe:8.8.8.8", "::ffff:0:8.8.8.8", "2a00:1450:4001::1")),
     ],
 )
 def test_what_is_public(address: str, public: bool) -> None:
@@ -151,7 +157,7 @@ def test_files_come(port: int) -> None:
         ("large/", "10,000 bytes"),
         ("endless/", "10,000 bytes"),
         ("slow/", "within 1.5 seconds"),
-        ("cut/", "could not be fetched"),
+        ("cut/", "could not be fetched from its host"),
         ("round/", "redirects more than 3 times"),
         ("nowhere/", "status 302"),
         ("to/file:///etc/passwd", "not an http or https address"),
@@ -171,6 +177,20 @@ def test_private_addresses_are_refused_by_any_name(port: int) -> None:
         with pytest.raises(DownloadError):
             fetch(f"http://{host}:{port}/file/", STRICT)
     assert len(Handler.hosts) == before, "nobody was asked"
+
+
+def test_errors_tell_no_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    monkeypatch.setattr(module, "is_public", lambda address: True)
+    said = set()
+    for limits, url in ((OPEN, f"http://localhost:{port}/"), (STRICT, f"https://localhost:{port}/")):
+        with pytest.raises(DownloadError) as failure:
+            fetch(url, limits)
+        said.add(str(failure.value))
+        assert "127.0.0.1" not in str(failure.value) and str(port) not in str(failure.value)
+    assert said == {"The image could not be fetched from its host."}
 
 
 def test_a_redirect_is_checked_like_an_address(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

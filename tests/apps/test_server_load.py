@@ -99,7 +99,7 @@ def test_clients_that_leave_free_their_slots(demo: Any) -> None:
             gc.collect()
             sizes.append(process.memory_info().rss)
         assert engine.stats.cancelled == 48
-        assert server.server.chat.in_hand == 0
+        assert server.server.service.in_hand == 0
         # Allocators keep what was once theirs: the later rounds may not grow by more than noise.
         assert sizes[-1] - sizes[0] < 20 << 20
 
@@ -118,7 +118,7 @@ def test_a_client_that_leaves_before_its_answer_is_whole(demo: Any) -> None:
         wait_until(lambda: server.engine.waiting == 1)
         for thread in (impatient, also):
             thread.join()
-        wait_until(lambda: server.engine.busy == 0 and server.server.chat.in_hand == 0, 20)
+        wait_until(lambda: server.engine.busy == 0 and server.server.service.in_hand == 0, 20)
         assert server.engine.stats.cancelled == 2 and server.engine.stats.finished == 0
 
 

@@ -211,12 +211,12 @@ def test_grounding(client: Any) -> None:
 
 
 def test_errors_are_the_clients_own(client: Any, server: RunningServer) -> None:
-    with pytest.raises(openai.BadRequestError, match="does not support 'tools'"):
-        ask(client, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
+    with pytest.raises(openai.BadRequestError, match="does not support 'functions'"):
+        ask(client, functions=[{"name": "f", "parameters": {}}])
     with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
         ask(client, model="gpt")
     with pytest.raises(openai.BadRequestError) as caught:
-        ask(client, max_tokens=5000)
+        ask(client, [{"role": "user", "content": "word " * 2000}])
     assert caught.value.code == "context_length_exceeded"
     stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
     with pytest.raises(openai.AuthenticationError, match="API key"):

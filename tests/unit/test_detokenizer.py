@@ -6,7 +6,9 @@ import random
 
 import pytest
 
-from deepseek_vl2.engine.detokenizer import Detokenizer, TokenBytes
+from deepseek_vl2.engine.detokenizer import Detokenizer, ShownToken, TokenBytes
+from deepseek_vl2.engine.request import Answer, Delta, Prompt, Request
+from deepseek_vl2.engine.sampling_params import SamplingParams
 from deepseek_vl2.models import DeepseekVLV2Processor
 
 
@@ -76,6 +78,39 @@ def test_stop_sequences_at_every_split(table: TokenBytes, processor: DeepseekVLV
         for count in range(len(pieces)):
             assert expected.startswith("".join(pieces[:count]))
         assert "".join(processor.decode([token]) for token in tokens) == expected
+
+
+def answer(table: TokenBytes, ids: list[int], **params: object) -> tuple[str, list[ShownToken], str | None]:
+    """Return what the engine tells of an answer of some tokens: its text, its tokens, why it ended."""
+    told: list[Delta] = []
+    request = Request(Prompt([5]), SamplingParams(max_tokens=len(ids), **params), told.append, table)  # type: ignore[arg-type]
+    written = Answer(request, frozenset([1]))
+    for token in ids:
+        if not written.finished:
+            written.accept(token, None)
+    return "".join(delta.text for delta in told), [t for d in told for t in d.tokens], told[-1].finish_reason
+
+
+def test_tokens_know_where_their_text_begins(table: TokenBytes, processor: DeepseekVLV2Processor) -> None:
+    letters = processor.encode("a", bos=False) + processor.encode("猫🦒", bos=False) + processor.encode("b", bos=False)
+    text, tokens, _ = answer(table, letters)
+    assert [token.token_id for token in tokens] == letters and text == "a猫🦒b"
+    assert tokens[0].start == 0 and tokens[1].start == 1 and tokens[-1].start == 3
+
+
+def test_a_token_that_ends_an_answer_is_not_shown(table: TokenBytes, processor: DeepseekVLV2Processor) -> None:
+    letters = [processor.encode(letter, bos=False)[0] for letter in "abcd"]
+    text, tokens, reason = answer(table, letters, stop_token_ids=frozenset([letters[2]]))
+    assert (text, [token.token_id for token in tokens], reason) == ("ab", letters[:2], "stop")
+
+
+def test_stop_texts_count_from_the_least_number_of_tokens_on(
+    table: TokenBytes, processor: DeepseekVLV2Processor
+) -> None:
+    letters = [processor.encode(letter, bos=False)[0] for letter in "abcabc"]
+    assert answer(table, letters, stop=("b",))[::2] == ("a", "stop")
+    assert answer(table, letters, stop=("b",), min_tokens=2)[::2] == ("abca", "stop")
+    assert answer(table, letters, stop=("b",), min_tokens=5)[::2] == ("abcabc", "length")
 
 
 def test_the_longest_token(table: TokenBytes) -> None:

@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepseek_vl2.engine.sampler import NUCLEUS_GUESS, RowSampler, Sampled, SamplingBatch, cut_tails, read_logprobs
+from deepseek_vl2.engine.sampler import (
+    FIRST,
+    MASK32,
+    NUCLEUS_GUESS,
+    SECOND,
+    RowSampler,
+    Sampled,
+    SamplingBatch,
+    cut_tails,
+    exponential_noise,
+    mix,
+    read_logprobs,
+)
 from deepseek_vl2.engine.sampling_params import SamplingParams
 
 VOCABULARY = 3000
@@ -49,6 +61,22 @@ def test_tokens_come_with_their_probabilities(temperature: float) -> None:
     assert found[4] == 0
 
 
+def unmixed(x: int) -> int:
+    """Return what `mix` mixes to a number."""
+    for factor in (SECOND, FIRST):
+        x ^= (x >> 15) ^ (x >> 30)
+        x = x * pow(factor, -1, 2**32) & MASK32
+    return x ^ (x >> 16)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2**31, MASK32 - 512, MASK32 - 1, MASK32])
+def test_no_random_number_is_zero(bits: int) -> None:
+    """Divided by zero, a token that must not come would be more likely than any other."""
+    assert mix(unmixed(bits)) == bits
+    noise = exponential_noise(torch.tensor([unmixed(bits)]), 4)
+    assert (noise > 0).all() and noise.isfinite().all()
+
+
 @pytest.mark.parametrize("spread", [0.3, 3.0])  # flat: the nucleus is wider than the first guess
 @pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.5, 0.95])
 def test_the_nucleus(spread: float, top_p: float) -> None:
@@ -62,14 +90,52 @@ def test_the_nucleus(spread: float, top_p: float) -> None:
         assert torch.equal(kept[row][list(found)], probabilities[row][list(found)])
 
 
+def cut(probabilities: torch.Tensor, **params: list[float]) -> torch.Tensor:
+    """Return what is left of each row, whose parameters are given in lists."""
+    plain = [0.0] * len(probabilities)
+    top_k, min_p = (params.get(name, plain) for name in ("top_k", "min_p"))
+    top_p = torch.tensor(params.get("top_p", [1.0] * len(plain)), dtype=torch.float64)
+    return cut_tails(probabilities, torch.tensor(top_k).long(), top_p, torch.tensor(min_p))
+
+
+def test_top_k_and_min_p_by_their_definition() -> None:
+    probabilities = random_logits(3).softmax(-1)
+    kept = cut(probabilities, top_k=[1, 7, VOCABULARY])
+    for index, count in enumerate((1, 7, VOCABULARY)):
+        expected = set(probabilities[index].topk(count).indices.tolist())
+        assert set(kept[index].nonzero().flatten().tolist()) == expected
+    kept = cut(probabilities, min_p=[0.0, 0.2, 1.0])
+    for index, share in enumerate((0.0, 0.2, 1.0)):
+        assert torch.equal(kept[index] > 0, probabilities[index] >= share * probabilities[index].max())
+    tied = torch.tensor([[0.2, 0.3, 0.3, 0.2]])
+    assert (cut(tied, top_k=[3]) > 0).all(), "what is as likely as the last one stays, whichever comes first"
+
+
+def test_cuts_follow_each_other_and_leave_other_rows_alone() -> None:
+    """Of 0.4 and 0.3, which top_k=2 leaves, the first is more than 0.55; of 0.96, two are more than half."""
+    probabilities = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04]).repeat(6, 1)
+    params = {
+        "min_p": [0.0, 0.4, 0.4, 0.4, 0.0, 0.0],
+        "top_k": [0, 0, 2, 2, 0, 4],
+        "top_p": [1.0, 1.0, 1.0, 0.55, 0.55, 0.5],
+    }
+    together = cut(probabilities, **params)
+    assert (together > 0).sum(1).tolist() == [5, 3, 2, 1, 2, 2]
+    for index in range(6):
+        alone = cut(probabilities[:1], **{name: values[index : index + 1] for name, values in params.items()})
+        assert torch.equal(together[index], alone[0])
+
+
 def test_no_row_looks_at_another() -> None:
-    logits = random_logits(6)
+    logits = random_logits(8)
     logits[4] *= 0.1
     params = [
         *({"temperature": 0}, {"seed": 1}, {"seed": 2, "top_p": 0.9}),
         {"seed": 3, "temperature": 0.3, "logit_bias": {5: 3.0}, "top_k": 40},
         {"seed": 4, "top_p": 0.7, "presence_penalty": 1.0, "frequency_penalty": 0.5, "min_p": 0.01},
         {"seed": 5, "repetition_penalty": 1.3, "logprobs": 2},
+        {"seed": 6, "top_k": 20, "min_p": 0.01},
+        {"seed": 7, "top_k": 50, "top_p": 0.9, "min_tokens": 5},
     ]
 
     def write(chosen: list[int]) -> list[list[int]]:
@@ -77,9 +143,10 @@ def test_no_row_looks_at_another() -> None:
         written = [sample(logits[chosen].roll(step, 1), rows, step).tokens_B.tolist() for step in range(12)]
         return [list(column) for column in zip(*written, strict=True)]
 
-    together = write([0, 1, 2, 3, 4, 5])
-    assert together == [write([i])[0] for i in range(6)]
-    assert together == write([5, 4, 3, 2, 1, 0])[::-1]
+    everyone = list(range(len(params)))
+    together = write(everyone)
+    assert together == [write([i])[0] for i in everyone]
+    assert together == write(everyone[::-1])[::-1]
 
 
 def test_greedy_takes_the_likeliest() -> None:
@@ -103,6 +170,32 @@ def test_an_answer_may_not_end_too_early() -> None:
     logits = torch.tensor([[0.0, 5.0, 1.0]])
     one = row(temperature=0, min_tokens=2)
     assert [sample(logits, [one]).tokens_B.item() for _ in range(3)] == [2, 2, 1]
+
+
+class Word:
+    """A grammar of token 2 and then the end, token 1."""
+
+    def __init__(self) -> None:
+        self.finished = False
+        self.next = 2
+
+    def allowed(self) -> torch.Tensor:
+        return torch.arange(4) == self.next
+
+    def advance(self, token: int) -> None:
+        self.finished, self.next = token == 1, 1
+
+
+def test_a_grammar_may_end_an_answer_before_its_least_number_of_tokens() -> None:
+    """The end is left where the grammar leaves nothing else, and to this row alone."""
+    rows = [row(temperature=0, min_tokens=5, grammar=Word), row(temperature=0, min_tokens=5)]
+    logits, written = torch.tensor([[0.0, 5.0, 1.0, 3.0]] * 2), []
+    for _ in range(2):
+        tokens = sample(logits, rows).tokens_B.tolist()
+        assert rows[0].constraint is not None
+        rows[0].constraint.advance(tokens[0])
+        written.append(tokens)
+    assert written == [[2, 3], [1, 3]]
 
 
 def test_log_probabilities_are_the_models() -> None:

@@ -122,11 +122,13 @@ class Answers:
     Args:
         engine: who writes them.
         deadline: when they must be done.
+        mailbox: brings what the engine tells.
     """
 
-    def __init__(self, engine: Engine, deadline: Deadline) -> None:
+    def __init__(self, engine: Engine, deadline: Deadline, mailbox: Mailbox) -> None:
         self.engine = engine
         self.deadline = deadline
+        self.mailbox = mailbox
         self.requests: list[EngineRequest] = []
         self.completion_tokens: dict[int, int] = {}
         self.first_token_seconds: float | None = None
@@ -137,9 +139,9 @@ class Answers:
         self._patient = False
         self._wake = asyncio.Event()
 
-    def sink(self, index: int, mailbox: Mailbox) -> Callable[[Event], None]:
+    def sink(self, index: int) -> Callable[[Event], None]:
         """Return what the engine calls for one of the answers."""
-        return mailbox.sink(lambda event: self._take(index, event))
+        return self.mailbox.sink(lambda event: self._take(index, event))
 
     def submit(self, requests: list[EngineRequest]) -> None:
         """Hand the requests to the engine.

@@ -15,7 +15,9 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from deepseek_vl2 import __version__
 from deepseek_vl2.engine.detokenizer import token_bytes_of
@@ -24,62 +26,43 @@ from deepseek_vl2.engine.holder import engine_of, existing_engine, release_model
 from deepseek_vl2.engine.scheduler import EngineOptions
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 
-from .chat import ChatService, check_api_key
+from .body import BodyReader
+from .chat import GenerationService, check_api_key
+from .chat_endpoint import ChatEndpoint
+from .completions import CompletionEndpoint, CompletionRequest
 from .errors import ApiError, error_response, handle_api_error
+from .generation import Generator
 from .grammar import GrammarCompiler
 from .grammar_process import GrammarService
 from .guard import Guard, RunningRequests
 from .metrics import Metrics
+from .openapi import (
+    OBJECT,
+    complete_page,
+    described,
+    error_entries,
+    generation_responses,
+    read_responses,
+    request_entry,
+)
 from .prompts import PromptBuilder
+from .request_id import HEADER, RequestIds
+from .response_schemas import ResponsesRequest
+from .response_store import ResponseStore
+from .responses import ResponsesEndpoint
 from .schemas import ChatRequest
 from .settings import Settings
+from .tokenizing import DetokenizeRequest, TokenizeRequest, TokenService
 
 logger = logging.getLogger(__name__)
 
-LAST_WORDS_SECONDS = 1.0
-
-ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
+LAST_WORDS_SECONDS = 2.0
 
 
-def described(text: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """Return a response's entry in the OpenAPI page."""
-    return {"description": text, "content": {"application/json": {"schema": schema}}}
-
-
-def error_entries(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the entries of errors in the OpenAPI page."""
-    return {status: described("An error, in OpenAI's shape.", ERROR_SCHEMA) for status in statuses}
-
-
-def chat_request_entry() -> dict[str, Any]:
-    """Return the request body of chat completions for the OpenAPI page; the server reads the body by itself."""
-    schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The answers: one object, or with stream a series of server-sent events.",
-        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
-    },
-    **error_entries(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504),
-}
+def allowed_methods(app: FastAPI, path: str) -> list[str]:
+    """Return the methods that a path takes."""
+    routes = [route for route in app.routes if isinstance(route, Route) and route.path_regex.match(path)]
+    return sorted({method for route in routes for method in route.methods or ()})
 
 
 class Server:
@@ -125,7 +108,10 @@ class Server:
         compiler = GrammarCompiler(token_bytes, model.config.language_config.vocab_size, sorted(end_ids(model)))
         self.grammars = GrammarService(compiler, settings.grammars)
         self.running = RunningRequests()
-        self.chat = ChatService(self.engine, token_bytes, builder, self.grammars, self.metrics, settings)
+        self.bodies = BodyReader(settings)
+        self.service = GenerationService(self.engine, self.metrics, settings, self.bodies)
+        self.generator = Generator(self.engine, token_bytes, builder, self.grammars, settings)
+        self.store = ResponseStore(settings.stored_responses, settings.stored_bytes, settings.stored_seconds)
         self.app = self._application()
 
     def _application(self) -> FastAPI:
@@ -133,8 +119,12 @@ class Server:
         self._add_middleware(app)
         self._add_error_handlers(app)
         self._add_open_routes(app)
-        self._add_guarded_routes(app)
-        self._describe(app)
+        guarded: dict[str, Any] = {"dependencies": [Depends(self._guard)]}
+        self._add_model_routes(app, guarded)
+        self._add_generation_routes(app, guarded)
+        self._add_token_routes(app, guarded)
+        self._add_stored_routes(app, guarded)
+        complete_page(app, [ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest])
         return app
 
     @contextlib.asynccontextmanager
@@ -148,11 +138,15 @@ class Server:
 
     async def abort(self) -> None:
         """End the requests at work, each with the answer that the server shuts down."""
-        await anyio.to_thread.run_sync(self.engine.stop)
         with anyio.move_on_after(LAST_WORDS_SECONDS):
+            # The step at work may take longer than anybody should wait.
+            await anyio.to_thread.run_sync(self.engine.stop, abandon_on_cancel=True)
             while self.running:  # what waited for the engine ends by itself
                 await anyio.sleep(0.05)
         self.running.end()
+
+    def _guard(self, request: Request) -> None:
+        check_api_key(request, self.settings.api_keys)
 
     def _add_middleware(self, app: FastAPI) -> None:
         app.add_middleware(Guard, running=self.running, allowed_hosts=self.settings.allowed_hosts)
@@ -160,10 +154,11 @@ class Server:
             app.add_middleware(
                 CORSMiddleware,
                 allow_origins=list(self.settings.cors_origins),
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],  # clients send many of their own: the browser's answer names those it asked for
-                expose_headers=["Retry-After", "X-Request-Id"],
+                expose_headers=[HEADER, "Retry-After"],
             )
+        app.add_middleware(RequestIds)
 
     @staticmethod
     def _add_error_handlers(app: FastAPI) -> None:
@@ -171,28 +166,44 @@ class Server:
             assert isinstance(error, HTTPException)
             answer = error_response(ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path}"))
             answer.headers.update(error.headers or {})
+            if error.status_code == 405:  # the router names the methods of one route, and a path may have several
+                answer.headers["Allow"] = ", ".join(allowed_methods(app, request.url.path))
             return answer
 
         async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-            return error_response(ApiError(500, "The server failed to handle this request."))
+            answer = error_response(ApiError(500, "The server failed to handle this request."))
+            answer.headers[HEADER] = request.state.request_id  # what is caught last passes no middleware
+            return answer
 
         app.add_exception_handler(ApiError, handle_api_error)
         app.add_exception_handler(HTTPException, http_error)
         app.add_exception_handler(Exception, unforeseen)
 
     def _add_open_routes(self, app: FastAPI) -> None:
-        @app.get("/health", responses={200: described("It works.", {"type": "object"}), **error_entries(503)})
+        health_entries: dict[int | str, dict[str, Any]] = {200: described("It works.", OBJECT), **error_entries(503)}
+
+        @app.get("/health", responses=health_entries)
         async def health() -> Response:
             """Say whether the server can take requests."""
             if not self.engine.healthy:
                 return error_response(ApiError(503, "The engine does not run."))
             return JSONResponse({"status": "ok"})
 
-    def _add_guarded_routes(self, app: FastAPI) -> None:
-        def guard(request: Request) -> None:
-            check_api_key(request, self.settings.api_keys)
+        @app.get("/version", responses={200: described("The package's version.", OBJECT)})
+        async def version() -> JSONResponse:
+            """Say which version of the package serves."""
+            return JSONResponse({"version": __version__})
 
-        guarded: dict[str, Any] = {"dependencies": [Depends(guard)]}
+        async def ping() -> Response:
+            return await health()
+
+        for method in ("GET", "POST"):
+            app.add_api_route(
+                "/ping", ping, methods=[method], responses=health_entries, operation_id=f"ping_{method.lower()}",
+                summary="Ping", description="The same as /health.",
+            )  # fmt: skip
+
+    def _add_model_routes(self, app: FastAPI, guarded: dict[str, Any]) -> None:
         models_entry = described("A list of one.", {"type": "object"})
 
         @app.get("/v1/models", responses={200: models_entry, **error_entries(401)}, **guarded)
@@ -215,10 +226,64 @@ class Server:
             """Report counts to Prometheus."""
             return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-        @app.post("/v1/chat/completions", responses=CHAT_RESPONSES, openapi_extra=chat_request_entry(), **guarded)
+    def _add_generation_routes(self, app: FastAPI, guarded: dict[str, Any]) -> None:
+        chat, completion = ChatEndpoint(self.generator), CompletionEndpoint(self.generator)
+        responses = ResponsesEndpoint(self.generator, self.store)
+
+        def options(text: str, kind: type[BaseModel]) -> dict[str, Any]:
+            return {"responses": generation_responses(text), "openapi_extra": request_entry(kind), **guarded}
+
+        @app.post("/v1/chat/completions", **options("The answers", ChatRequest))
         async def chat_completions(request: Request) -> Response:
             """Answer a conversation."""
-            return await self.chat.serve(request)
+            return await self.service.serve(request, chat)
+
+        @app.post("/v1/completions", **options("The texts", CompletionRequest))
+        async def completions(request: Request) -> Response:
+            """Go on from texts."""
+            return await self.service.serve(request, completion)
+
+        @app.post("/v1/responses", **options("The response", ResponsesRequest))
+        async def create_response(request: Request) -> Response:
+            """Answer a conversation, in the form of the Responses API."""
+            return await self.service.serve(request, responses)
+
+    def _add_token_routes(self, app: FastAPI, guarded: dict[str, Any]) -> None:
+        service = TokenService(self.generator, self.bodies, self.service.admitted)
+
+        def options(text: str, kind: type[BaseModel]) -> dict[str, Any]:
+            return {"responses": read_responses(text), "openapi_extra": request_entry(kind), **guarded}
+
+        @app.post("/tokenize", **options("The tokens.", TokenizeRequest))
+        async def tokenize(request: Request) -> Response:
+            """Return the tokens of a text or a conversation."""
+            return await service.tokenize(request)
+
+        @app.post("/detokenize", **options("The text.", DetokenizeRequest))
+        async def detokenize(request: Request) -> Response:
+            """Return the text of tokens."""
+            return await service.detokenize(request)
+
+    def _add_stored_routes(self, app: FastAPI, guarded: dict[str, Any]) -> None:
+        entries = {200: described("The response.", OBJECT), **error_entries(401, 404)}
+
+        def missing(name: str) -> ApiError:
+            return ApiError(404, f"There is no response {name[:100]!r} any more.", "response_id", "not_found")
+
+        @app.get("/v1/responses/{response_id}", responses=entries, **guarded)
+        async def read_response(response_id: str) -> JSONResponse:
+            """Return a response that is still kept."""
+            found = self.store.get(response_id)
+            if found is None:
+                raise missing(response_id)
+            return JSONResponse(found.body)
+
+        @app.delete("/v1/responses/{response_id}", responses=entries, **guarded)
+        async def delete_response(response_id: str) -> JSONResponse:
+            """Forget a response."""
+            if not self.store.remove(response_id):
+                raise missing(response_id)
+            return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
     def _card(self) -> dict[str, Any]:
         return {
@@ -228,14 +293,3 @@ class Server:
             "owned_by": "deepseek-ai",
             "max_model_len": self.engine.options.max_length,
         }
-
-    @staticmethod
-    def _describe(app: FastAPI) -> None:
-        """Complete the OpenAPI page by the schemas of the request that the server reads by itself."""
-        page = app.openapi()
-        definitions = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}").get("$defs", {})
-        page.setdefault("components", {}).setdefault("schemas", {}).update(definitions)
-        for path in page["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)  # FastAPI's own validation error, which is never sent
-        app.openapi_schema = page

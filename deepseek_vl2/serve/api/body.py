@@ -5,11 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import anyio
+import anyio.to_thread
 from starlette.requests import Request
 
 from .errors import ApiError
+from .settings import Settings
+
+PARSING_THREADS = 2  # Python runs one at a time; the event loop is to be the next in turn
+T = TypeVar("T")
 
 
 def check_content_type(request: Request) -> None:
@@ -52,6 +58,30 @@ class BodyBudget:
             self.held[address] -= taken
             if not self.held[address]:
                 del self.held[address]
+
+
+class BodyReader:
+    """Reads the bodies of a server's requests.
+
+    Args:
+        settings: what they may be.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.budget = BodyBudget(settings.body_bytes)
+        self.limiter = anyio.CapacityLimiter(PARSING_THREADS)
+
+    async def read(self, request: Request, parse: Callable[[bytes], T]) -> T:
+        """Return what ``parse``, called in another thread, makes of a request's body.
+
+        Raises:
+            ApiError: the body is not JSON, too large or too slow, or whatever ``parse`` raises.
+            ClientDisconnect: the client left.
+        """
+        check_content_type(request)
+        body = await read_body(request, self.settings.max_body_bytes, self.settings.body_seconds, self.budget)
+        return await anyio.to_thread.run_sync(parse, body, limiter=self.limiter)
 
 
 async def read_body(request: Request, max_bytes: int, seconds: float, budget: BodyBudget) -> bytes:

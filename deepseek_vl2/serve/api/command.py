@@ -143,6 +143,10 @@ def _add_engine_arguments(group: Any) -> None:
 
 def _add_limit_arguments(group: Any) -> None:
     group.add_argument("--max_choices", type=positive, default=8, help="largest n (default: %(default)s)")
+    group.add_argument(
+        "--stored_responses", type=not_negative, default=256, metavar="N",
+        help="responses kept for previous_response_id; 0: none (default: %(default)s)",
+    )  # fmt: skip
     group.add_argument("--max_body_mib", type=positive, default=32, help="size of a body (default: %(default)s)")
     group.add_argument(
         "--body_seconds", type=seconds, default=30.0, help="time for it to arrive (default: %(default)g)"
@@ -265,6 +269,7 @@ def server_settings(args: argparse.Namespace, keys: tuple[str, ...], name: str, 
         body_seconds=args.body_seconds,
         request_seconds=args.request_seconds,
         max_choices=args.max_choices,
+        stored_responses=args.stored_responses,
         max_requests=requests,
         # A page of the web can reach what listens here, under its own name (DNS rebinding); a key keeps it out.
         allowed_hosts=None if keys or not is_local(args.host) else tuple(args.allowed_host),

@@ -96,7 +96,7 @@ def _place(error: ErrorDetails) -> str:
     """Return where in the request an error is, without the branches of unions that pydantic names."""
     parts: list[str] = []
     for part in map(str, error["loc"]):
-        branch = "[" in part or part == "str" or part.startswith(("constrained-", "function-"))
+        branch = "[" in part or part == "str" or part.startswith(("constrained-", "function-")) or part[:1].isupper()
         if not branch and parts[-1:] != [part]:  # a union's tag stands before a field of the same name
             parts.append(part)
     return ".".join(parts)
@@ -114,4 +114,7 @@ def from_validation(failed: ValidationError) -> ApiError:
         return ApiError(400, f"Unknown field {place!r}: this server does not support it.", place, "unknown_parameter")
     reasons = dict.fromkeys(e["msg"].removeprefix("Value error, ") for e in furthest if _place(e) == place)
     reason = ", or: ".join(reasons)
-    return ApiError(400, f"{place}: {reason}." if place else f"{reason[0].upper()}{reason[1:]}.", place or None)
+    if place:
+        return ApiError(400, f"{place}: {reason}.", place)
+    names_a_field = "_" in reason.partition(" ")[0]
+    return ApiError(400, f"{reason}." if names_a_field else f"{reason[0].upper()}{reason[1:]}.")

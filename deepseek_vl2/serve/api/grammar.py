@@ -97,18 +97,18 @@ class GrammarCompiler:
         check_length(kind, text)
         return compile_matcher(self.tokenizer, kind, text)
 
-    def json_schema(self, schema: Any) -> Constraint:
-        """Return a constraint to JSON of a schema.
+    def constraint(self, kind: Kind, text: str) -> Constraint:
+        """Return a constraint to a grammar, JSON schema or pattern (in the syntax of Rust's regex crate).
 
         Raises:
-            ValueError: the schema is not one, or asks for what cannot be enforced.
+            ValueError: it is not valid, or asks for what cannot be enforced (such as look-around, or ``uniqueItems``).
         """
-        return Constraint(self.matcher("json_schema", json.dumps(schema)), self.vocabulary)
+        return Constraint(self.matcher(kind, text), self.vocabulary)
+
+    def json_schema(self, schema: Any) -> Constraint:
+        """Return a constraint to JSON of a schema; errors as `constraint`."""
+        return self.constraint("json_schema", json.dumps(schema))
 
     def regex(self, pattern: str) -> Constraint:
-        """Return a constraint to a whole answer that matches a pattern, in the syntax of Rust's regex crate.
-
-        Raises:
-            ValueError: the pattern is not valid, or uses what a finite automaton cannot (look-around, back-references).
-        """
-        return Constraint(self.matcher("regex", pattern), self.vocabulary)
+        """Return a constraint to a whole answer that matches a pattern; errors as `constraint`."""
+        return self.constraint("regex", pattern)

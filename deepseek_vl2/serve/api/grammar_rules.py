@@ -12,17 +12,17 @@ from typing import Any, Literal
 
 import llguidance
 
-Kind = Literal["json_schema", "regex"]
+Kind = Literal["json_schema", "regex", "lark", "tools"]
 
 MAX_GRAMMAR_CHARACTERS = 100_000
 HEADER = struct.Struct("!I")  # before each message between the processes: its length
 MAX_REASON = 300  # characters of the library's explanation
-# A line break and an indentation, but not blanks without end, which a model may fall into.
-JSON_OPTIONS: Any = {"whitespace_pattern": r"\n?[ ]{0,40}", "lenient": False}
+# No blanks: they cost tokens, and a model may fall into writing them without end.
+JSON_OPTIONS: Any = {"whitespace_flexible": False, "lenient": False}
 # These bound a step, which no process can be ended for: measured, the costliest mask takes some 40 ms. A state of the
 # lexer takes one to two kB, and as many matchers may live as there are slots and waiting requests.
 LIMITS = llguidance.LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
-NAMES = {"json_schema": "JSON schema", "regex": "regular expression"}
+NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "grammar", "tools": "grammar of tools"}
 
 
 class VocabularyTokenizer:
@@ -73,18 +73,24 @@ def compile_matcher(tokenizer: llguidance.LLTokenizer, kind: Kind, text: str) ->
         ValueError: the grammar is not valid, cannot be enforced, or takes more work than its bounds allow.
     """
     try:
-        if kind == "regex":
-            grammar = llguidance.LLMatcher.grammar_from_regex(text)
-        else:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
-        matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
+        matcher = llguidance.LLMatcher(tokenizer, library_form(kind, text), log_level=0, limits=LIMITS)
         empty = not matcher.is_error() and not any(matcher.compute_bitmask())
     except (ValueError, RuntimeError, RecursionError) as error:
         raise ValueError(unusable(kind, str(error))) from error
-    problem = matcher.get_error() or " ".join(matcher.get_grammar_warnings())
+    # Warnings are of what is left out; with tools that are not strict, that is as it should be.
+    problem = matcher.get_error() or ("" if kind == "tools" else " ".join(matcher.get_grammar_warnings()))
     if problem or empty:
         raise ValueError(unusable(kind, problem or "it leaves no token to begin with"))
     return matcher
+
+
+def library_form(kind: Kind, text: str) -> str:
+    """Return a grammar in the library's own notation."""
+    if kind == "regex":
+        return llguidance.LLMatcher.grammar_from_regex(text)
+    if kind == "json_schema":
+        return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
+    return llguidance.LLMatcher.grammar_from_lark(text)
 
 
 def unusable(kind: Kind, reason: str) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+from importlib.util import find_spec
 
-from PIL import Image, UnidentifiedImageError
+import anyio.to_thread
+from PIL import Image, UnidentifiedImageError, features
 
 from deepseek_vl2.models.image_loading import load_image
 
@@ -15,12 +17,35 @@ from .errors import ApiError
 from .settings import ImageLimits
 
 # Formats that Pillow decodes by itself; for others it may start programs. MPO files are opened as JPEG.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+# What the boxes of HEIF files say they hold, in bytes 8 to 12.
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+BASE64_BLOCK = 1 << 20
+# Base64 as it is found: with line breaks, and with the two characters that URLs need.
+BASE64_FORMS = str.maketrans({"-": "+", "_": "/", "\n": None, "\r": None, "\t": None, " ": None})
 
 
 def image_error(place: str, message: str) -> ApiError:
     """Return the error for an image; ``place`` is the field that holds it."""
     return ApiError(400, message, place, "invalid_image")
+
+
+def decode_base64(payload: str) -> bytes:
+    """Return what a text without its padding means; it is read in blocks, between which other threads run.
+
+    Raises:
+        ValueError: it is not base64.
+    """
+    if "=" in payload:
+        raise ValueError("there is padding before its end")
+    decoded, rest = bytearray(), ""
+    for start in range(0, len(payload), BASE64_BLOCK):
+        text = rest + payload[start : start + BASE64_BLOCK].translate(BASE64_FORMS)
+        whole = len(text) - len(text) % 4
+        decoded += base64.b64decode(text[:whole], validate=True)
+        rest = text[whole:]
+    decoded += base64.b64decode(rest + "=" * (-len(rest) % 4), validate=True)
+    return bytes(decoded)
 
 
 def decode_data_url(url: str, place: str, limits: ImageLimits) -> bytes:
@@ -30,14 +55,17 @@ def decode_data_url(url: str, place: str, limits: ImageLimits) -> bytes:
         ApiError: it is not base64, is empty or too large.
     """
     header, comma, payload = url.partition(",")
-    if not comma or not header.endswith(";base64"):
+    if not comma or not header.rstrip().lower().endswith(";base64"):
         raise image_error(place, "A data URL must look like data:image/png;base64,... with the image in base64.")
-    if len(payload) > (limits.max_bytes + 2) // 3 * 4 + 4:
+    payload = payload.rstrip(" \t\r\n=")
+    if len(payload) > 2 * limits.max_bytes:  # even with a line break after each character
         raise image_error(place, f"The image has more than the {limits.max_bytes:,} bytes allowed.")
     try:
-        data = base64.b64decode(payload, validate=True)
+        data = decode_base64(payload)
     except (binascii.Error, ValueError) as error:
         raise image_error(place, f"The data URL is not valid base64: {error}.") from error
+    if len(data) > limits.max_bytes:
+        raise image_error(place, f"The image has more than the {limits.max_bytes:,} bytes allowed.")
     if not data:
         raise image_error(place, "The data URL holds no image.")
     return data
@@ -51,7 +79,7 @@ async def read_image_file(url: str, place: str, limits: ImageLimits) -> bytes:
     """
     scheme = url[:8].partition(":")[0].lower()
     if scheme == "data":
-        return decode_data_url(url, place, limits)
+        return await anyio.to_thread.run_sync(decode_data_url, url, place, limits)
     if scheme not in ("http", "https"):
         raise image_error(place, "An image must be a data URL (data:image/png;base64,...) or an http(s) address.")
     if not limits.allow_urls:
@@ -62,6 +90,31 @@ async def read_image_file(url: str, place: str, limits: ImageLimits) -> bytes:
         return await download(url, limits)
     except DownloadError as error:
         raise image_error(place, str(error)) from error
+
+
+def is_heif(data: bytes) -> bool:
+    """Whether a file says that it holds a HEIF image, as telephones write them."""
+    return data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and b"avif" not in data[16:64]
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Open an image's file without decoding it; HEIF needs the package ``pillow-heif``.
+
+    Raises:
+        UnidentifiedImageError: it is of no known format, or of one that is not installed.
+    """
+    if is_heif(data) and find_spec("pillow_heif") is not None:
+        from pillow_heif import HeifImageFile
+
+        return HeifImageFile(io.BytesIO(data))
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def unknown_format(data: bytes) -> str:
+    """Return the message for a file that was not recognized."""
+    if is_heif(data):
+        return 'This server reads no HEIC images: send a JPEG, or install it with pip install "deepseek_vl2[heif]".'
+    return f"This is not an image of a known format ({', '.join(FORMATS)})."
 
 
 def decode_images(files: list[tuple[str, bytes]], limits: ImageLimits) -> list[Image.Image]:
@@ -78,9 +131,9 @@ def decode_images(files: list[tuple[str, bytes]], limits: ImageLimits) -> list[I
     opened, pixels = [], 0
     for place, data in files:
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = open_image(data)
         except UnidentifiedImageError as error:
-            raise image_error(place, f"This is not an image of a known format ({', '.join(FORMATS)}).") from error
+            raise image_error(place, unknown_format(data)) from error
         except Image.DecompressionBombError as error:
             raise image_error(place, f"The image has too many pixels: {error}") from error
         except Exception as error:  # Pillow's readers raise all kinds of errors for damaged headers

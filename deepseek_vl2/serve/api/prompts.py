@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,9 @@ from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 
 from .errors import ApiError
 from .images import decode_images, read_image_file
-from .schemas import ChatRequest, ImagePart
+from .schemas import ImagePart, TextPart
 from .settings import ImageLimits
-
-ROLES = {"developer": "system"}
+from .turns import Turn
 
 
 @dataclass
@@ -57,64 +57,65 @@ class PromptBuilder:
         self.limits = limits
         self.limiter = anyio.CapacityLimiter(threads)
 
-    async def build(self, request: ChatRequest) -> PreparedPrompt:
-        """Return the prompt of a request.
+    async def build(self, turns: Sequence[Turn], field: str = "messages") -> PreparedPrompt:
+        """Return the prompt of a conversation.
+
+        Args:
+            turns: the conversation.
+            field: the field of the request that holds it, for errors.
 
         Raises:
-            ApiError: the messages or their images cannot be used, or are too long.
+            ApiError: the turns or their images cannot be used, or are too long.
         """
-        self._check_text(request)
-        images = self._images(request)
-        files = [(place, await read_image_file(part.image_url.url, place, self.limits)) for place, part in images]
-        details = {part.image_url.detail or "auto" for _, part in images}
+        parts = [part for turn in turns for part in turn.parts]
+        self.check_size(sum(len(part.text) for part in parts if isinstance(part, TextPart)), field)
+        images = [part for part in parts if isinstance(part, ImagePart)]
+        if len(images) > self.limits.max_images:
+            message = f"The request has {len(images)} images; {self.limits.max_images} are allowed."
+            raise ApiError(400, message, field, "too_many_images")
+        files = [(part.place, await read_image_file(part.url, part.place, self.limits)) for part in images]
+        details = {part.detail for part in images}
         if "low" in details and len(details) > 1:
-            raise ApiError(400, "detail must be 'low' for all images of a request or for none.", "messages")
+            raise ApiError(400, "detail must be 'low' for all images of a request or for none.", field)
         cropping = False if "low" in details else None
-        return await anyio.to_thread.run_sync(self._process, request, files, cropping, limiter=self.limiter)
+        return await anyio.to_thread.run_sync(self._process, turns, files, cropping, field, limiter=self.limiter)
 
-    def _check_text(self, request: ChatRequest) -> None:
+    def encode_text(self, text: str, bos: bool, field: str = "prompt") -> list[int]:
+        """Return the tokens of a text that stands for itself.
+
+        Raises:
+            ApiError: it names an image, which only a conversation can show.
+        """
+        ids = self.processor.encode(text, bos=bos)
+        if self.processor.image_token_id in ids:
+            raise ApiError(400, f"{field} has {self.processor.image_token} but no image: chat shows images.", field)
+        return ids
+
+    def check_size(self, size: int, field: str) -> None:
         """Refuse a text that cannot fit before work goes into it."""
-        texts = [part.text for message in request.messages for part in message.parts if not isinstance(part, ImagePart)]
-        size = sum(map(len, texts))
         if size > self.most_bytes:
-            raise self.too_long(f"The messages have {size:,} characters, which is more than")
+            raise self.too_long(f"The {field} has {size:,} characters, which is more than", field)
 
-    def too_long(self, what: str) -> ApiError:
+    def too_long(self, what: str, field: str = "messages") -> ApiError:
         """Return the error for a prompt that does not fit."""
         message = f"{what} the {self.max_length} tokens of prompt and answer together that this server allows."
-        return ApiError(400, message, "messages", "context_length_exceeded")
+        return ApiError(400, message, field, "context_length_exceeded")
 
-    def _images(self, request: ChatRequest) -> list[tuple[str, ImagePart]]:
-        found = [
-            (f"messages.{i}.content.{j}.image_url", part)
-            for i, message in enumerate(request.messages)
-            for j, part in enumerate(message.parts)
-            if isinstance(part, ImagePart)
-        ]
-        if len(found) > self.limits.max_images:
-            message = f"The request has {len(found)} images; {self.limits.max_images} are allowed."
-            raise ApiError(400, message, "messages", "too_many_images")
-        return found
-
-    def _process(self, request: ChatRequest, files: list[tuple[str, bytes]], cropping: bool | None) -> PreparedPrompt:
+    def _process(
+        self, turns: Sequence[Turn], files: list[tuple[str, bytes]], cropping: bool | None, field: str
+    ) -> PreparedPrompt:
         images = decode_images(files, self.limits)
         sizes = [image.size for image in images]
         remaining = iter(images)
         conversation = [
-            {
-                "role": ROLES.get(message.role, message.role),
-                "content": [self._part(part, remaining) for part in message.parts],
-            }
-            for message in request.messages
+            {"role": turn.role, "content": [self._part(part, remaining) for part in turn.parts]} for turn in turns
         ]
-        if conversation[-1]["role"] == "system":
-            raise ApiError(400, "The last message must be a user's, or an assistant's to go on with.", "messages")
         try:
             inputs = self.processor.process_one(
                 conversations=conversation, cropping=cropping, max_pixels=self.limits.max_pixels
             )
         except ValueError as error:
-            raise ApiError(400, str(error), "messages") from error
+            raise ApiError(400, str(error), field) from error
         return PreparedPrompt(prompt_of(self.model, inputs), sizes)
 
     @staticmethod

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,10 +17,13 @@ from deepseek_vl2.utils.grounding import parse_grounding
 
 from .answers import Answers
 from .errors import ApiError
+from .generation_fields import StreamOptions
 from .schemas import ChatRequest
+from .tools import CallDelta, CallReader, ToolUse
 
 # JSON has no infinity; OpenAI writes this for what cannot happen.
 LEAST_LOGPROB = -9999.0
+STREAM_END = b"data: [DONE]\n\n"
 
 
 def grounding_of(text: str, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
@@ -31,7 +35,75 @@ def grounding_of(text: str, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
     }
 
 
-class Reply:
+def text_of(token_bytes: TokenBytes, ids: Sequence[int]) -> str:
+    """Return the text of some tokens."""
+    return b"".join(token_bytes[i] for i in ids).decode(errors="replace")
+
+
+def logprob_entry(token_bytes: TokenBytes, token_id: int, logprob: float) -> dict[str, Any]:
+    """Return a token with its log probability."""
+    raw = token_bytes[token_id]
+    return {"token": raw.decode(errors="replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(raw)}
+
+
+def token_entry(token_bytes: TokenBytes, token: ShownToken) -> dict[str, Any]:
+    """Return a token of an answer with its log probability, and the likeliest ones in its place."""
+    assert token.logprobs is not None
+    top = [logprob_entry(token_bytes, token_id, logprob) for token_id, logprob in token.logprobs.top]
+    return {**logprob_entry(token_bytes, token.token_id, token.logprobs.chosen), "top_logprobs": top}
+
+
+class StreamedReply(ABC):
+    """Writes a response as server-sent events.
+
+    Attributes:
+        answers: where the answers come from.
+        status: what the response is counted as: an error's, when one ended a stream.
+    """
+
+    answers: Answers
+    status = 200
+
+    @abstractmethod
+    def opening(self) -> list[bytes]:
+        """Return the events that begin a stream."""
+
+    @abstractmethod
+    def pieces(self, found: tuple[int, Delta]) -> list[bytes]:
+        """Return the events for what came next, and of which answer."""
+
+    @abstractmethod
+    def closing(self) -> list[bytes]:
+        """Return the events that end a stream."""
+
+    def failed(self, error: ApiError) -> list[bytes]:
+        """Return the events that end a stream in which something went wrong."""
+        return [server_sent(error.body())]
+
+    async def stream(self, first: tuple[int, Delta] | None) -> AsyncIterator[bytes]:
+        """Yield the response as server-sent events; what goes wrong from here on is an event too.
+
+        Args:
+            first: what came first, and of which answer; ``None`` when nothing has come yet.
+        """
+        for event in self.opening():
+            yield event
+        try:
+            for event in [] if first is None else self.pieces(first):
+                yield event
+            async for found in self.answers:
+                for event in self.pieces(found):
+                    yield event
+        except ApiError as error:
+            self.status = error.status
+            for event in self.failed(error):
+                yield event
+            return
+        for event in self.closing():
+            yield event
+
+
+class Reply(StreamedReply):
     """Writes the response to one request.
 
     Args:
@@ -41,9 +113,7 @@ class Reply:
         sizes: (width, height) in pixels of the request's images.
         answers: where the answers come from.
         token_bytes: the tokenizer's table.
-
-    Attributes:
-        status: what the response is counted as: an error's, when one ended a stream.
+        tools: what the answers may call.
     """
 
     def __init__(
@@ -54,13 +124,16 @@ class Reply:
         sizes: Sequence[tuple[int, int]],
         answers: Answers,
         token_bytes: TokenBytes,
+        tools: ToolUse,
     ) -> None:
         self.request = request
         self.prompt_tokens = prompt_tokens
         self.sizes = sizes
         self.answers = answers
         self.token_bytes = token_bytes
-        self.status = 200
+        self.tools = tools
+        self.texts = [""] * len(answers.requests)  # as far as they are streamed
+        self.readers = [CallReader() for _ in answers.requests] if tools else []
         self.head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -79,20 +152,11 @@ class Reply:
 
     # ---------------------------------------------------------------- log probabilities
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        raw = self.token_bytes[token_id]
-        return {"token": raw.decode(errors="replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(raw)}
-
-    def _entry(self, token: ShownToken) -> dict[str, Any]:
-        assert token.logprobs is not None
-        top = [self._token(token_id, logprob) for token_id, logprob in token.logprobs.top]
-        return {**self._token(token.token_id, token.logprobs.chosen), "top_logprobs": top}
-
     def logprobs(self, tokens: Sequence[ShownToken]) -> dict[str, Any] | None:
         """Return the log probabilities of some tokens, where the request wants them."""
         if not self.request.logprobs:
             return None
-        return {"content": [self._entry(token) for token in tokens], "refusal": None}
+        return {"content": [token_entry(self.token_bytes, token) for token in tokens], "refusal": None}
 
     # ---------------------------------------------------------------- a whole answer
 
@@ -108,61 +172,68 @@ class Reply:
 
     def _choice(self, index: int, text: str, tokens: Sequence[ShownToken], reason: str) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self.readers:
+            reader = self.readers[index]
+            reader.push(text, finished=True)
+            if reader.calls:
+                message["content"] = reader.text or None
+                message["tool_calls"] = [call.as_dict() for call in reader.calls]
+            reason = self._reason(index, reason)
         if self.request.grounding:
-            message["grounding"] = grounding_of(text, self.sizes)
+            message["grounding"] = grounding_of(message["content"] or "", self.sizes)
         return {"index": index, "message": message, "logprobs": self.logprobs(tokens), "finish_reason": reason}
+
+    def _reason(self, index: int, reason: str) -> str:
+        """Return why an answer ended: as at OpenAI, a call that the request named is no reason of its own."""
+        called = reason == "stop" and not self.tools.named and self.readers and self.readers[index].calls
+        return "tool_calls" if called else reason
 
     # ---------------------------------------------------------------- a stream
 
-    @property
-    def _include_usage(self) -> bool:
-        options = self.request.stream_options
-        return options is not None and bool(options.include_usage)
-
-    def _event(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
+    def _event(self, choices: list[dict[str, Any]], last: bool = False) -> bytes:
         chunk: dict[str, Any] = {**self.head, "object": "chat.completion.chunk", "choices": choices}
-        if self._include_usage:
-            chunk["usage"] = usage
+        add_usage(chunk, self.request.stream_options, self.usage, last)
         return server_sent(chunk)
 
     def _piece(self, index: int, delta: dict[str, Any], tokens: Sequence[ShownToken], reason: str | None) -> bytes:
         logprobs = self.logprobs(tokens) if tokens else None
         return self._event([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}])
 
-    async def stream(self, first: tuple[int, Delta] | None) -> AsyncIterator[bytes]:
-        """Yield the response as server-sent events; what goes wrong from here on is an event too.
+    def opening(self) -> list[bytes]:
+        """Return the events that begin a stream."""
+        return [self._piece(i, {"role": "assistant", "content": ""}, [], None) for i in range(len(self.texts))]
 
-        Args:
-            first: what came first, and of which answer; ``None`` when nothing has come yet.
-        """
-        texts = [""] * len(self.answers.requests)
-        for index in range(len(texts)):
-            yield self._piece(index, {"role": "assistant", "content": ""}, [], None)
-        try:
-            if first is not None:
-                for event in self._pieces(first, texts):
-                    yield event
-            async for found in self.answers:
-                for event in self._pieces(found, texts):
-                    yield event
-        except ApiError as error:
-            self.status = error.status
-            yield server_sent(error.body())
-            return
-        if self._include_usage:
-            yield self._event([], self.usage())
-        yield b"data: [DONE]\n\n"
+    def closing(self) -> list[bytes]:
+        """Return the events that end a stream."""
+        options = self.request.stream_options
+        counted = options is not None and options.include_usage
+        return [*([self._event([], last=True)] if counted else []), STREAM_END]
 
-    def _pieces(self, found: tuple[int, Delta], texts: list[str]) -> list[bytes]:
+    def pieces(self, found: tuple[int, Delta]) -> list[bytes]:
+        """Return the events for what came next, and of which answer."""
         index, delta = found
-        texts[index] += delta.text
-        pieces = []
-        if delta.text or (delta.tokens and self.request.logprobs):
-            pieces.append(self._piece(index, {"content": delta.text}, delta.tokens, None))
-        if delta.finish_reason is not None:
-            last = {"grounding": grounding_of(texts[index], self.sizes)} if self.request.grounding else {}
-            pieces.append(self._piece(index, last, [], delta.finish_reason))
+        text, ended = delta.text, delta.finish_reason is not None
+        calls: list[CallDelta] = []
+        if self.readers:
+            text, calls = self.readers[index].push(delta.text, finished=ended)
+        self.texts[index] += text
+        deltas: list[dict[str, Any]] = [{"content": text}] if text else []
+        deltas += [{"tool_calls": [call.as_dict()]} for call in calls]
+        if not deltas and delta.tokens and self.request.logprobs:
+            deltas = [{"content": ""}]
+        pieces = [self._piece(index, one, delta.tokens if i == 0 else [], None) for i, one in enumerate(deltas)]
+        if ended:
+            last = {"grounding": grounding_of(self.texts[index], self.sizes)} if self.request.grounding else {}
+            pieces.append(self._piece(index, last, [], self._reason(index, delta.finish_reason or "")))
         return pieces
+
+
+def add_usage(
+    chunk: dict[str, Any], options: StreamOptions | None, usage: Callable[[], dict[str, Any]], last: bool
+) -> None:
+    """Add to an event of a stream what the request wants to know of the counts of tokens."""
+    if options is not None and options.include_usage:
+        chunk["usage"] = usage() if last or options.continuous_usage_stats else None
 
 
 def server_sent(data: dict[str, Any]) -> bytes:

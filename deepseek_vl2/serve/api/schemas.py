@@ -1,46 +1,52 @@
-"""What a request may say. Fields that would change the answer and are not supported are refused, never ignored."""
+"""What a chat request may say. Fields that would change the answer and are not supported are refused, never ignored."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import from_json
 
 from .errors import ApiError, from_validation
+from .generation_fields import GenerationFields, ResponseFormat, StreamOptions
 from .json_size import MAX_VALUES, count_values
+from .tool_schemas import MAX_TOOLS, Strict, Tool, ToolCall, ToolChoice, chosen_names
 
-MAX_STOP_WORDS = 16
-MAX_BIASED_TOKENS = 1024
 MAX_MESSAGES = 1024
 MAX_PARTS = 256
-MAX_LABELS = 64
-# Below this a temperature means the most likely token: dividing by it would overflow.
-LOWEST_TEMPERATURE = 1e-4
 
-# Fields of OpenAI's API that would change the answer, and the values of them that ask for nothing.
+# Fields of OpenAI's and vLLM's APIs that would change the answer, and the values of them that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": (None, True, False),  # of tools, which are refused
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "audio": (None,),
     "modalities": (None, ["text"]),
     "prediction": (None,),
-    "reasoning_effort": (None, "none"),
-    "verbosity": (None,),
+    "verbosity": (None, "medium"),
     "web_search_options": (None,),
     "moderation": (None,),
-    "store": (None, False),
-    "service_tier": (None, "auto", "default"),
+    "background": (None, False),
+    "prompt": (None,),
+    "conversation": (None,),
+    "best_of": (None, 1),
+    "use_beam_search": (None, False),
+    "length_penalty": (None, 1, 1.0),
+    "prompt_logprobs": (None,),
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "include_stop_str_in_output": (None, False),
+    "skip_special_tokens": (None, True),
+    "truncate_prompt_tokens": (None,),
+    "return_tokens_as_token_ids": (None, False),
+    "return_token_ids": (None, False),
+    "documents": (None,),
+    "chat_template": (None,),
+    "mm_processor_kwargs": (None, {}),
+    "logits_processors": (None, []),
+    "kv_transfer_params": (None,),
+    "vllm_xargs": (None, {}),
 }
-
-
-class Strict(BaseModel):
-    """A model that knows all of its fields and converts nothing."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class TextPart(Strict):
@@ -48,6 +54,7 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: str
+    cache_control: Any = Field(default=None, description="Taken; it changes nothing.")
 
 
 class ImageUrl(Strict):
@@ -55,7 +62,7 @@ class ImageUrl(Strict):
 
     url: str = Field(min_length=1)
     detail: Literal["auto", "high", "low"] | None = Field(
-        None, description="'low': one view of 384x384 pixels, no tiles; for all images of a request or none."
+        default=None, description="'low': one view of 384x384 pixels, no tiles; for all images of a request or none."
     )
 
 
@@ -63,76 +70,80 @@ class ImagePart(Strict):
     """An image of a user's message."""
 
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: ImageUrl | Annotated[str, Field(min_length=1)]
+    cache_control: Any = Field(default=None, description="Taken; it changes nothing.")
+    _place: str = PrivateAttr("")
+
+    @property
+    def url(self) -> str:
+        """Return where the image is."""
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
+
+    @property
+    def detail(self) -> str:
+        """Return how closely it is to be looked at."""
+        return "auto" if isinstance(self.image_url, str) else self.image_url.detail or "auto"
+
+    @property
+    def place(self) -> str:
+        """Return the field of the request that holds the image."""
+        return self._place
+
+    def at(self, place: str) -> ImagePart:
+        """Remember which field of the request holds the image; returns the part."""
+        self._place = place
+        return self
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Calls = Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)]
+Parts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
 class Message(Strict):
     """A turn of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
-    # What clients send back with an answer of the server's.
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Parts | None = Field(default=None, description="null for an assistant alone.")
+    tool_calls: Calls | None = Field(default=None, description="Of an assistant.")
+    tool_call_id: str | None = Field(default=None, description="Of a tool: the call that this answers.")
+    name: str | None = Field(default=None, description="Taken; it changes nothing.")
+    cache_control: Any = Field(default=None, description="Taken; it changes nothing.")
+    # What clients send back with an answer of the server's, or of another's.
     refusal: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: list[Any] | None = Field(default=None, description="Of an earlier answer; not read.")
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    grounding: Any = Field(None, description="Of an earlier answer; not read.")
+    reasoning_content: str | None = Field(default=None, description="Of an earlier answer; not read.")
+    provider_specific_fields: Any = Field(default=None, description="Of an earlier answer; not read.")
+    grounding: Any = Field(default=None, description="Of an earlier answer; not read.")
 
     @model_validator(mode="after")
-    def _only_users_show_images(self) -> Message:
+    def _fits_its_role(self) -> Message:
         if self.role != "user" and any(isinstance(part, ImagePart) for part in self.parts):
             raise ValueError(f"a message of role {self.role!r} cannot show images; put them into a user's message")
+        if self.role != "assistant" and not self.parts:
+            raise ValueError(f"a message of role {self.role!r} needs a content")
+        if self.role != "assistant" and self.tool_calls:
+            raise ValueError(f"a message of role {self.role!r} cannot have tool_calls")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("a message needs tool_call_id where its role is 'tool', and nowhere else")
         return self
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
         """Return the content as parts."""
-        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+        if isinstance(self.content, str):
+            return [TextPart(type="text", text=self.content)]
+        return self.content or []
+
+    @property
+    def text(self) -> str:
+        """Return the content's text."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
 
 
-class StreamOptions(Strict):
-    """How to stream."""
-
-    include_usage: bool | None = None
-
-
-class TextFormat(Strict):
-    """An answer without a form."""
-
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Strict):
-    """An answer that is some JSON object."""
-
-    type: Literal["json_object"]
-
-
-class JsonSchema(Strict):
-    """A named JSON schema."""
-
-    name: str = Field(max_length=64, pattern=r"^[A-Za-z0-9_-]+$")
-    schema_: dict[str, Any] = Field(alias="schema")
-    description: str | None = None
-    strict: bool | None = Field(None, description="Every schema is enforced, whatever stands here.")
-
-
-class JsonSchemaFormat(Strict):
-    """An answer that is JSON of a schema."""
-
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-StopWord = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-class ChatRequest(Strict):
+class ChatRequest(GenerationFields):
     """The body of a chat completion request."""
 
     model: str
@@ -140,40 +151,26 @@ class ChatRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Seed | None = None
-    stop: StopWord | Annotated[list[StopWord], Field(max_length=MAX_STOP_WORDS, fail_fast=True)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASED_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(default=None, description="At most what fits.")
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="The same as max_tokens."
+    )
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")] | None = (
-        None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = Field(default=None, description="Default: true.")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="Taken; this model's template has no variables, and nothing else may be said here."
     )
-    # Labels of a request, which leave the answer as it is.
-    user: str | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=MAX_LABELS)] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    # Beyond OpenAI's fields.
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
-    regex: Annotated[str, Field(min_length=1)] | None = Field(None, description="The whole answer matches this.")
-    grounding: bool | None = Field(None, description="Add the answer's boxes as message.grounding.")
-    ignore_eos: bool | None = Field(None, description="Write max_tokens tokens, whatever they are; for measuring.")
-
-    @field_validator("logit_bias")
-    @classmethod
-    def _bias_ids_and_range(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        for token, value in (bias or {}).items():
-            if not (token.isascii() and token.isdigit() and len(token) < 10):
-                raise ValueError(f"{token[:20]!r} is not a token id")
-            if not -100 <= value <= 100:
-                raise ValueError(f"the bias {value} of token {token} is not between -100 and 100")
-        return bias
+    add_generation_prompt: Literal[True] | None = None
+    continue_final_message: bool | None = Field(
+        default=None, description="A last message of the assistant is always gone on with."
+    )
+    grounding: bool | None = Field(default=None, description="Add the answer's boxes as message.grounding.")
+    reasoning_effort: str | None = Field(default=None, description="Taken; this model does not reason apart.")
+    include_reasoning: bool | None = Field(default=None, description="Taken; this model does not reason apart.")
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> ChatRequest:
@@ -184,17 +181,41 @@ class ChatRequest(Strict):
         both = self.max_tokens is not None and self.max_completion_tokens is not None
         if both and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
-        formatted = self.response_format is not None and self.response_format.type != "text"
-        if formatted and self.regex is not None:
-            raise ValueError("give response_format or regex, not both")
-        if self.ignore_eos and (formatted or self.regex is not None):
-            raise ValueError("ignore_eos cannot be used with response_format or regex: a finished answer ends there")
+        self._check_template()
+        self._check_tools()
+        for index, message in enumerate(self.messages):
+            for number, part in enumerate(message.parts):
+                if isinstance(part, ImagePart) and not part.place:
+                    part.at(f"messages.{index}.content.{number}.image_url")
         return self
 
-    @property
-    def stop_words(self) -> tuple[str, ...]:
-        """Return the stop words."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    def _check_template(self) -> None:
+        for name, value in (self.chat_template_kwargs or {}).items():
+            if name in ("chat_template", "tokenize", "messages", "tools", "documents"):
+                raise ValueError(f"chat_template_kwargs cannot set {name!r}")
+            if name == "add_generation_prompt" and value is not True:
+                raise ValueError("chat_template_kwargs.add_generation_prompt must be true: the server writes answers")
+        if self.messages[-1].role != "assistant" and self.continue_final_message:
+            raise ValueError("continue_final_message needs a last message of the assistant")
+
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self.tools or []]
+        if len(set(names)) < len(names):
+            raise ValueError("two tools have the same name")
+        choice = self.tool_choice
+        if not names and choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice needs tools")
+        unknown = next((name for name in chosen_names(choice) if name not in names), None)
+        if unknown is not None:
+            raise ValueError(f"tool_choice names {unknown!r}, which is not among the tools")
+        given = [*super().forms(), *["ignore_eos"] * bool(self.ignore_eos)]  # an answer in words may be JSON
+        if names and choice != "none" and given:
+            raise ValueError(f"{given[0]} cannot be used with tools: the calls have a form of their own")
+
+    def forms(self) -> list[str]:
+        """Return the names of the fields given that constrain the answer."""
+        formatted = self.response_format is not None and self.response_format.type != "text"
+        return [*["response_format"] * formatted, *super().forms()]
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -202,30 +223,49 @@ class ChatRequest(Strict):
         return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
 
-def _refuse_unsupported(fields: dict[str, Any]) -> dict[str, Any]:
+RequestT = TypeVar("RequestT", bound=Strict)
+
+
+def refuse_unsupported(fields: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """Return a request's fields without those that ask for nothing.
+
+    Raises:
+        ApiError: one of them asks for what this server does not do.
+    """
     for name, harmless in UNSUPPORTED.items():
-        if name in fields and not any(
-            fields[name] == value and type(fields[name]) is type(value) for value in harmless
-        ):
-            raise ApiError(400, f"This server does not support {name!r}; leave it out.", name, "unsupported_parameter")
-    return {name: value for name, value in fields.items() if name not in UNSUPPORTED}
+        if name in fields and name not in known:
+            value = fields[name]
+            if not any(value == nothing and type(value) is type(nothing) for nothing in harmless):
+                message = f"This server does not support {name!r}; leave it out."
+                raise ApiError(400, message, name, "unsupported_parameter")
+    return {name: value for name, value in fields.items() if name not in UNSUPPORTED or name in known}
 
 
-def parse_request(body: bytes) -> ChatRequest:
+def parse_body(
+    body: bytes, kind: type[RequestT], check_model: Callable[[str], None], most_values: int = MAX_VALUES
+) -> RequestT:
     """Read a request's body.
+
+    Args:
+        body: the body.
+        kind: what it is to hold.
+        check_model: is told which model it asks for, before anything else is looked at.
+        most_values: values that it may hold.
 
     Raises:
         ApiError: it is not JSON, or not a request this server can serve.
     """
-    if count_values(body, MAX_VALUES) > MAX_VALUES:
-        raise ApiError(400, f"The body holds more than the {MAX_VALUES:,} values allowed.", code="request_too_large")
+    if count_values(body, most_values) > most_values:
+        raise ApiError(400, f"The body holds more than the {most_values:,} values allowed.", code="request_too_large")
     try:
         fields = from_json(body, allow_inf_nan=False, allow_partial=False)
     except ValueError as error:
         raise ApiError(400, f"The body is not JSON: {error}.") from error
     if not isinstance(fields, dict):
         raise ApiError(400, f"The body must be a JSON object, got {type(fields).__name__}.")
+    if isinstance(fields.get("model"), str):
+        check_model(fields["model"])
     try:
-        return ChatRequest.model_validate(_refuse_unsupported(fields))
+        return kind.model_validate(refuse_unsupported(fields, set(kind.model_fields)))
     except ValidationError as error:
         raise from_validation(error) from error

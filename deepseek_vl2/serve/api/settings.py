@@ -81,6 +81,9 @@ class Settings:
         request_seconds: time for a request, from its first byte to its last; ``None``: no limit.
         max_choices: largest ``n``.
         max_requests: requests in hand at the same time, whatever they are doing; they begin when their body has come.
+        stored_responses: responses that ``previous_response_id`` may name, at most; 0: none.
+        stored_bytes: memory of all of them.
+        stored_seconds: how long one is kept.
         allowed_hosts: names that requests may be sent to, beside local ones; ``None``: any.
         connections: limits of connections.
         grammars: limits of grammars.
@@ -99,6 +102,9 @@ class Settings:
     max_choices: int = 8
     max_requests: int = 128
     preparing_threads: int = field(default_factory=lambda: max(2, min(8, (os.cpu_count() or 2) // 2)))
+    stored_responses: int = 256
+    stored_bytes: int = 128 * MEBI
+    stored_seconds: float = 3600.0
     allowed_hosts: tuple[str, ...] | None = None
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     grammars: GrammarLimits = field(default_factory=GrammarLimits)

@@ -1,0 +1,266 @@
+"""The files of ``deepseek-vl2 batch``: questions, answers, errors, and what runs leave for each other.
+
+Only what earlier runs wrote is ever replaced or removed, and one run at a time works on an output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+MAX_REASON = 1000  # characters of an error
+
+
+@dataclass
+class Job:
+    """One line of the input.
+
+    Fields:
+        line: its number, from 1.
+        key: of its text, to tell whether an answer is to this very line.
+        text: the line; ``None`` when it is not text in UTF-8.
+    """
+
+    line: int
+    key: str
+    text: str | None
+
+
+def read_jobs(path: Path) -> list[Job]:
+    """Read the lines that are not blank.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or none of its lines is text, or it holds nothing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    # Not splitlines: JSON may hold separators such as U+2028 as they are, and they end no line.
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    lines = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+    jobs = [Job(number, line_key(line), decoded(line)) for number, line in enumerate(lines, 1) if line.strip()]
+    if not jobs:
+        raise ValueError(f"{path} holds no questions.")
+    if all(job.text is None for job in jobs):
+        raise ValueError(f"{path} is not text in UTF-8.")
+    return jobs
+
+
+def line_key(line: bytes) -> str:
+    """Return what tells a line from others."""
+    return hashlib.sha256(line).hexdigest()[:16]
+
+
+def decoded(line: bytes) -> str | None:
+    """Return a line as text, if it is."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+# ---------------------------------------------------------------- names
+
+
+def part_files(output: Path) -> list[Path]:
+    """Return what processes have written and nobody has gathered."""
+    return sorted(output.parent.glob(f"{glob.escape(output.name)}.part[0-9]*"))
+
+
+def errors_file(output: Path) -> Path:
+    """Return the file of the lines that could not be answered."""
+    return output.with_name(f"{output.name}.errors")
+
+
+def new_file(output: Path) -> Path:
+    """Return the file that is written before it takes the place of another."""
+    return output.with_name(f"{output.name}.new")
+
+
+def lock_file(output: Path) -> Path:
+    """Return the file that is locked while a run works on an output."""
+    return output.with_name(f"{output.name}.lock")
+
+
+def own_files(output: Path) -> list[Path]:
+    """Return all files that a run on this output may replace or remove."""
+    errors = errors_file(output)
+    return [output, errors, new_file(output), new_file(errors), *part_files(output)]
+
+
+# ---------------------------------------------------------------- what may be replaced
+
+
+def check_files(questions: Path, output: Path) -> None:
+    """See that nothing is in the way which a run would destroy.
+
+    Raises:
+        ValueError: the output, or a file that belongs to it, is the input or was not written by a run.
+        FileNotFoundError: the output's directory does not exist.
+    """
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"There is no directory {output.parent} to write {output.name} into.")
+    lock = lock_file(output)
+    for file in (*own_files(output), lock):
+        if not os.path.lexists(file):
+            continue
+        if file.exists() and questions.exists() and file.samefile(questions):
+            raise ValueError(f"{file} holds the questions: the answers need another OUTPUT.")
+        regular = file.is_file() and not file.is_symlink()
+        empty = regular and not file.stat().st_size
+        if not empty and not (regular and file != lock and holds_records(file, whole=file == output)):
+            raise ValueError(f"{file} was not written by this command and is left as it is: name another OUTPUT.")
+
+
+def holds_records(path: Path, whole: bool) -> bool:
+    """Whether a file holds records of runs and nothing else; unless it is ``whole``, some may be cut off.
+
+    Killed processes leave such beginnings, and the next ones go on behind them in a new line.
+    """
+    with open(path, "rb") as file:
+        for line in file:
+            begun = not whole and line.startswith(b'{"line": '[: len(line)]) and not is_json(line)
+            if line.strip() and parsed_record(line) is None and not begun:
+                return False
+    return True
+
+
+def is_json(line: bytes) -> bool:
+    """Whether a line is JSON."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def parsed_record(line: bytes) -> dict[str, Any] | None:
+    """Return a record of a run; ``None`` for anything else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("line"), int):
+        return None
+    return record if isinstance(record.get("key"), str) and ("answer" in record or "error" in record) else None
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[int | None]:
+    """Keep other runs off an output; yields the lock's file, which processes that share the work keep open.
+
+    The system lets go of the lock when the last of them has ended, however it did.
+
+    Raises:
+        ValueError: another run works on the output.
+    """
+    if fcntl is None:
+        yield None
+        return
+    path = lock_file(output)
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it may have removed it meanwhile: then it keeps nobody off.
+            current = path.exists() and os.path.samestat(os.stat(path), os.fstat(file))
+        except BlockingIOError:
+            os.close(file)
+            raise ValueError(f"Another run works on {output}: wait for it, or name another OUTPUT.") from None
+        except OSError:
+            os.close(file)
+            raise
+        if current:
+            break
+        os.close(file)
+    try:
+        yield file
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+# ---------------------------------------------------------------- records
+
+
+def record_line(record: dict[str, Any]) -> str:
+    """Return a record as a line of JSON that any reader takes."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def error_record(job: Job, reason: str) -> dict[str, Any]:
+    """Return the record of a line that cannot be answered."""
+    reason = reason.encode(errors="backslashreplace").decode()
+    return {"line": job.line, "key": job.key, "error": reason[:MAX_REASON] or "Unknown error."}
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the whole records of a file; a last line that a killed process left unfinished is none."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            record = parsed_record(line)
+            if record is not None:
+                yield record
+
+
+def gather(output: Path) -> dict[int, dict[str, Any]]:
+    """Return all records of this and earlier runs by line; an answer replaces an error, a later record an earlier."""
+    records: dict[int, dict[str, Any]] = {}
+    for file in (output, *part_files(output)):
+        for record in read_records(file):
+            if "error" not in record or "answer" not in records.get(record["line"], {}):
+                records[record["line"]] = record
+    return records
+
+
+def check_answers(jobs: list[Job], records: dict[int, dict[str, Any]], output: Path) -> set[int]:
+    """Return the lines that are answered.
+
+    Raises:
+        ValueError: the answers belong to another input.
+    """
+    keys = {job.line: job.key for job in jobs}
+    answered = {line for line, record in records.items() if "answer" in record}
+    foreign = sorted(line for line in answered if records[line].get("key") != keys.get(line))
+    if foreign:
+        raise ValueError(
+            f"{output} answers another input: its line {foreign[0]} was another one. "
+            "Name another output, or begin anew with --overwrite."
+        )
+    return answered
+
+
+def forget(output: Path) -> None:
+    """Remove what earlier runs wrote."""
+    for file in own_files(output):
+        file.unlink(missing_ok=True)
+
+
+def write_answers(output: Path) -> None:
+    """Gather all answers into the output, in the input's order, and all errors beside it."""
+    records = gather(output)
+    ordered = [records[line] for line in sorted(records)]
+    parts = part_files(output)
+    for file, kept in ((output, "answer"), (errors_file(output), "error")):
+        chosen = [record_line(record) for record in ordered if kept in record]
+        if chosen or kept == "answer":
+            aside = new_file(file)
+            aside.write_text("".join(chosen), encoding="utf-8", newline="\n")
+            aside.replace(file)  # a kill half-way leaves the old file whole
+        else:
+            file.unlink(missing_ok=True)
+    for part in parts:
+        part.unlink()

@@ -1,0 +1,124 @@
+"""Tokens without an answer: ``/tokenize`` and ``/detokenize``, as vLLM has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Annotated, Any, Literal
+
+import anyio
+import anyio.to_thread
+from pydantic import Field, model_validator
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from .body import BodyReader
+from .errors import ApiError
+from .generation import Generator
+from .generation_fields import TokenId
+from .json_size import MAX_VALUES
+from .replies import text_of
+from .schemas import MAX_MESSAGES, ImagePart, Message
+from .tool_schemas import MAX_TOOLS, Strict, Tool
+from .tools import ToolUse
+from .turns import conversation_turns
+
+
+class TokenizeRequest(Strict):
+    """The body of a request for the tokens of a text, or of a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = Field(default=None, description="false: nothing is put in front of a text.")
+    add_generation_prompt: Literal[True] | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _text_or_conversation(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        if self.tools and self.messages is None:
+            raise ValueError("tools belong to messages")
+        for index, message in enumerate(self.messages or []):
+            for number, part in enumerate(message.parts):
+                if isinstance(part, ImagePart):
+                    part.at(f"messages.{index}.content.{number}.image_url")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    """The body of a request for the text of tokens."""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+
+
+class TokenService:
+    """Serves ``/tokenize`` and ``/detokenize``.
+
+    Args:
+        generator: knows the model's name, its tokens and its prompts.
+        bodies: reads requests.
+        admitted: counts requests in hand, see `GenerationService.admitted`.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        bodies: BodyReader,
+        admitted: Callable[[], AbstractContextManager[ExitStack]],
+    ) -> None:
+        self.generator = generator
+        self.bodies = bodies
+        self.admitted = admitted
+
+    async def _read(self, request: Request, kind: type[Any]) -> Any:
+        values = MAX_VALUES + self.generator.builder.max_length
+        return await self.bodies.read(request, lambda body: self.generator.parse(body, kind, values))
+
+    async def tokenize(self, request: Request) -> JSONResponse:
+        """Return the tokens of a prompt, those of images included.
+
+        Raises:
+            ApiError: the request is not one, or its prompt cannot be used.
+        """
+        asked: TokenizeRequest = await self._read(request, TokenizeRequest)
+        generator = self.generator
+        with self.admitted() as stack, stack:
+            if asked.messages is not None:
+                tools = ToolUse(tuple(tool.function for tool in asked.tools or []))
+                ids = (await generator.builder.build(conversation_turns(asked.messages, tools))).prompt.ids
+            else:
+                ids = await anyio.to_thread.run_sync(self._text_ids, asked, limiter=generator.builder.limiter)
+        found: dict[str, Any] = {
+            "count": len(ids),
+            "max_model_len": generator.builder.max_length,
+            "tokens": ids,
+            "token_strs": None,
+        }
+        if asked.return_token_strs:
+            found["token_strs"] = generator.builder.processor.tokenizer.convert_ids_to_tokens(ids)
+        return JSONResponse(found)
+
+    def _text_ids(self, asked: TokenizeRequest) -> list[int]:
+        assert asked.prompt is not None
+        builder = self.generator.builder
+        builder.check_size(len(asked.prompt), "prompt")
+        return builder.encode_text(asked.prompt, bos=asked.add_special_tokens is not False)
+
+    async def detokenize(self, request: Request) -> JSONResponse:
+        """Return the text of tokens.
+
+        Raises:
+            ApiError: the request is not one, or names tokens that there are not.
+        """
+        asked: DetokenizeRequest = await self._read(request, DetokenizeRequest)
+        limit = self.generator.builder.max_length
+        if len(asked.tokens) > limit:
+            raise ApiError(400, f"tokens: {len(asked.tokens)} are more than the {limit} of a prompt.", "tokens")
+        self.generator.check_tokens(asked.tokens, "tokens")
+        return JSONResponse({"prompt": text_of(self.generator.token_bytes, asked.tokens)})
