@@ -142,10 +142,8 @@ def compare_embeddings(llm: Any, ours: Ours) -> float:
     def embed(model: Any) -> Any:
         with torch.inference_mode():
             device = model.image_newline.device
-            moved = {
-                name: value if name == "images_spatial_crop" else value.to(device) for name, value in kwargs.items()
-            }
-            return torch.cat(model.embed_multimodal(**moved)).float().cpu()
+            moved = {name: value.to(device) for name, value in kwargs.items()}
+            return torch.cat(model.embed_multimodal(**moved, images_spatial_crop=crops)).float().cpu()
 
     theirs = llm.apply_model(embed)[0]
     pixels = ours.processor(prompt="<image><image>", images=load_images(PICTURES[:2]))["images"][0]

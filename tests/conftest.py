@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+# Before anything imports PyTorch: idle threads of one worker must not spin while another one works.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Before anything imports triton: without a GPU, kernels run on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 

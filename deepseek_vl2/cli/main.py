@@ -177,6 +177,8 @@ def run_guarded(program: str, work: Callable[[], int], show_traceback: bool = Fa
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
+    # Read when PyTorch is imported: idle threads then sleep rather than spin, which on busy cores is many times faster.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = sys.argv[1:] if argv is None else argv
     own = next((index for index, argument in enumerate(argv) if not argument.startswith("-")), len(argv) - 1) + 1
     args = build_parser().parse_args(argv[:own])

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..ops.cpu.threads import one_thread
 from .kv_cache import KVCache
 from .runner import ModuleRunner, Runner
 from .support import unsupported_reason
 
 logger = logging.getLogger(__name__)
+
+# Numbers of a language model.
+SMALL = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Placement:
         device: where tokens are chosen: that of the output head.
         devices: all devices of its layers.
         reason: why it runs by its modules, and not by kernels; ``None`` where it does not.
+        small: its steps on a CPU are so short that threads would wait for one another most of the time.
     """
 
     runner: Runner
@@ -33,14 +37,13 @@ class Placement:
     devices: tuple[torch.device, ...]
     reason: str | None = None
 
-    @contextmanager
-    def context(self) -> Iterator[None]:
-        """Make the device of the tokens the current one of this thread."""
-        if self.device.type != "cuda":
-            yield
-            return
-        with torch.cuda.device(self.device):
-            yield
+    small: bool = False
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Return what the engine's steps run in: the device of the tokens, or on a CPU the threads that are of use."""
+        if self.device.type == "cuda":
+            return torch.cuda.device(self.device)
+        return one_thread() if self.small and self.device.type == "cpu" else nullcontext()
 
 
 def place(language: Any, kv_cache: KVCache, max_batch: int) -> Placement:
@@ -59,7 +62,8 @@ def place(language: Any, kv_cache: KVCache, max_batch: int) -> Placement:
             reason = f"the kernels failed to start: {type(error).__name__}: {error}"
             logger.warning("The model runs by its own modules: %s", reason)
     logger.debug("The model runs by its own modules: %s.", reason)
-    return Placement(ModuleRunner(language, kv_cache, max_batch), device, devices, reason)
+    small = sum(parameter.numel() for parameter in language.parameters()) < SMALL
+    return Placement(ModuleRunner(language, kv_cache, max_batch), device, devices, reason, small)
 
 
 def _triton_runner(language: Any, kv_cache: KVCache, max_batch: int) -> Runner:

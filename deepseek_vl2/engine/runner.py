@@ -105,7 +105,8 @@ class ModuleRunner:
         language = self.language()
         assert language is not None
         embeds = language.get_input_embeddings()(rows.tokens[:count].to(language.device))
-        logits = self._run(rows.segments(), embeds, rows.positions[:count].long().to(embeds.device))
+        positions = rows.positions[:count].long().to(embeds.device)
+        logits = self._run(rows.segments(), embeds, positions)
         rows.positions[:count] += 1
         return logits, None
 

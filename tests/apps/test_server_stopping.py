@@ -177,15 +177,16 @@ def test_stopping_does_not_wait_for_a_step_that_takes_long(demo: Any, monkeypatc
             begun.set()
             go_on.wait(20)
 
-        with send(server, chat_body(stream=True, **LONG)) as stream, send(server, chat_body(**LONG)) as whole:
+        with send(server, chat_body(stream=True, **LONG)) as stream:
             read_until(stream, b"data: ", 2)
-            wait_until(lambda: server.engine.waiting == 1)
-            stop = server.engine.stop
-            monkeypatch.setattr(server.engine, "stop", slow_stop)
-            server.uvicorn.should_exit = True
-            assert begun.wait(20)
-            assert read_all(whole).startswith(b"HTTP/1.1 503")
-            assert b'"server_error"' in read_all(stream)
+            with send(server, chat_body(**LONG)) as whole:
+                wait_until(lambda: server.engine.waiting == 1)
+                stop = server.engine.stop
+                monkeypatch.setattr(server.engine, "stop", slow_stop)
+                server.uvicorn.should_exit = True
+                assert begun.wait(20)
+                assert read_all(whole).startswith(b"HTTP/1.1 503")
+                assert b'"server_error"' in read_all(stream)
         go_on.set()
         server.thread.join(20)
         stop()

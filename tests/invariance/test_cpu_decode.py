@@ -59,3 +59,23 @@ def test_two_answers_at_once_leave_the_library_of_products_alone() -> None:
     for thread in threads:
         thread.join()
     assert set(seen) == {before} and torch._C._get_mkldnn_enabled() == before
+
+
+def test_a_small_models_steps_take_one_thread_and_leave_others_theirs() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model, seen = mini_language("tiny"), set[int]()
+        model.model.norm.register_forward_hook(lambda *_: seen.add(torch.get_num_threads()))
+        elsewhere: list[int] = []
+
+        def look(*_: object) -> None:
+            thread = threading.Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
+            thread.start()
+            thread.join()
+
+        model.model.norm.register_forward_hook(look)
+        model.generate(torch.arange(20)[None], max_new_tokens=3, do_sample=False)
+        assert seen == {1} and set(elsewhere) == {2} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

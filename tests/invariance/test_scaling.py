@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from deepseek_vl2.engine import images
+from deepseek_vl2.engine import backend, images
 from deepseek_vl2.models import DeepseekVLV2Processor, views
 from deepseek_vl2.models.tiling import TileGrid
-from deepseek_vl2.models.views import ByteTiles, DeviceScaler, Picture, Pictures
+from deepseek_vl2.models.views import ByteTiles, Picture, Pictures
 from deepseek_vl2.ops.triton import image_resize
 from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
 
@@ -129,7 +129,8 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         out = images.scale(pictures, DEVICE)
         return None if out is None else out.to(device)
 
-    monkeypatch.setattr(views, "DEVICE_SCALERS", [DeviceScaler(lambda: True, scale)])
+    monkeypatch.setattr(backend, "may_scale", lambda: True)
+    monkeypatch.setattr(backend, "scale", scale)
     yield scaled
 
 
@@ -145,7 +146,8 @@ def test_a_batch_that_waited_is_the_batch(processor: Processor, monkeypatch: pyt
     for samples in (SAMPLES, SAMPLES[:1], SAMPLES[2:]):
         want = process(processor, samples)
         with monkeypatch.context() as patch:
-            patch.setattr(views, "DEVICE_SCALERS", [DeviceScaler(lambda: True, lambda *given: None)])
+            patch.setattr(backend, "may_scale", lambda: True)
+            patch.setattr(backend, "scale", lambda *given: None)
             got = process(processor, samples)
             again = pickle.loads(pickle.dumps(got))
             copied = copy.deepcopy(got).to("cpu", torch.bfloat16)
@@ -194,5 +196,5 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for samples in (SAMPLES, SAMPLES[:1], SAMPLES[2:], [[(1024, 768)]], [[(3000, 2000)]], [[(700, 2900)]]):
         got = process(processor, samples).to(DEVICE).images.cpu()
         with monkeypatch.context() as patch:
-            patch.setattr(views, "DEVICE_SCALERS", [])
+            patch.setattr(backend, "may_scale", lambda: False)
             assert torch.equal(got, process(processor, samples).images)

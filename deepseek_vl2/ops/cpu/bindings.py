@@ -71,7 +71,7 @@ def _compilers() -> list[str]:
     return list(dict.fromkeys(found for name in names if (found := shutil.which(name))))
 
 
-def _thread_library() -> str:
+def thread_library() -> str:
     """Return the path of the OpenMP library that PyTorch has loaded."""
     loaded = {line.split(None, 5)[-1] for line in _lines_of("/proc/self/maps") if "/" in line}
     paths = [path for path in sorted(loaded) if Path(path).name.startswith(THREAD_LIBRARIES)]
@@ -149,7 +149,7 @@ def load(source: Path = SOURCE, functions: Mapping[str, list[type]] = ARGUMENTS)
     failures = []
     for compiler in _compilers():
         try:
-            ctypes.CDLL(_thread_library(), mode=ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(thread_library(), mode=ctypes.RTLD_GLOBAL)
             library = ctypes.CDLL(str(build(compiler, source)), mode=os.RTLD_NOW)
         except (OSError, Unavailable) as error:
             failures.append(str(error))

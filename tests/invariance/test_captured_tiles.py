@@ -1,6 +1,6 @@
-"""Tiles by a recorded pass give what the modules give, and go through them where it is not for them.
+"""Tiles by a captured graph give what the modules give, and go through them where it is not for them.
 
-Without a GPU the recorder keeps the function, and the buffers are poisoned between replays.
+Without a GPU the capture keeps the function, and the buffers are poisoned between replays.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from capture_support import DEVICE, ON_GPU, Capture, NoHost, NoLaunch, poison, pretend
 from support import GREEDY, mini_inputs, mini_model
-from test_whole_prompt import DEVICE, ON_GPU, Capture, NoHost, poison, pretend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deepseek_vl2.engine import cuda_graphs, vision, vision_kernels
-from deepseek_vl2.models import modeling_deepseek_vl_v2
+from deepseek_vl2.engine import backend, cuda_graphs, vision, vision_kernels
+from deepseek_vl2.engine.attached import attached
 from deepseek_vl2.ops.triton import norm
 
 SIDE = 70
@@ -35,6 +35,15 @@ def plain(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor:
     return model.projector(model.vision(tiles_V3SS))
 
 
+def encoder_of(model: Any) -> vision.Encoder:
+    found: vision.Encoder = attached(model).values["encoder"]
+    return found
+
+
+def failure(model: Any) -> str | None:
+    return attached(model.vision).values.get("reason")
+
+
 @torch.no_grad()
 def test_embeddings_agree(capture: Capture) -> None:
     model = mini_model("small").to(DEVICE)
@@ -44,20 +53,19 @@ def test_embeddings_agree(capture: Capture) -> None:
         embeddings = vision.encode_tiles(model, given)
         assert embeddings is not None
         kept.append((embeddings, plain(model, given)))
-        for one in vision.ENCODERS[model].graphs.held.values():
+        for one in encoder_of(model).graphs.held.values():
             poison(one.buffers.pixels, one.buffers.embeddings)
     assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in kept)  # results are the caller's own
     assert (capture.captures, capture.replays) == (2, 3)
-    vision.release(model)
-    assert model not in vision.ENCODERS
+    backend.release(model)
+    assert "encoder" not in attached(model).values
 
 
 @pytest.mark.skipif(ON_GPU, reason="see test_on_a_gpu")
 @torch.no_grad()
-def test_the_towers_kernels_in_a_pass(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_towers_kernels_in_a_graph(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, which is slow: elsewhere in these tests tiles on the host go through the modules."""
     monkeypatch.setattr(vision_kernels, "unsupported_pixels", lambda pixels: None)
-    monkeypatch.setattr(vision, "FAILED", [])
     ways, encode = [], vision_kernels.encode
     monkeypatch.setattr(vision_kernels, "encode", lambda *given: ways.append("kernels") or encode(*given))
     model = mini_model("small")
@@ -65,7 +73,7 @@ def test_the_towers_kernels_in_a_pass(capture: Capture, monkeypatch: pytest.Monk
         given = pixels(1)
         embeddings = vision.encode_tiles(model, given)
         assert embeddings is not None and torch.allclose(embeddings, plain(model, given), atol=1e-5)
-    assert ways == ["kernels"] * 2 and capture.captures == 1 and not vision.FAILED
+    assert ways == ["kernels"] * 2 and capture.captures == 1 and failure(model) is None
 
 
 @pytest.mark.gpu
@@ -81,7 +89,7 @@ def test_on_a_gpu(capture: Capture) -> None:
 
 
 @torch.no_grad()
-def test_weights_that_moved_are_recorded_anew(capture: Capture) -> None:
+def test_weights_that_moved_are_captured_anew(capture: Capture) -> None:
     model, given = mini_model("tiny").to(DEVICE), pixels(1)
     before = [vision.encode_tiles(model, given) for _ in range(2)]
     weight = model.vision.patch_embed.proj.weight
@@ -115,7 +123,7 @@ def test_tiles_that_go_through_the_modules() -> None:
         assert "gradients" in str(vision.unsupported_tiles(model, given))
     with torch.autocast(DEVICE.type, torch.bfloat16):
         assert "autocast" in str(vision.unsupported_tiles(model, given))
-    assert "more than" in str(vision.unsupported_tiles(model, pixels(1).expand(vision.MAX_TILES + 1, -1, -1, -1)))
+    assert "no tiles" in str(vision.unsupported_tiles(model, given[:0]))
     assert "another dtype" in str(vision.unsupported_tiles(model, given.double()))
     model.vision.norm.double()
     assert "several dtypes" in str(vision.unsupported_tiles(model, given))
@@ -142,46 +150,63 @@ def test_tiles_that_go_through_the_modules() -> None:
 
 
 @torch.no_grad()
-def test_a_busy_encoder_leaves_the_call_alone(capture: Capture) -> None:
-    model, given = mini_model("tiny").to(DEVICE), pixels(1)
-    encoder = vision.encoder_of(model)
-    assert encoder is not None
-    with encoder.lock:
-        assert vision.encode_tiles(model, given) is None
-    assert vision.encode_tiles(model, given) is not None
+def test_many_tiles_and_a_busy_encoder_go_uncaptured(capture: Capture) -> None:
+    model, given, many = mini_model("tiny").to(DEVICE), pixels(1), pixels(vision.MAX_TILES + 1)
+    encoded = vision.encode_tiles(model, many)
+    assert encoded is not None and torch.allclose(encoded, plain(model, many), atol=1e-6)
+    with encoder_of(model).lock:
+        busy = vision.encode_tiles(model, given)
+        assert busy is not None and torch.allclose(busy, plain(model, given), atol=1e-6)
+    assert capture.captures == 0 and not encoder_of(model).graphs.held
+    assert vision.encode_tiles(model, given) is not None and len(encoder_of(model).graphs.held) == 1
 
 
 @torch.no_grad()
-def test_a_broken_recorder_leaves_later_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_capture_leaves_later_calls_uncaptured(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
     def broken(run: cuda_graphs.Run) -> cuda_graphs.Run:
+        tried.append(run)
         raise RuntimeError("operation not permitted")
 
     monkeypatch.setattr(cuda_graphs, "capture_for", lambda device: broken)
     model, given = mini_model("tiny").to(DEVICE), pixels(1)
-    answers = [vision.encode_tiles(model, given) for _ in range(3)]
-    assert answers[0] is not None and answers[1] is not None and torch.equal(answers[0], answers[1])
-    assert answers[2] is None
+    answers = [vision.encode_tiles(model, given) for _ in range(4)]
+    assert len(tried) == 1 and "not permitted" in str(encoder_of(model).broken)
+    assert all(one is not None and torch.allclose(one, plain(model, given), atol=1e-6) for one in answers)
+    assert vision.begin(model, given[None], torch.tensor([[[1, 1]]])) is None
 
 
-class NoLaunch:
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **options: None
+@torch.no_grad()
+def test_a_failing_kernel_leaves_the_tower_to_its_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This tower's alone: another model's goes on by kernels."""
+
+    def broken(*given: Any) -> torch.Tensor:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(vision_kernels, "unsupported_reason", lambda tower, tiles: None)
+    monkeypatch.setattr(vision_kernels, "encode", broken)
+    model, other, given = mini_model("tiny").to(DEVICE), mini_model("tiny").to(DEVICE), pixels(1)
+    assert torch.equal(vision.features_of(model.vision, given), model.vision(given))
+    assert "no compiler" in str(failure(model)) and failure(other) is None
+    monkeypatch.setattr(vision_kernels, "encode", lambda tower, tiles: tiles)
+    assert vision.features_of(other.vision, given) is given
+    assert torch.equal(vision.features_of(model.vision, given), model.vision(given))
 
 
-@pytest.mark.skipif(ON_GPU, reason="with a GPU it is recorded")
+@pytest.mark.skipif(ON_GPU, reason="with a GPU it is captured")
 @pytest.mark.parametrize("reason", [None, "the modules are wanted"])
 def test_nothing_waits_for_the_device(reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vision_kernels, "unsupported_pixels", lambda pixels: reason)
     monkeypatch.setattr(vision_kernels, "pdl_options", lambda device: {})
     monkeypatch.setattr(norm, "_add_layer_norm_kernel", NoLaunch())
-    monkeypatch.setattr(vision, "FAILED", [])
     model = mini_model("small")
     with FakeTensorMode(), torch.no_grad():
         pretend(model)
         given = vision.VisionBuffers(torch.empty(2, 3, SIDE, SIDE, dtype=torch.bfloat16, device="cuda"))
         with NoHost():
             vision.encode_into(model, given)
-        assert given.embeddings is not None and given.embeddings.device.type == "cuda" and not vision.FAILED
+        assert given.embeddings is not None and given.embeddings.device.type == "cuda" and failure(model) is None
 
 
 # ---------------------------------------------------------------- begun before generate prepares its call
@@ -189,7 +214,7 @@ def test_nothing_waits_for_the_device(reason: str | None, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def early(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Encode by passes, begun early where they are recorded; what happened, in order."""
+    """Encode by graphs, begun early where they are captured; what happened, in order."""
     events: list[str] = []
 
     def begin(*given: Any) -> Any:
@@ -197,8 +222,8 @@ def early(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         events.append("not begun" if wait is None else "begun")
         return wait and (lambda: events.append("taken") or wait())
 
-    monkeypatch.setattr(modeling_deepseek_vl_v2, "EARLY_ENCODERS", [begin])
-    monkeypatch.setattr(modeling_deepseek_vl_v2, "FAST_ENCODERS", [vision.encode_tiles])
+    monkeypatch.setattr(backend, "begin_tiles", begin)
+    monkeypatch.setattr(backend, "encode_tiles", vision.encode_tiles)
     return events
 
 
@@ -211,31 +236,29 @@ def test_answers_are_the_same_when_tiles_begin_early(early: list[str], capture: 
     model = mini_model("small").to(DEVICE)
     calls = [on_device(mini_inputs(*rows, seed=seed)) for seed in (1, 2, 3, 1, 2, 3)]
     answers = [model.generate(**inputs, **GREEDY).tolist() for inputs in calls]
-    assert early == ["not begun"] * 2 + ["begun", "taken"] * 4
+    shown = sum(any(isinstance(part, tuple) for part in row) for row in rows)  # each prompt takes its own
+    assert early == ["not begun"] * 2 + ["begun", *["taken"] * shown] * 4
     assert capture.captures == 1 and capture.replays == 5  # each prompt's tiles ran once
     assert answers[3:] == answers[:3] and answers[0] != answers[1]
+    events = len(early)
     model.generate(**calls[0], **GREEDY, num_beams=2)  # embeds the images before
-    assert early[10:] == []
+    assert len(early) == events
 
 
-def test_what_was_begun_is_for_those_images_alone(early: list[str]) -> None:
+def test_what_was_begun_is_for_that_call_alone(early: list[str]) -> None:
+    """A call that fails before it takes the tiles leaves nothing behind for the next, whose images are others."""
     model, inputs = mini_model("tiny").to(DEVICE), on_device(mini_inputs([5, (2, 1), 9], seed=4))
-    images, crops = inputs["images"], inputs["images_spatial_crop"]
-    with torch.no_grad():
-        for _ in range(2):
-            model.prepare_inputs_embeds(**inputs)
-        want = model.prepare_inputs_embeds(**inputs)
-        with modeling_deepseek_vl_v2.images_begun(model, images, crops):
-            other = model.prepare_inputs_embeds(**{**inputs, "images": images + 1})
-            assert early == ["begun"] and not torch.equal(other, want)
-            assert torch.equal(model.prepare_inputs_embeds(**inputs), want) and early == ["begun", "taken"]
-            assert torch.equal(model.prepare_inputs_embeds(**inputs), want) and early == ["begun", "taken"]
-        with modeling_deepseek_vl_v2.images_begun(model, images, crops):
-            images.add_(1)
-            assert torch.allclose(model.prepare_inputs_embeds(**inputs), other) and early[2:] == ["begun"]
-        with modeling_deepseek_vl_v2.images_begun(model, images, crops):
-            pass
-        assert torch.allclose(model.prepare_inputs_embeds(**inputs), other) and early[3:] == ["begun"]
+    answers = [model.generate(**inputs, **GREEDY).tolist() for _ in range(3)]
+    assert early == ["not begun"] * 2 + ["begun", "taken"] and answers[0] == answers[2]
+    with pytest.raises(ValueError):
+        model.generate(**{**inputs, "attention_mask": inputs["input_ids"][:, :3]}, **GREEDY)
+    images = inputs["images"].clone()
+    inputs["images"].add_(1)
+    changed = model.generate(**inputs, **GREEDY).tolist()
+    assert early[-2:] == ["begun", "taken"]
+    backend.release(model)
+    assert model.generate(**inputs, **GREEDY).tolist() == changed
+    assert model.generate(**{**inputs, "images": images}, **GREEDY).tolist() == answers[0]
 
 
 @pytest.mark.parametrize("wrong", ["crops", "more tiles", "shape", "rows"])
