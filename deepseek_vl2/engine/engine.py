@@ -11,7 +11,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
@@ -20,7 +19,7 @@ import torch
 from ..models.cache import Segment
 from .detokenizer import TokenLogprobs
 from .embedding import Embedder
-from .fetch import Fetch
+from .fetch import Fetch, Pending
 from .image_cache import ImageCache
 from .kv_cache import SCRATCH, KVCache, layer_shapes
 from .placement import Placement, place
@@ -29,39 +28,9 @@ from .rows import Rows, upload
 from .runner import Part, Runner
 from .sampler import Sampled, SamplingBatch, read_logprobs
 from .scheduler import EngineOptions, Scheduler
+from .status import EngineStats, EngineStopped, QueueFull
 
 logger = logging.getLogger(__name__)
-
-
-class QueueFull(Exception):
-    """More requests wait than may."""
-
-
-class EngineStopped(Exception):
-    """The engine takes no requests: it was stopped, or its thread has died."""
-
-
-@dataclass
-class EngineStats:
-    """Counts since the engine was made."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
-
-
-@dataclass
-class Pending:
-    """Tokens on their way to the host, and whose they are."""
-
-    answers: list[Answer]
-    sampled: Sampled
-    logged: list[int]
-    tokens: Fetch
-    logprobs: Fetch | None
 
 
 def end_ids(language: Any) -> frozenset[int]:
@@ -387,12 +356,22 @@ class Engine:
                 self._fail(answers[0], error)
                 return
             logger.exception("A step of %d answers failed; each of them is tried alone.", len(answers))
+            self._receive()
             for answer in answers:
                 self._decode_alone(answer)
+            self._rejoin([answer for answer in answers if not answer.finished])
+
+    def _rejoin(self, answers: list[Answer]) -> None:
+        """Lay rows out anew from what the host knows, after a step that stopped half-way."""
+        for answer in answers:
+            answer.cached, answer.sampler.chosen = answer.length - 1, len(answer.tokens)
+        self.rows.join(answers, upload([[answer.tokens[-1] for answer in answers]], self.device)[0])
+        self._batch = None
 
     def _decode_alone(self, answer: Answer) -> None:
         try:
-            if not answer.finished:
+            if not answer.finished and not answer.request.cancelled:
+                self._rejoin([answer])
                 self._decode_rows([answer])
                 self._receive()
         except Exception as error:  # of this answer; the others go on

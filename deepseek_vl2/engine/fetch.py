@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .request import Answer
+from .sampler import Sampled
 
 
 class Fetch:
@@ -29,3 +33,14 @@ class Fetch:
         if self.event is not None:
             self.event.synchronize()
         return self.held.tolist()
+
+
+@dataclass
+class Pending:
+    """Tokens on their way to the host, and whose they are."""
+
+    answers: list[Answer]
+    sampled: Sampled
+    logged: list[int]
+    tokens: Fetch
+    logprobs: Fetch | None

@@ -76,7 +76,10 @@ def prompt_of(model: Any, inputs: Mapping[str, Any], shared: bool = True) -> Pro
     check_image_inputs(ids, images, marked, crops, image_id)
     row, real = ids[0].cpu(), slice(None) if mask is None else mask[0].bool().cpu()
     grids = [] if images is None or crops is None else real_grids(crops.tolist())[0]
-    if marked is None or images is None or not grids:
+    if marked is None or images is None:
+        return Prompt(row[real].tolist(), shared=shared)
+    if not grids:
+        check_image_tokens(marked.sum(dim=1).tolist(), True, [[]], model.image_token_side, 0)
         return Prompt(row[real].tolist(), shared=shared)
     marks, consistent = read_image_mask(ids, marked.to(ids.device), image_id)
     tiles = max(images.counts) if isinstance(images, HELD) else images.shape[-4]

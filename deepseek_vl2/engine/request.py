@@ -200,7 +200,8 @@ class Answer:
         if constraint is not None:
             constraint.advance(token)
         text = ""
-        if detokenizer is not None and token not in self.params.stop_token_ids:
+        hidden = token in self.params.stop_token_ids and not self.params.show_stop_tokens
+        if detokenizer is not None and not hidden:
             text = detokenizer.push(token, logprobs, may_stop=len(self.tokens) > self.params.min_tokens)
         stopped = token in self.end_ids or (detokenizer is not None and detokenizer.stopped)
         reason: FinishReason | None = None

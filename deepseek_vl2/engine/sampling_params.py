@@ -42,7 +42,8 @@ class SamplingParams:
         logit_bias: added to the logits of these ids.
         logprobs: report the log probability of each token and of this many alternatives; ``None``: nothing.
         stop: texts that end the answer, themselves not shown.
-        stop_token_ids: ids that end the answer beside the model's own, themselves not shown.
+        stop_token_ids: ids that end the answer beside the model's own.
+        show_stop_tokens: show the text of the one of them that ended the answer.
         ignore_eos: go on after the model's own end tokens, up to ``max_tokens``.
         grammar: makes the constraint that the answer follows; called once an answer.
 
@@ -64,6 +65,7 @@ class SamplingParams:
     logprobs: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
+    show_stop_tokens: bool = False
     ignore_eos: bool = False
     grammar: Callable[[], Constraint] | None = None
 

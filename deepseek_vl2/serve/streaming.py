@@ -116,6 +116,7 @@ def answer_params(options: GenerationOptions, ends: Iterable[int], seed: int | N
         seed=0 if seed is None else seed,
         stop=tuple(text for text in options.stop if text),
         stop_token_ids=frozenset(ends),
+        show_stop_tokens=options.keep_eos,
         ignore_eos=True,
     )
 

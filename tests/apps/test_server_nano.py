@@ -53,7 +53,7 @@ def post(server: RunningServer, text: str, picture: str, tokens: int) -> str:
 
 def by_generate(server: RunningServer, text: str, picture: str, tokens: int) -> str:
     """Return what ``generate`` answers."""
-    processor, model = server.server.chat.builder.processor, server.server.model
+    processor, model = server.server.generator.builder.processor, server.server.model
     content: list[Any] = [{"type": "image", "image": shown(picture)}] if picture else []
     inputs = processor(conversations=[{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
     ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
