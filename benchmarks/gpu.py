@@ -30,6 +30,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,16 @@ import torch
 import transformers
 from gpu_end_to_end import prompt, random_model, released_config
 from gpu_kernels import TOLERANCE, KernelChecks
-from gpu_tokens import compare, record_steps
 
 from deepseek_vl2 import ops
-from deepseek_vl2.engine import backend, runtime
-from deepseek_vl2.engine.decode import DecoderWeights, experts_hit
+from deepseek_vl2.engine import backend
+from deepseek_vl2.engine.decode import DecodeBuffers, DecoderWeights, experts_hit
+from deepseek_vl2.engine.engine import Engine
+from deepseek_vl2.engine.holder import engine_of
+from deepseek_vl2.engine.kv_cache import SCRATCH
+from deepseek_vl2.engine.rows import Rows
+from deepseek_vl2.engine.scheduler import EngineOptions
+from deepseek_vl2.engine.triton_runner import CapturedStep, TritonRunner
 from deepseek_vl2.models import DeepseekVLV2Processor
 from deepseek_vl2.models.cache import new_cache
 from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
@@ -50,6 +56,7 @@ from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
 HERE = Path(__file__).resolve().parent
 GB = 1e9
 CONTEXT = 1450
+EXTENT = CONTEXT + 512  # tokens of a row in the cache: all steps of a measurement find room
 # What the host calls when it waits for the device, or copies something from there.
 WAITS = frozenset(
     ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaMemcpyAsync",
@@ -133,6 +140,21 @@ def plain_path() -> Iterator[None]:
             os.environ[ops.SWITCH] = before
 
 
+@dataclass
+class RandomStep:
+    """A captured step over rows of random numbers, where their extents start, and the ids that they began with."""
+
+    runner: TritonRunner
+    captured: CapturedStep
+    starts: list[int]
+    ids: torch.Tensor
+
+    @property
+    def buffers(self) -> DecodeBuffers:
+        """What the step reads and writes."""
+        return self.captured.buffers[-1]
+
+
 class Bench:
     """The measurements of one run."""
 
@@ -205,17 +227,26 @@ class Bench:
 
     # ---------------------------------------------------------------- decoding
 
-    def random_session(self, model: Any, rows: int, seed: int) -> runtime.DecodeState:
-        """Return a session whose caches hold random numbers, as after prompts that differ."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        session = runtime.engine_of(model.language).session(model.language, rows, CONTEXT + 512)
-        for layer in session.buffers.caches:
-            for part in layer:
-                part.normal_(generator=generator)
-        session.buffers.positions.fill_(CONTEXT)
-        vocabulary = model.language.lm_head.weight.shape[0]
-        session.buffers.tokens.copy_(torch.randint(vocabulary, (rows,), generator=generator, device=self.device))
-        return session
+    def runner(self, model: Any, rows: int = 64) -> TritonRunner:
+        """Return what runs the model by kernels, with a KV cache for that many rows."""
+        engine: Engine = engine_of(model, EngineOptions(kv_cache_tokens=rows * EXTENT))
+        if not isinstance(engine.runner, TritonRunner):
+            raise RuntimeError(f"no kernels: {engine.placement.reason}")
+        return engine.runner
+
+    def random_step(self, model: Any, count: int) -> RandomStep:
+        """Return a step over rows whose extents hold random numbers, as after prompts that differ."""
+        runner = self.runner(model)
+        generator = torch.Generator(self.device).manual_seed(count)
+        with torch.inference_mode():
+            for pool in runner.kv_cache.pools:
+                for part in pool:
+                    part.normal_(generator=generator)
+            rows = Rows(count, self.device)
+            ids = torch.randint(runner.weights.head.shape[0], (count,), generator=generator, device=self.device)
+            starts = [SCRATCH + row * EXTENT for row in range(count)]
+            rows.set(ids.tolist(), [CONTEXT] * count, starts)
+            return RandomStep(runner, runner._step(rows, count), starts, ids)
 
     def decode(self, size: str, model: Any, batches: tuple[int, ...]) -> None:
         """Time steps of the graph, and the plain path's."""
@@ -224,14 +255,12 @@ class Bench:
             try:
                 table.append(self._decode_row(size, model, rows))
             except Exception as error:  # another batch may still work
-                table.append([size, rows, f"**{type(error).__name__}**: {str(error)[:300]}", *["-"] * 8])
+                table.append([size, rows, f"**{type(error).__name__}**: {str(error)[:300]}", *["-"] * 6])
         head = [
             "size",
             "batch",
             "kernels, ms a step",
             "again",
-            "no early start, ms",
-            "same logits",
             "plain, ms",
             "experts hit",
             "GB read",
@@ -241,14 +270,12 @@ class Bench:
         self.report.table("Decoding, from 1,450 tokens", head, table)
 
     def _decode_row(self, size: str, model: Any, rows: int) -> list[Any]:
-        session = self.random_session(model, rows, rows)
-        weights = session.weights
-        times = [statistics.median(self.milliseconds(session.step, 50)) for _ in range(2)]
-        hit = experts_hit(weights, session.buffers)
-        read = bytes_read(weights, session.buffers.rows, CONTEXT + 50, hit, session)
+        step = self.random_step(model, rows)
+        times = [statistics.median(self.milliseconds(step.captured, 50)) for _ in range(2)]
+        hit = experts_hit(step.runner.weights, step.buffers)
+        read = bytes_read(step.runner, rows * (CONTEXT + 50), hit)
         floor = 1e3 * read / self.bandwidth
-        plain = self._plain_step(model, rows)
-        late, same = self._without_early_start(model, rows)
+        plain = self._plain_step(model, step)
         for who, value in (
             ("this package", f"{min(times):.3f}"),
             ("floor", f"{floor:.3f}"),
@@ -256,73 +283,24 @@ class Bench:
         ):
             self.report.note(size, LATER.format(rows), who, value)
         hits = f"{statistics.mean(hit):.1f}" if hit else "-"
-        shown = [f"{times[0]:.3f}", f"{times[1]:.3f}", late, same, plain, hits, f"{read / GB:.2f}", f"{floor:.3f}"]
+        shown = [f"{times[0]:.3f}", f"{times[1]:.3f}", plain, hits, f"{read / GB:.2f}", f"{floor:.3f}"]
         return [size, rows, *shown, f"{min(times) / floor:.2f}"]
 
     @torch.no_grad()
-    def _without_early_start(self, model: Any, rows: int) -> tuple[str, str]:
-        """Return the time of a step whose kernels wait for one another to end, and whether it says the same."""
-        session = self.random_session(model, rows, rows)
-        late = runtime.DecodeState(session.weights, rows, session.buffers.cos, session.buffers.sin, pdl=False)
-        for ours, theirs in zip(session.buffers.caches, late.buffers.caches, strict=True):
-            for source, target in zip(ours, theirs, strict=True):
-                target.copy_(source)
-        late.buffers.tokens.copy_(session.buffers.tokens)
-        late.buffers.positions.copy_(session.buffers.positions)
-        same = True
-        for _ in range(8):
-            session.step()
-            late.step()
-            same = same and torch.equal(session.buffers.logits, late.buffers.logits)
-        return f"{statistics.median(self.milliseconds(late.step, 30)):.3f}", "yes" if same else "**no**"
-
-    @torch.no_grad()
-    def _plain_step(self, model: Any, rows: int) -> str:
-        """Return the time of a plain step over a cache of the same length."""
-        language, session = model.language, self.random_session(model, rows, rows)
+    def _plain_step(self, model: Any, step: RandomStep) -> str:
+        """Return the time of a plain step over a cache of the same contents."""
+        language, kv_cache = model.language, step.runner.kv_cache
         cache = new_cache(language.config)
-        for number, (layer, held) in enumerate(zip(session.weights.layers, session.buffers.caches, strict=True)):
-            if layer.attention.kv_b is not None:
-                rank = layer.attention.kv_b.shape[2]
-                part = session.buffers.by_row(held[0])[:, None, :CONTEXT]
-                cache.update(part[..., rank:], part[..., :rank], number)
-            else:
-                parts = (session.buffers.by_row(pool)[:, :CONTEXT].transpose(1, 2) for pool in held)
-                cache.update(*parts, number)
-        token = session.buffers.tokens[:, None].clone()
+        for layer in range(len(kv_cache.pools)):
+            parts = kv_cache.keys_and_values(layer)
+            held = (torch.stack([part[s : s + CONTEXT].transpose(0, 1) for s in step.starts]) for part in parts)
+            cache.update(*held, layer)
+        token = step.ids[:, None]
         try:
             times = self.milliseconds(lambda: language(token, past_key_values=cache, logits_to_keep=1), 5, warmup=1)
             return f"{statistics.median(times):.2f}"
         except torch.OutOfMemoryError:
             return "out of memory"
-
-    # ---------------------------------------------------------------- tokens
-
-    def agreements(self, size: str, model: Any, batches: tuple[int, ...], steps: int) -> None:
-        """Feed the plain path's greedy tokens to the kernels too, and compare what each would say next.
-
-        The plain path with the original's order of operations ("eager") is compared likewise: rounding alone sends
-        tokens to other experts, and this says how often. Where choices differ, float32 says which is nearer.
-        """
-        rows, errors, cases = [], [], []
-        for batch in batches:
-            trace = record_steps(model.language, batch, steps)
-            for path in ("kernels", "plain, eager"):
-                rows.append([size, batch, path, *compare(trace.logits[path], trace.logits["plain"])])
-                cases += [[size, batch, path, *case] for case in trace.cases(path)]
-            for path, logits in trace.logits.items():
-                errors.append([size, batch, path, *compare(logits, trace.exact)])
-        head = ["tokens", "differ", "of these near ties", "others", "logits' error, median", "worst"]
-        self.report.table(
-            "Greedy tokens against the plain path, all fed its tokens", ["size", "batch", "path", *head], rows
-        )
-        self.report.table("The same against float32", ["size", "batch", "path", *head], errors)
-        named = ["plain's two", "kernels", "eager", "float32", "first layer of other experts", "their margin", "such"]
-        self.report.table(
-            "Where tokens differ: both tokens' logits, least near first (at most 12 of a batch and path)",
-            ["size", "batch", "path", "step", "row", "near tie", *named],
-            cases,
-        )
 
     # ---------------------------------------------------------------- whole requests
 
@@ -354,9 +332,7 @@ class Bench:
             "peak over weights, GB",
         ]
         self.report.table("Whole requests, batch 1", head, table)
-        self.report.add(
-            f"\n{size}: first session (compiling or reading kernels, recording the graph) {first_start:.1f} s"
-        )
+        self.report.add(f"\n{size}: first step (compiling or reading kernels, capturing the graph) {first_start:.1f} s")
         self.report.table(f"{size}: the parts of a first token, each waited for", ["part", "ms"], self._parts(model))
 
     @torch.no_grad()
@@ -413,7 +389,7 @@ class Bench:
             model.generate(**inputs, max_new_tokens=1, do_sample=False, eos_token_id=None)
 
         for rows in batches:
-            events = self._events(self.random_session(model, rows, 0).step, 5)
+            events = self._events(self.random_step(model, rows).captured, 5)
             self._kernel_table(f"{size}: a step, batch {rows}", events, 5, by_neighbour=True)
         events = self._events(ask, 1)
         self._kernel_table(f"{size}: a prompt", events, 1, by_neighbour=False)
@@ -503,40 +479,37 @@ class Bench:
         self.report.add(f"\n## {size}")
         with self.report.section(f"{size}: model"):
             self._sections(size, random_model(size, self.device))
-        runtime.ENGINES.clear()
         give_memory_back()
 
     def _sections(self, size: str, model: Any) -> None:
-        report, language = self.report, model.language
+        report = self.report
         start = float("nan")
-        with report.section(f"{size}: first session"):
-            start = self.wall(lambda: runtime.engine_of(language).session(language, 1, CONTEXT + 512)) / 1e3
-            report.add(f"\nWhy not the kernels: {backend.unsupported_reason(model)}; first session {start:.1f} s.")
+        with report.section(f"{size}: first step"):
+            start = self.wall(lambda: self.random_step(model, 1)) / 1e3
+            report.add(f"\nWhy not the kernels: {backend.unsupported_reason(model)}; first step {start:.1f} s.")
         with report.section(f"{size}: kernels"):
-            self.check_kernels(size, runtime.engine_of(language).weights)
+            self.check_kernels(size, self.runner(model).weights)
         with report.section(f"{size}: decoding"):
             self.decode(size, model, (1, 8, 64))
-        with report.section(f"{size}: tokens"):
-            self.agreements(size, model, (1, 8) if self.quick else (1, 8, 33), 24 if self.quick else 48)
         with report.section(f"{size}: requests"):
             self.requests(size, model, start)
         with report.section(f"{size}: profile"):
             self.profile(size, model, (1, 8, 64))
 
 
-def bytes_read(weights: DecoderWeights, rows: int, tokens: int, hit: list[int], session: runtime.DecodeState) -> int:
-    """Return the bytes that a step must read: weights, of experts only those hit, the cache, and a row of logits."""
+def bytes_read(runner: TritonRunner, tokens: int, hit: list[int]) -> int:
+    """Return the bytes that a step must read: weights, of experts only those hit, and the cache of so many tokens."""
 
     def size(*parts: torch.Tensor | None) -> int:
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
-    total, hits = size(weights.head), iter(hit)
-    for layer, cache in zip(weights.layers, session.buffers.caches, strict=True):
+    weights, hits = runner.weights, iter(hit)
+    total = size(weights.head) + tokens * runner.kv_cache.bytes_per_token
+    for layer in weights.layers:
         a, e = layer.attention, layer.experts
         total += size(*a.projections, a.out, a.kv_b, layer.gate, e.shared_gate, e.shared_up, e.shared_down)
         if layer.routing is not None:
             total += next(hits) * size(e.gate_up, e.down) // e.num_experts
-        total += size(*cache) * tokens // session.buffers.capacity
     return total
 
 

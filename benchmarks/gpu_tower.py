@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_prompt import kernel_table, on_device
+from gpu_timing import kernel_table, on_device
 
 from deepseek_vl2.engine import vision_kernels
 from deepseek_vl2.models.siglip_vit import VisionTransformer

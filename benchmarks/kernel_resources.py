@@ -33,7 +33,9 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_vl2.engine import vision_kernels
-from deepseek_vl2.engine.decode import MAX_ROWS, decode_step, new_buffers
+from deepseek_vl2.engine.decode import MAX_SMALL_BATCH, decode_stage, new_buffers
+from deepseek_vl2.engine.kv_cache import layer_shapes, new_pool
+from deepseek_vl2.engine.rows import new_rows
 from deepseek_vl2.engine.weights import read_router_config, read_weights, rotary_tables
 from deepseek_vl2.models import DeepseekVLV2Config
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2ForCausalLM
@@ -157,10 +159,11 @@ def resources(size: str, rows: int) -> list[Resources]:
     """Return what the kernels of a step take."""
     language, known = language_model(size), dict[str, Resources]()
     weights = read_weights(language)
-    buffers = new_buffers(weights, rows, *rotary_tables(language, 2048))
+    buffers = new_buffers(weights, new_rows(rows, torch.device("meta")), *rotary_tables(language, 2048))
     buffers.pdl = PDL
+    pools = [new_pool(shape, 2048) for shape in layer_shapes(language)]
     with compiling(known), torch.no_grad():
-        decode_step(weights, buffers)
+        decode_stage(weights, buffers, pools, 0, len(pools))
     return list(known.values())
 
 
@@ -225,7 +228,7 @@ def rows_of_table(size: str, numbers: list[int]) -> Iterator[tuple[str, Resource
         yield from (("any", kernel) for kernel in tower_resources())
         return
     for rows in numbers:
-        found = resources(size, rows) if rows <= MAX_ROWS else prompt_resources(size, rows)
+        found = resources(size, rows) if rows <= MAX_SMALL_BATCH else prompt_resources(size, rows)
         yield from ((str(rows), kernel) for kernel in found)
 
 

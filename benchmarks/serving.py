@@ -28,6 +28,7 @@ import torch
 import transformers
 from gpu_end_to_end import random_model
 from PIL import Image
+from serving_http import HttpBench
 
 from deepseek_vl2.engine.embedding import views_of
 from deepseek_vl2.engine.engine import Engine
@@ -115,7 +116,10 @@ class Bench:
             "second": self.second,
         }
         failed = 0
+        over_http = [section for section in args.sections if section in ("http", "steady")]
         for section in args.sections:
+            if section in over_http:
+                continue
             try:
                 sections[section]()
             except Exception:
@@ -126,7 +130,24 @@ class Bench:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return failed
+        return failed + (self.over_http(over_http, args.requests) if over_http else 0)
+
+    def over_http(self, sections: list[str], counts: list[int]) -> int:
+        """Measure a server in a process of its own, which needs this one's memory; returns how many failed."""
+        del self.model
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            with HttpBench(self.size, str(self.device), NEW, 2 * max(counts)) as bench:
+                for row in bench.http(counts) if "http" in sections else ():
+                    self.report.add(row)
+                if "steady" in sections:
+                    self.report.add(bench.steady(max(counts)))
+        except Exception:
+            self.report.add(f"\n{self.size}, http failed:\n\n```\n{traceback.format_exc()[-1500:]}```\n")
+            return 1
+        return 0
 
     def decode(self, batches: list[int]) -> None:
         """Time the engine's steps over rows that all have some 1,434 tokens."""
@@ -257,7 +278,7 @@ def main() -> int:
     """Measure the sizes asked for; returns how many sections failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"])
-    parser.add_argument("--sections", nargs="+", default=["decode", "generate", "engine", "second"])
+    parser.add_argument("--sections", nargs="+", default=["decode", "generate", "engine", "second", "http", "steady"])
     parser.add_argument("--requests", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 128, 256])
     parser.add_argument("--device", default="cuda")

@@ -168,6 +168,7 @@ def forced_logits(
                 logits, likeliest = runner._run_step(rows, len(prompts))
                 assert torch.equal(likeliest, logits.argmax(dim=-1))
                 found.append(logits.clone())
+                assert rows.positions.tolist() == [p + 1 for p in positions] + [0] * (256 - len(prompts))
                 continue
             single = zip(extents, positions, line, strict=True)
             found.append(runner.prefill([Part(Segment(e.start, p, 1), [token]) for e, p, token in single]).float())
@@ -228,7 +229,7 @@ def test_prompts_in_chunks_and_alone(kind: str, monkeypatch: pytest.MonkeyPatch)
 def test_what_follows_a_held_prefix(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its few tokens run as rows of a step; the answer is that of the whole prompt."""
     model = made_model(kind)
-    first, question, other = prompts_of(model, (200, 9, 5) if GPU else (9, 2, 1))
+    first, question, other = prompts_of(model, (200, 9, 5) if GPU else (8, 2, 1))
     plain = answers(by_modules(model, EngineOptions(), monkeypatch), [first + question, first + other], 3)
     engine = by_kernels(model, EngineOptions(share_prefixes=True))
     answers(engine, [first], 2 if GPU else 1)
