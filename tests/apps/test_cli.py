@@ -42,16 +42,17 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     texts: list[str] = []
 
-    def start(self: Any, emit: Any) -> None:
-        self.emit = emit
-        self.thread = threading.Thread(target=lambda: None)
-        self.thread.start()
-        for piece in texts.pop(0) if len(texts) > 1 else texts[0]:
-            self.show(piece)
-        self.answer.finish_reason = "stop"
-        emit(None)
+    def next_piece(self: Any) -> str | None:
+        if self.inputs is not None:
+            self.inputs, self.letters = None, iter(texts.pop(0) if len(texts) > 1 else texts[0])
+        letter = next(self.letters, None)
+        if letter is None:
+            self.ended, self.answer.finish_reason = True, "stop"
+        else:
+            self.answer.text += letter
+        return letter
 
-    monkeypatch.setattr(sys.modules[TextStream.__module__]._Run, "start", start)
+    monkeypatch.setattr(sys.modules[TextStream.__module__]._Run, "next_piece", next_piece)
     return texts
 
 
