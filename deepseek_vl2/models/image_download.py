@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from http.client import HTTPException
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 USER_AGENT = "deepseek_vl2"
@@ -43,5 +43,7 @@ def download(url: str, most_bytes: int = MOST_BYTES, most_seconds: float = MOST_
                     raise ValueError(f"{shortened(url)} takes longer than {most_seconds:g} s: download it yourself.")
     except (URLError, TimeoutError, ConnectionError, HTTPException, UnicodeError) as error:
         reason = getattr(error, "reason", None) or error or type(error).__name__
+        if isinstance(error, HTTPError):
+            reason = f"{error.code} {reason}"
         raise ValueError(f"{shortened(url)} cannot be downloaded: {reason}.") from error
     return b"".join(parts)

@@ -21,6 +21,7 @@ from .messages import (
     CHAT_TEMPLATE,
     SYSTEM_ROLES,
     Message,
+    check_messages,
     messages_to_conversation,
 )
 from .processing_base import BaseProcessor
@@ -277,6 +278,8 @@ class DeepseekVLV2Processor(BaseProcessor):
         options = ImageOptions(cropping, candidate_resolutions, max_pixels, background)
         images = as_image_list(images)
         sources, single = as_list(text, prompt, conversations)
+        if conversations is not None and any(source is None for source in sources):
+            check_messages(conversations)
         samples = []
         distributed = distribute_images(images, sources, single, self.sft_format, self.image_token)
         for source, source_images in zip(sources, distributed, strict=True):

@@ -110,6 +110,7 @@ def load_pretrained_model(
     source = resolve_model_path(model_path)
     if isinstance(source, Path):
         check_config(source, DeepseekVLV2Config.model_type)
+    processor = DeepseekVLV2Processor.from_pretrained(source)
     if isinstance(quantize, str):
         quantize = WeightOnlyConfig(quantize)
     if quantize is not None:
@@ -121,7 +122,6 @@ def load_pretrained_model(
         refuse_what_does_not_fit(source, place, dtype, quantize, max_memory)
     elif max_memory is not None:
         kwargs["max_memory"] = max_memory_map(parse_size(max_memory))
-    processor = DeepseekVLV2Processor.from_pretrained(source)
     model = DeepseekVLV2ForCausalLM.from_pretrained(source, dtype=dtype, **kwargs).eval()
     if kwargs.get("device_map") is None:
         model = model.to(place)

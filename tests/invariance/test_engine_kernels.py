@@ -1,13 +1,14 @@
 """The engine over kernels gives what it gives over the model's own modules.
 
-Without a GPU the kernels run in Triton's interpreter, on mini models in float32; on one, captured, on released shapes
-of few layers in bfloat16.
+Without a GPU the kernels run in Triton's interpreter, on mini models in float32, as few tokens as take every way; on
+one, captured, on released shapes of few layers in bfloat16.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,14 +17,16 @@ from support import RELEASES, mini_language
 
 pytest.importorskip("triton")
 
-from deepseek_vl2.engine import decode, placement, support
+from deepseek_vl2.engine import decode, experts, placement, prefill, prefix_cache, scheduler, support, triton_runner
 from deepseek_vl2.engine.engine import Engine
+from deepseek_vl2.engine.kv_cache import layer_shapes
 from deepseek_vl2.engine.request import Delta, Event, Prompt, Request
 from deepseek_vl2.engine.rows import Rows
 from deepseek_vl2.engine.runner import ModuleRunner, Part
 from deepseek_vl2.engine.sampling_params import SamplingParams
 from deepseek_vl2.engine.scheduler import EngineOptions
 from deepseek_vl2.engine.triton_runner import TritonRunner
+from deepseek_vl2.engine.weights import rotary_tables
 from deepseek_vl2.models.cache import Segment
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2Config, DeepseekV2ForCausalLM
 
@@ -34,8 +37,19 @@ TOLERANCE = 2e-4
 # In bfloat16 both are compared with float32: kernels round in fewer places than modules, but in others. A row whose
 # experts part by a rounding is far off in either, so it is the median row that must be as good.
 AS_GOOD = 1.25
-# What the GPU has rows enough for, and the interpreter the time.
-BATCHES = (1, 2, 5, 20, 64, 70, 200, 256) if GPU else (1, 3)
+KINDS = ("tiny", "small", "base")
+# What the GPU has rows enough for, and the interpreter the time: there three rows are a padded bucket of four.
+CASES = (
+    [(kind, batch) for kind in KINDS for batch in (1, 2, 5, 20, 64, 70, 200, 256)]
+    if GPU
+    else [("tiny", 1), ("small", 1), ("tiny, grouped keys", 3), ("small, no shared experts", 3), ("base, groups", 3)]
+)
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "mscale": 0.7, "mscale_all_dim": 0.7}
+CHANGES: dict[str, dict[str, Any]] = {
+    "tiny, grouped keys": {"num_key_value_heads": 2},
+    "small, no shared experts": {"n_shared_experts": None, "rope_scaling": YARN},
+    "base, groups": {"n_group": 4, "topk_group": 2},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -44,11 +58,16 @@ def kernels_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(support, "unsupported_device", lambda weight: None)
         monkeypatch.setattr(support, "_unsupported_weights", lambda language: None)
         monkeypatch.setattr(decode, "multiprocessors", lambda device: 3)  # run one after the other
+        monkeypatch.setattr(triton_runner, "SHORT", 3)
+        monkeypatch.setattr(prefill, "STEP", 4)
+        for module in (prefix_cache, scheduler):
+            monkeypatch.setattr(module, "BLOCK", 4)
 
 
 def language_model(kind: str) -> DeepseekV2ForCausalLM:
     if not GPU:
-        return mini_language(kind)
+        # One layer is dense, one has experts.
+        return mini_language(kind.split(",")[0], num_hidden_layers=2, vocab_size=64, **CHANGES.get(kind, {}))
     fields = json.loads((RELEASES / kind / "config.json").read_text(encoding="utf-8"))["language_config"]
     # All experts are chosen: where some are, roundings decide between two about as good, and answers part.
     config = DeepseekV2Config(
@@ -69,9 +88,12 @@ def language_model(kind: str) -> DeepseekV2ForCausalLM:
     return model
 
 
-@pytest.fixture(scope="module", params=["tiny", "small", "base"])
+made_model = cache(language_model)
+
+
+@pytest.fixture(params=KINDS)
 def model(request: pytest.FixtureRequest) -> DeepseekV2ForCausalLM:
-    return language_model(request.param)
+    return made_model(request.param)
 
 
 def prompts_of(model: Any, lengths: Any, seed: int = 0) -> list[list[int]]:
@@ -159,11 +181,11 @@ def errors(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
     return (got - want).norm(dim=-1) / want.norm(dim=-1)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-def test_logits_of_a_batch(model: Any, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = EngineOptions(kv_cache_tokens=batch * 160 + 512)
-    prompts = prompts_of(model, [70 + (7 * i) % 60 if GPU else 6 + 3 * i for i in range(batch)])
-    forced = [list(line) for line in zip(*prompts_of(model, [3] * batch, seed=1), strict=True)]
+@pytest.mark.parametrize(("kind", "batch"), CASES)
+def test_logits_of_a_batch(kind: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, options = made_model(kind), EngineOptions(kv_cache_tokens=batch * 160 + 512)
+    prompts = prompts_of(model, [70 + (7 * i) % 60 if GPU else 4 + i for i in range(batch)])
+    forced = [list(line) for line in zip(*prompts_of(model, [3 if GPU else 1] * batch, seed=1), strict=True)]
     quick = forced_logits(by_kernels(model, options), prompts, forced)
     plain = forced_logits(by_modules(model, options, monkeypatch), prompts, forced)
     if not GPU:
@@ -181,10 +203,12 @@ def as_good(quick: list[torch.Tensor], plain: list[torch.Tensor], exact: list[to
         assert kernels <= AS_GOOD * modules + 1e-3, f"step {step}: {kernels:.4f}, modules {modules:.4f}"
 
 
-def test_prompts_in_chunks_and_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS if GPU else ("tiny", "small"))
+def test_prompts_in_chunks_and_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long prompt alone is captured; in chunks it is packed with others, behind what is cached of it."""
-    lengths, chunk = ((300, 900, 131, 170), 100) if GPU else ((90, 20), 12)
-    prompts, options = prompts_of(model, lengths), EngineOptions(kv_cache_tokens=4096)
+    model = made_model(kind)
+    lengths, chunk = ((300, 900, 131, 170), 100) if GPU else ((9, 6), 4)
+    prompts, options = prompts_of(model, lengths), EngineOptions(kv_cache_tokens=4096 if GPU else 256)
     nothing: list[list[int]] = []
     plain = forced_logits(by_modules(model, options, monkeypatch), prompts, nothing)
     wide = copy.deepcopy(model).float()
@@ -200,26 +224,73 @@ def test_prompts_in_chunks_and_alone(model: Any, monkeypatch: pytest.MonkeyPatch
             torch.testing.assert_close(quick[0], plain[0], rtol=0, atol=TOLERANCE * float(plain[0].abs().max()))
 
 
-def test_what_follows_a_held_prefix(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS if GPU else ("small",))
+def test_what_follows_a_held_prefix(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its few tokens run as rows of a step; the answer is that of the whole prompt."""
-    first, question, other = prompts_of(model, (200 if GPU else 70, 9, 5))
+    model = made_model(kind)
+    first, question, other = prompts_of(model, (200, 9, 5) if GPU else (9, 2, 1))
     plain = answers(by_modules(model, EngineOptions(), monkeypatch), [first + question, first + other], 3)
     engine = by_kernels(model, EngineOptions(share_prefixes=True))
-    answers(engine, [first], 2)
+    answers(engine, [first], 2 if GPU else 1)
     check(answers(engine, [first + question, first + other], 3), plain)
-    assert engine.scheduler.prefixes.hits == 2 and engine.scheduler.prefixes.tokens_saved >= 2 * 64
+    assert engine.scheduler.prefixes.hits == 2
+    assert engine.scheduler.prefixes.tokens_saved >= 2 * (64 if GPU else 8)
 
 
-def test_padding_of_a_bucket_leaves_everything_alone(model: Any) -> None:
+@pytest.mark.parametrize("kind", KINDS if GPU else ("tiny",))
+def test_padding_of_a_bucket_leaves_everything_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that nobody has write to the pool's scratch tokens, however many steps go by."""
+    model = made_model(kind)
     engine = by_kernels(model, EngineOptions(kv_cache_tokens=2048))
+    first = 512 if GPU else 128
     for pool in engine.kv_cache.pools:
         for part in pool:
-            part[512:] = float("nan")
-    batch = 5 if GPU else 3
+            part[first:] = float("nan")
+    batch, tokens = (5, 70) if GPU else (3, 3)
     prompts = prompts_of(model, [8] * batch)
-    answers(engine, prompts, 70 if GPU else 4)
-    used = 64 + batch * (8 + (70 if GPU else 4))
+    given = answers(engine, prompts, tokens)
+    used = 64 + batch * (8 + tokens)
     for pool in engine.kv_cache.pools:
         for part in pool:
-            assert bool(part[max(used, 512) :].isnan().all())
+            assert bool(part[max(used, first) :].isnan().all())
+    check(given, [] if GPU else answers(by_modules(model, EngineOptions(), monkeypatch), prompts, tokens))
+
+
+@pytest.mark.skipif(GPU, reason="a GPU has rows enough")
+def test_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products are PyTorch's, and its experts those of a prefill."""
+    monkeypatch.setattr(decode, "MAX_SMALL_BATCH", 2)
+    model = made_model("small")
+    prompts, options = prompts_of(model, (3, 4, 2)), EngineOptions(kv_cache_tokens=256)
+    (forced,) = zip(*prompts_of(model, [1] * 3, seed=1), strict=True)
+    quick = forced_logits(by_kernels(model, options), prompts, [list(forced)])
+    plain = forced_logits(by_modules(model, options, monkeypatch), prompts, [list(forced)])
+    for got, want in zip(quick, plain, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE * float(want.abs().max()))
+
+
+@torch.no_grad()
+def test_a_layer_with_experts_and_padding() -> None:
+    """In bfloat16, where experts are run by the kernels and padding has none: each token by itself."""
+    model = mini_language("small", num_hidden_layers=2).to(DEVICE, torch.bfloat16)
+    exact = copy.deepcopy(model).float()
+    tokens, length = 9, 7
+    layer, plain = model.model.layers[1], exact.model.layers[1]
+    if not experts.is_supported(layer.mlp.experts, model.model.norm.weight):
+        pytest.skip("these experts are not for the kernels")
+    cos, sin = rotary_tables(model, tokens)
+    (shape,) = {(pool.rank, pool.size) for pool in layer_shapes(model)}
+    pool = torch.full((32, sum(map(int, shape))), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    given = torch.randn(tokens, model.config.hidden_size, generator=torch.Generator().manual_seed(2)).to(pool)
+    slots = prefill.slots_of_prompt(8, length, tokens, DEVICE)
+    last = torch.tensor([length - 1], device=DEVICE)
+    packed = prefill.PackedTokens([Segment(8, 0, tokens)], slots, cos[:tokens], sin[:tokens], last)
+    hidden, normed = given.clone(), layer.input_layernorm(given)
+    prefill.prefill_layer(layer, hidden, normed, packed, (pool,), model.model.norm)
+    assert torch.isfinite(hidden).all() and torch.isfinite(normed).all()
+    assert torch.isfinite(pool[8 : 8 + length]).all() and pool[8 + length :].isnan().all()
+    rotation = (cos[None, :tokens].float(), sin[None, :tokens].float())
+    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=DEVICE).tril()[None, None]
+    want = plain(given[None].float(), rotation, mask)[0][0, :length]
+    error = hidden[:length].float() - want
+    assert 0 < float(error.norm() / (want - given[:length].float()).norm()) < 0.03  # sums of rounded parts

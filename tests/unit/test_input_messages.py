@@ -119,7 +119,7 @@ def test_labels_need_all_logits() -> None:
 
 @pytest.mark.parametrize("name", ["load_in_4bit", "load_in_8bit"])
 def test_quantization_is_asked_for_by_its_config(name: str) -> None:
-    says(lambda: DeepseekVLV2ForCausalLM.from_pretrained("anywhere", **{name: True}), name, "BitsAndBytesConfig")
+    says(lambda: DeepseekVLV2ForCausalLM.from_pretrained("anywhere", **{name: True}), name, "WeightOnlyConfig")
 
 
 # ---------------------------------------------------------------- addresses
