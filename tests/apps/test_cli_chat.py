@@ -20,6 +20,7 @@ from PIL import Image
 from deepseek_vl2.cli import chat as chat_module
 from deepseek_vl2.cli.chat import Chat, add_arguments
 from deepseek_vl2.cli.options import Loaded
+from deepseek_vl2.engine.holder import engine_of
 from deepseek_vl2.utils.demo import write_demo_checkpoint
 from deepseek_vl2.utils.io import load_pretrained_model
 
@@ -148,7 +149,7 @@ def test_a_failed_answer_leaves_no_turn(chat: Chat, loaded: Loaded, monkeypatch:
     def fail(*arguments: Any, **options: Any) -> None:
         raise ValueError("it broke")
 
-    monkeypatch.setattr(loaded.model, "generate", fail)
+    monkeypatch.setattr(engine_of(loaded.model).runner, "decode", fail)
     chat.hear("Hello")
     assert chat.turns == []
 

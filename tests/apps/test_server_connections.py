@@ -44,6 +44,13 @@ def demo() -> Any:
     return model, processor
 
 
+@pytest.fixture
+def another() -> Any:
+    """Return another demo model and its processor: a model has one engine, and so one server at a time."""
+    _, processor, model = load_pretrained_model(demo_checkpoint(), device="cpu")
+    return model, processor
+
+
 @pytest.fixture(scope="module")
 def server(demo: Any) -> Iterator[RunningServer]:
     """Run a server of few slots and short patience, which knows its own names alone."""
@@ -148,9 +155,9 @@ def test_who_does_not_read_is_cut_off(server: RunningServer) -> None:
         wait_until(lambda: not server.connections.open, 15)
 
 
-def test_an_address_may_have_only_so_many_connections(demo: Any) -> None:
+def test_an_address_may_have_only_so_many_connections(another: Any) -> None:
     limits = ConnectionLimits(most=6, per_address=3)
-    with make_server(*demo, connections=limits) as server:
+    with make_server(*another, connections=limits) as server:
         streams = [connect(server) for _ in range(3)]
         wait_until(lambda: server.connections.open.total() == 3)
         with connect(server) as refused:
@@ -271,8 +278,8 @@ STAINLESS += "x-stainless-runtime,x-stainless-runtime-version,x-stainless-packag
 STAINLESS += "x-stainless-helper-method,openai-organization,openai-project,idempotency-key"
 
 
-def test_a_browser_may_send_what_the_official_client_does(demo: Any) -> None:
-    with make_server(*demo, cors_origins=("https://page.example",), api_keys=("schlüssel",)) as server:
+def test_a_browser_may_send_what_the_official_client_does(another: Any) -> None:
+    with make_server(*another, cors_origins=("https://page.example",), api_keys=("schlüssel",)) as server:
         asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": STAINLESS}
         answer = get(server, PATH, "OPTIONS", Origin="https://page.example", **asked)
         allowed = {name.strip().lower() for name in answer.headers["Access-Control-Allow-Headers"].split(",")}
