@@ -133,8 +133,13 @@ def make_checkpoint(size: str, directory: Path, device: torch.device) -> None:
         model = DeepseekVLV2ForCausalLM(cut_config(size)).to(torch.bfloat16)
     model = model.to_empty(device=device)
     fill_randomly(model, device)
+    processor = DeepseekVLV2Processor(byte_tokenizer(), candidate_resolutions())
+    language = model.config.language_config
+    language.bos_token_id = processor.tokenizer.bos_token_id
+    language.eos_token_id = language.pad_token_id = processor.tokenizer.eos_token_id
+    model.config.image_token_id = processor.image_token_id
     model.save_pretrained(directory)
-    DeepseekVLV2Processor(byte_tokenizer(), candidate_resolutions()).save_pretrained(directory)
+    processor.save_pretrained(directory)
 
 
 def make_data(directory: Path, rows: int, cpu: bool) -> Path:
