@@ -115,7 +115,7 @@ def generate(
 
     Raises:
         ValueError: an argument out of its range, or a batch of several conversations.
-        Whatever the generation raised, while iterating.
+        Exception: whatever the generation raised, while iterating.
     """
     options = _options(max_gen_len, temperature, repetition_penalty, top_p, stop_words, chunk_size, seed)
     return TextStream(vl_gpt, tokenizer, prepare_inputs, options)

@@ -67,6 +67,7 @@ def draw_curves(records: Sequence[dict[str, float]]) -> str:
     parts.append(f'<text x="{LEFT}" y="{top - 22}">steps, 0 to {max(record["step"] for record in records):.0f}</text>')
     size = f'width="{WIDTH + 10}" height="{top:.0f}"'
     style = 'font-family="sans-serif" font-size="13" fill="#333"'
+    parts.insert(0, f'<rect {size} fill="#fff"/>')  # dark pages would show dark words on dark ground
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"
 
 
