@@ -12,6 +12,7 @@ from torch import nn
 
 from ..models.tiling import count_image_tokens
 from .image_cache import ImageCache
+from .kv_cache import device_of
 from .request import Answer, PromptImages
 from .rows import upload
 
@@ -118,8 +119,5 @@ class Embedder:
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the embeddings of ids, [T, H]."""
-        weight = self.table.weight
-        bare = isinstance(weight, torch.Tensor) and weight.device.type != "meta"
-        device = weight.device if isinstance(weight, torch.Tensor) and bare else torch.device("cpu")
-        embeds: torch.Tensor = self.table(upload([list(ids)], device)[0])
+        embeds: torch.Tensor = self.table(upload([list(ids)], device_of(self.table))[0])
         return embeds

@@ -52,9 +52,8 @@ def layer_shapes(language: Any) -> list[LayerShape]:
     """Return what each layer of a language model caches."""
     config, shapes = language.config, []
     for layer in language.get_decoder().layers:
-        norm = layer.input_layernorm.weight
-        projection = layer.self_attn.o_proj
-        device = norm.device if norm.device.type != "meta" else language.device  # offloaded weights visit the device
+        norm, projection = layer.input_layernorm.weight, layer.self_attn.o_proj
+        device = device_of(layer.input_layernorm)
         dtype = norm.dtype if norm.dtype.is_floating_point else getattr(projection, "compute_dtype", torch.float32)
         if config.use_mla:
             shapes.append(LayerShape(device, dtype, 1, config.qk_rope_head_dim, config.kv_lora_rank))
@@ -86,6 +85,14 @@ def affordable_tokens(shapes: list[LayerShape], share: float) -> int:
         int(share * free_memory(device)) // bytes_per_token([shape for shape in shapes if shape.device == device])
         for device in devices
     )
+
+
+def device_of(module: Any) -> torch.device:
+    """Return where a module computes: where its weight is, or where an offloaded one visits."""
+    device: torch.device = module.weight.device
+    if device.type != "meta":
+        return device
+    return torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or "cpu")
 
 
 def new_pool(shape: LayerShape, tokens: int) -> tuple[torch.Tensor, ...]:

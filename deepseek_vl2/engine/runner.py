@@ -13,7 +13,7 @@ from weakref import ref
 import torch
 
 from ..models.cache import CACHE_NAME, PackedCache, Segment
-from .kv_cache import KVCache
+from .kv_cache import KVCache, device_of
 from .rows import Rows
 
 
@@ -93,7 +93,7 @@ class ModuleRunner:
             segment = part.segment
             positions.append(torch.arange(segment.past, segment.end))
             if part.embeds_TH is None:
-                embeds.append(table(torch.tensor(list(part.ids)).to(language.device)))
+                embeds.append(table(torch.tensor(list(part.ids)).to(device_of(table))))
             else:
                 embeds.append(part.embeds_TH)
         together = embeds[0] if len(embeds) == 1 else torch.cat([part.to(embeds[0]) for part in embeds])
@@ -104,7 +104,8 @@ class ModuleRunner:
         """See `Runner.decode`."""
         language = self.language()
         assert language is not None
-        embeds = language.get_input_embeddings()(rows.tokens[:count].to(language.device))
+        table = language.get_input_embeddings()
+        embeds = table(rows.tokens[:count].to(device_of(table)))
         positions = rows.positions[:count].long().to(embeds.device)
         logits = self._run(rows.segments(), embeds, positions)
         rows.positions[:count] += 1

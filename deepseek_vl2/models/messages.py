@@ -100,9 +100,8 @@ def message_role(message: Message, tags: Sequence[str], number: int = 1) -> Role
         return "assistant"
     if role in SYSTEM_ROLES:
         return "system"
-    raise ValueError(
-        f"Unknown role {role!r} in message {number}: expected user, assistant or system (or {tuple(tags)})."
-    )
+    own = ", ".join(map(repr, tags))
+    raise ValueError(f"Unknown role {role!r} in message {number}: expected user, assistant or system (or {own}).")
 
 
 def messages_to_conversation(

@@ -16,6 +16,7 @@ from torch import nn
 pytest.importorskip("triton")
 
 from deepseek_vl2.engine import vision, vision_kernels
+from deepseek_vl2.engine.attached import attached
 from deepseek_vl2.models.siglip_vit import VisionTransformer
 from deepseek_vl2.ops.triton import norm
 
@@ -156,7 +157,6 @@ def test_what_the_kernel_is_not_for() -> None:
 
 @torch.no_grad()
 def test_a_kernel_that_fails_leaves_tiles_to_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vision, "FAILED", [])
     monkeypatch.setattr(vision_kernels, "unsupported_reason", lambda vision, pixels: None)
 
     def broken(*args: Any) -> torch.Tensor:
@@ -166,13 +166,12 @@ def test_a_kernel_that_fails_leaves_tiles_to_the_modules(monkeypatch: pytest.Mon
     tower, given = small_tower(), draw(1, 3, 42, 42)
     for _ in range(2):
         assert torch.equal(vision.features_of(tower, given), tower(given))
-    assert vision.FAILED == ["RuntimeError: no such instruction"]
+    assert attached(tower).values["reason"] == "RuntimeError: no such instruction"
 
 
 @torch.no_grad()
 def test_tiles_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     ways: list[str] = []
-    monkeypatch.setattr(vision, "FAILED", [])
     monkeypatch.setattr(
         vision_kernels, "unsupported_reason", lambda vision, pixels: vision_kernels.unsupported_tower(vision)
     )

@@ -25,8 +25,11 @@ ROOT = TESTS.parent
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a mini checkpoint, data/train.jsonl with its images, and return the directory."""
     root = tmp_path_factory.mktemp("finetune")
-    mini_model("base").save_pretrained(root / "model")
-    mini_processor().save_pretrained(root / "model")
+    model, processor = mini_model("base"), mini_processor()
+    language, tokenizer = model.config.language_config, processor.tokenizer
+    language.bos_token_id, language.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    model.save_pretrained(root / "model")
+    processor.save_pretrained(root / "model")
     (root / "data").mkdir()
     lines = []
     for number in range(6):
@@ -171,7 +174,8 @@ def test_a_bad_line_ends_in_one_line_from_a_worker_too(
     assert run("--method", "full", *options.split(), data="bad.jsonl") == 1
     message = capsys.readouterr().err.strip().splitlines()
     assert len(message) == 1 and message[0].endswith(
-        "bad.jsonl, line 7: unknown role 'robot' in message 1: expected user, assistant or system."
+        "bad.jsonl, line 7: unknown role 'robot' in message 1: expected user, assistant or system "
+        "(or '<|User|>', '<|Assistant|>')."
     )
 
 
