@@ -191,12 +191,14 @@ def test_only_so_many_wait(compiler: GrammarCompiler, monkeypatch: pytest.Monkey
 
     async def work(service: GrammarService) -> None:
         async with anyio.create_task_group() as group:
-            for number in range(2):  # one is at work, one waits
-                group.start_soon(service.constraints, "regex", f"a{{{number + 1}}}", 1)
+            for number in range(2):  # one is at work for seconds, one waits
+                schema = json.dumps({"type": "integer", "multipleOf": 7_777_777 - number})
+                group.start_soon(service.constraints, "json_schema", schema, 1)
                 await anyio.wait_all_tasks_blocked()
             with pytest.raises(ApiError) as refused:
                 await service.constraints("regex", "b", 1)
             assert refused.value.status == 429
+            group.cancel_scope.cancel()
 
     with_service(compiler, work, GrammarLimits(processes=1))
 
