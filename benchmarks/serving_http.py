@@ -199,7 +199,7 @@ class HttpBench:
         """Yield a table row for each number of requests; a first round warms up."""
         for count in counts:
             self.at_once(count)
-            total, times = min((self.at_once(count) for _ in range(2)), key=lambda found: found[0])
+            total, times = min((self.at_once(count) for _ in range(4)), key=lambda found: found[0])
             firsts = [one.events[0] - one.start for one in times]
             more = f"first token p50 {percentile(firsts, 50):.1f} ms, p95 {percentile(firsts, 95):.1f} ms"
             if count == 1:

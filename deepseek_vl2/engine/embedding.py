@@ -16,6 +16,9 @@ from .kv_cache import device_of
 from .request import Answer, PromptImages
 from .rows import upload
 
+# Images of fewer prompts go through the tower one prompt after the other.
+FEW = 3
+
 
 def tokens_of_images(images: PromptImages) -> list[int]:
     """Return how many tokens each image takes."""
@@ -60,8 +63,11 @@ def encode_tiles(prompts: Sequence[PromptImages], tiles_a_pass: int) -> list[tor
     tiles = [images.tiles(images.model.vision_device)[: views_of(images)] for images in fresh]
     encoded: list[torch.Tensor] = []
     if tiles:
-        every = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
-        parts = [fresh[0].model.encode_tiles(part) for part in every.split(tiles_a_pass)]
+        if len(tiles) <= FEW:  # each replays a captured graph
+            pieces = [piece for part in tiles for piece in part.split(tiles_a_pass)]
+        else:
+            pieces = list(torch.cat(tiles).split(tiles_a_pass))
+        parts = [fresh[0].model.encode_tiles(piece) for piece in pieces]
         views = parts[0] if len(parts) == 1 else torch.cat(parts)
         encoded = list(views.split([views_of(images) for images in fresh]))
     rest = iter(encoded)

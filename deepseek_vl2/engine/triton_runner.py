@@ -36,6 +36,8 @@ SHORT = 64
 # Longer prompts take the device longer than the host needs to launch their kernels.
 MOST_CAPTURED = 4096
 MAX_PREFILL_GRAPHS = 8
+# Launching a packed pass takes the host longer than the device needs for fewer prompts than these, one by one.
+FEW = 3
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,10 @@ class TritonRunner:
         tokens = sum(part.segment.new for part in parts)
         if tokens <= min(SHORT, self.max_batch) and all(part.embeds_TH is None for part in parts):
             return self._prefill_as_rows(parts, tokens)
-        only = parts[0] if len(parts) == 1 and len(self.stages) == 1 else None
-        if only is not None and only.segment.past == 0 and tokens <= MOST_CAPTURED:
-            return self._prefill_captured(only)
+        whole = all(part.segment.past == 0 and part.segment.new <= MOST_CAPTURED for part in parts)
+        if whole and len(parts) <= FEW and len(self.stages) == 1:
+            # Logits are static buffers of the graph: a copy of each, before the next one is replayed.
+            return torch.cat([self._prefill_captured(part) for part in parts])
         return self._prefill_packed(parts)
 
     def _prefill_as_rows(self, parts: Sequence[Part], tokens: int) -> torch.Tensor:
@@ -236,7 +239,7 @@ class TritonRunner:
         if reason is not None:
             logger.warning("Prompts are launched, not replayed: %s", reason)
             self.capture[self.device] = None
-        logits: torch.Tensor = given.logits_1V
+        logits: torch.Tensor = given.logits_1V.clone()
         return logits
 
     def _new_prefill(self, language: ref[Any], length: int) -> CapturedGraph:
