@@ -20,9 +20,11 @@ class Capture:
         self.captures = self.replays = 0
         self.cuda = cuda_graphs.GraphCapture(DEVICE) if ON_GPU else None
 
-    def __call__(self, run: cuda_graphs.Run) -> cuda_graphs.Run:
+    def __call__(self, run: cuda_graphs.Run, before: cuda_graphs.Run | None = None) -> cuda_graphs.Run:
         self.captures += 1
-        replay = run if self.cuda is None else self.cuda(run)
+        if self.cuda is None and before is not None:
+            before()
+        replay = run if self.cuda is None else self.cuda(run, before)
 
         def counted() -> None:
             self.replays += 1

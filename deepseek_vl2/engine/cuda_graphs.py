@@ -16,7 +16,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 Run = Callable[[], None]
-Capture = Callable[[Run], Run]
+Capture = Callable[..., Run]
 
 
 class GraphCapture:
@@ -30,14 +30,17 @@ class GraphCapture:
         self.device = device
         self.pool: Any = None
 
-    def __call__(self, run: Run) -> Run:
-        """Run a function once on the side, for what is set up at a first call, then capture it; returns its replay."""
+    def __call__(self, run: Run, before: Run | None = None) -> Run:
+        """Run a function once on the side, for what is set up at a first call, then capture it; returns its replay.
+
+        ``before`` is run in its place, where running the function itself would change what must not change.
+        """
         with torch.cuda.device(self.device), torch.no_grad():
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                run()
+                (before or run)()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             # Other threads may go on using the device meanwhile.

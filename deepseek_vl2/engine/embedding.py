@@ -16,7 +16,8 @@ from .kv_cache import device_of
 from .request import Answer, PromptImages
 from .rows import upload
 
-# Images of fewer prompts go through the tower one prompt after the other.
+# Up to this many tiles replay a captured graph; images of a few prompts that have more go one prompt after the other.
+CAPTURED_TILES = 10
 FEW = 3
 
 
@@ -63,7 +64,7 @@ def encode_tiles(prompts: Sequence[PromptImages], tiles_a_pass: int) -> list[tor
     tiles = [images.tiles(images.model.vision_device)[: views_of(images)] for images in fresh]
     encoded: list[torch.Tensor] = []
     if tiles:
-        if len(tiles) <= FEW:  # each replays a captured graph
+        if len(tiles) <= FEW and sum(map(len, tiles)) > CAPTURED_TILES:
             pieces = [piece for part in tiles for piece in part.split(tiles_a_pass)]
         else:
             pieces = list(torch.cat(tiles).split(tiles_a_pass))

@@ -74,10 +74,11 @@ class CapturedStep:
         self, buffers: list[DecodeBuffers], runs: list[Callable[[], None]], capture: dict[torch.device, Any]
     ) -> None:
         self.buffers = buffers
-        self.replays = [
-            run if capture.get(part.hidden.device) is None else capture[part.hidden.device](run)
-            for part, run in zip(buffers, runs, strict=True)
-        ]
+        self.replays = []
+        for part, run in zip(buffers, runs, strict=True):
+            captures = capture.get(part.hidden.device)
+            # A step advances its rows: what is run before the capture must be nobody's.
+            self.replays.append(run if captures is None else captures(run, before=on_padding(part, run)))
 
     def __call__(self) -> None:
         """Run the stages, one behind the other."""
@@ -87,6 +88,19 @@ class CapturedStep:
                 part.hidden.copy_(self.buffers[index - 1].hidden)
             with prefill.device_of(part.hidden.device):
                 replay()
+
+
+def on_padding(buffers: DecodeBuffers, run: Callable[[], None]) -> Callable[[], None]:
+    """Return what runs a step over rows of which none is at work: they write to the pool's scratch tokens alone."""
+
+    def run_on_padding() -> None:
+        real, buffers.rows = buffers.rows, new_rows(buffers.count, buffers.hidden.device)
+        try:
+            run()
+        finally:
+            buffers.rows = real
+
+    return run_on_padding
 
 
 class TritonRunner:
@@ -160,12 +174,6 @@ class TritonRunner:
             for stage in self.stages
         ]
         runs = [self._stage_run(stage, part) for stage, part in zip(self.stages, buffers, strict=True)]
-        for part, run in zip(buffers, runs, strict=True):
-            if part.hidden.is_cuda:  # compile the kernels, on rows that write to the pool's scratch tokens alone
-                with torch.cuda.device(part.hidden.device):
-                    real, part.rows = part.rows, new_rows(bucket, part.hidden.device)
-                    run()
-                    part.rows = real
         return CapturedStep(buffers, runs, self.capture)
 
     def _stage_run(self, stage: Stage, buffers: DecodeBuffers) -> Callable[[], None]:

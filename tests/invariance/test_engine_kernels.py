@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -295,3 +296,29 @@ def test_a_layer_with_experts_and_padding() -> None:
     want = plain(given[None].float(), rotation, mask)[0][0, :length]
     error = hidden[:length].float() - want
     assert 0 < float(error.norm() / (want - given[:length].float()).norm()) < 0.03  # sums of rounded parts
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_runs_before_a_capture_is_nobodys_step(batch: int) -> None:
+    """A GPU runs a function once before it captures it: rows must not advance twice in the first step of a bucket."""
+    engine = by_kernels(language_model("small"), EngineOptions(kv_cache_tokens=512))
+    runner, runs = engine.runner, list[str]()
+    assert isinstance(runner, TritonRunner)
+    if not GPU:
+
+        def capture(run: Callable[[], None], before: Callable[[], None] | None = None) -> Callable[[], None]:
+            runs.append("before")
+            (before or run)()
+            return run
+
+        runner.capture = {engine.device: capture}
+    rows = Rows(4, engine.device)
+    extents = [engine.kv_cache.allocate(8) for _ in range(batch)]
+    rows.set([5] * batch, [0] * batch, [extent.start for extent in extents])
+    with torch.inference_mode():
+        runner._run_step(rows, batch)
+        first = rows.tokens[:batch].tolist()
+        assert rows.positions.tolist() == [1] * batch + [0] * (4 - batch) and (GPU or runs == ["before"])
+        rows.set([5] * batch, [0] * batch, [extent.start for extent in extents])
+        runner._run_step(rows, batch)
+    assert rows.tokens[:batch].tolist() == first
