@@ -11,8 +11,9 @@ from torch import nn
 from ..models.attention import DeepseekV2Attention, DeepseekV2MultiHeadAttention
 from ..models.loss import OutputHead
 from ..models.modeling_deepseek import DeepseekV2DecoderLayer, DeepseekV2ForCausalLM
-from ..models.moe import EXPERTS_IMPLEMENTATION, DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE, MoEGate
+from ..models.moe import EXPERTS_IMPLEMENTATION, DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE
 from ..models.norm import DeepseekV2RMSNorm
+from ..models.router import MoEGate
 from ..ops import SWITCH, turned_off
 
 # What the kernels keep in registers and shared memory whole.

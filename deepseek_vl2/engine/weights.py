@@ -8,7 +8,8 @@ import torch
 
 from ..models.attention import DeepseekV2MultiHeadAttention
 from ..models.modeling_deepseek import DeepseekV2ForCausalLM
-from ..models.moe import DeepseekV2MoE, MoEGate
+from ..models.moe import DeepseekV2MoE
+from ..models.router import MoEGate
 from ..ops.triton.decode_experts import ExpertWeights
 from ..ops.triton.router import METHODS, RouterConfig
 from .decode import AttentionWeights, DecoderWeights, LayerWeights

@@ -36,16 +36,14 @@ from .loss import (
 from .model_card import ModelCardMixin
 from .moe import (
     EXPERTS_IMPLEMENTATION,
-    AddAuxiliaryLoss,
     DeepseekV2Experts,
     DeepseekV2MLP,
     DeepseekV2MoE,
-    MoEGate,
-    RoutingContext,
 )
 from .norm import DeepseekV2RMSNorm
 from .parallel import EXPERT_PLAN, HEAD_PLAN, TENSOR_PLAN, ParallelMixin, as_bits, from_bits
 from .rope import RotaryEmbedding
+from .router import AddAuxiliaryLoss, MoEGate, RoutingContext
 
 __all__ = [
     "AddAuxiliaryLoss",

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from deepseek_vl2.models.moe import MoEGate
+from deepseek_vl2.models.router import MoEGate
 
 
 def find_gates(model: nn.Module) -> dict[str, MoEGate]:

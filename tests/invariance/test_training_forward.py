@@ -11,7 +11,7 @@ from support import KINDS, mini_inputs, mini_language, mini_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepseek_vl2.models import moe
+from deepseek_vl2.models import experts_autograd, moe
 from deepseek_vl2.synthetic.train import compile_layers
 from deepseek_vl2.training.routing import RoutingBiasUpdater
 
@@ -235,7 +235,7 @@ def test_a_step_waits_for_the_device_at_its_start_only(kind: str) -> None:
 
 
 def test_the_number_of_operations_does_not_grow_with_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe, "in_blocks", lambda x: False)  # as on a GPU
+    monkeypatch.setattr(experts_autograd, "in_blocks", lambda x: False)  # as on a GPU
     model = mini_model("tiny").train()
     few, many = (
         sum(

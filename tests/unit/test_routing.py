@@ -9,7 +9,7 @@ import torch
 from support import KINDS, mini_inputs, mini_language, mini_model
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
-from deepseek_vl2.models.moe import RoutingContext
+from deepseek_vl2.models.router import RoutingContext
 from deepseek_vl2.training.routing import RoutingBiasUpdater, find_gates
 
 RATE = 0.001
