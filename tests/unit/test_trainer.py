@@ -48,10 +48,11 @@ def arguments(output: Path, **changes: Any) -> VLTrainingArguments:
 
 
 def trainer(output: Path, kind: str = "base", **changes: Any) -> VLTrainer:
-    """Return a trainer of a mini model."""
-    return VLTrainer(
-        mini_model(kind), arguments(output, **changes), train_dataset=DATA, processing_class=mini_processor()
-    )
+    """Return a trainer of a mini model, whose config names its tokenizer's ids, as a release's does."""
+    model, processor = mini_model(kind), mini_processor()
+    language, tokenizer = model.config.language_config, processor.tokenizer
+    language.bos_token_id, language.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return VLTrainer(model, arguments(output, **changes), train_dataset=DATA, processing_class=processor)
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
