@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -133,18 +134,20 @@ def find_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     ]
 
 
-def check_finite(model: nn.Module, files: dict[str, Path], source: Any) -> None:
+def check_finite(model: nn.Module, files: dict[str, Path], source: Any, optional: str) -> None:
     """Check that all weights of a loaded model are numbers.
 
     Args:
         model: the model.
         files: the file of each stored tensor.
         source: where it was loaded from.
+        optional: pattern of names that a checkpoint may lack: their memory then holds anything.
 
     Raises:
         ValueError: some are NaN or infinite; the file is named.
     """
-    wrong = find_not_finite(model.named_parameters())
+    named = model.named_parameters()
+    wrong = find_not_finite((name, each) for name, each in named if name in files or not re.match(optional, name))
     if wrong:
         stem = wrong[0].removesuffix("gate_up_proj").removesuffix("down_proj")
         file = next((path for name, path in files.items() if name.startswith(stem)), source)

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from transformers.generation import GenerationConfig
 
 from .bundled import locate_bundled
-from .checkpoint import StoredTensors, check_shapes, conversion_rules, find_files, released_shapes
+from .checkpoint import OPTIONAL_TENSORS, StoredTensors, check_shapes, conversion_rules, find_files, released_shapes
 from .checkpoint_check import check_config, check_finite
 from .quantized_checkpoint import READABLE, PackedFile, logical_shapes, packed_while_read
 from .quantizer import WeightOnlyConfig, check_foreign, plan_formats
@@ -112,7 +112,7 @@ class CheckpointLoadingMixin:
             model.name_or_path = model.config.name_or_path = str(source)
             # What saving reverses; loading did without. Packed weights are saved as they are.
             model._weight_conversions = [] if found.is_packed else conversion_rules()
-            check_finite(model, found.files, source)
+            check_finite(model, found.files, source, OPTIONAL_TENSORS)
             with contextlib.suppress(OSError):  # releases ship no generation_config.json
                 model.generation_config = GenerationConfig.from_pretrained(source, **hub_options(options))
         model.freeze_unused()

@@ -13,10 +13,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support import mini_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from deepseek_vl2.cli import info, main
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models.checkpoint import OPTIONAL_TENSORS
+from deepseek_vl2.models.checkpoint_check import check_finite
 from deepseek_vl2.utils.demo import write_demo_checkpoint
 from deepseek_vl2.utils.io import load_pretrained_model, resolve_model_path
 
@@ -216,6 +219,15 @@ def test_a_tokenizer_with_more_ids_than_the_model(good: Path, tmp_path: Path) ->
 def test_a_good_checkpoint_passes(good: Path) -> None:
     assert resolve_model_path(good) == good
     assert info.model_facts(str(good), 10).get("problem") is None
+
+
+def test_numbers_that_no_file_gave_are_not_looked_at() -> None:
+    """The unused pooling head may be missing: its memory then holds anything."""
+    model = mini_model("tiny")
+    model.vision.attn_pool.latent.data.fill_(float("nan"))
+    check_finite(model, {}, "somewhere", OPTIONAL_TENSORS)
+    with pytest.raises(ValueError, match="attn_pool"):
+        check_finite(model, {"vision.attn_pool.latent": Path("a.safetensors")}, "somewhere", OPTIONAL_TENSORS)
 
 
 def test_weights_on_no_device_are_not_looked_at(good: Path) -> None:
