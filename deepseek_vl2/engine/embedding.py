@@ -27,11 +27,6 @@ def tokens_of_images(images: PromptImages) -> list[int]:
     return [count_image_tokens(grid, side) for grid in images.grids]
 
 
-def image_embeddings(images: PromptImages, cache: ImageCache | None, tiles_a_pass: int) -> list[torch.Tensor]:
-    """Return the embeddings of a prompt's images, [tokens, H] each."""
-    return encode_images([images], cache, tiles_a_pass)[0]
-
-
 def encode_images(
     prompts: Sequence[PromptImages], cache: ImageCache | None, tiles_a_pass: int
 ) -> list[list[torch.Tensor]]:
