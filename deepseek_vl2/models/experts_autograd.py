@@ -5,6 +5,7 @@ Shape suffixes: N tokens, H hidden size, K experts of a token.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -107,3 +108,63 @@ def scaled_rows(
     """Return the gradients of rows and of their weights, given those of the weighted sums and each row's token."""
     grad_rows = take_rows(grad_NH, tokens)
     return (grad_rows * weights[:, None]).to(rows.dtype), (grad_rows * rows).sum(dim=-1)
+
+
+def parts(ends_E: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield each expert that has rows and where they are, given where each expert's rows end."""
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if end > start:
+            yield expert, slice(start, end)
+        start = end
+
+
+@torch.library.custom_op("deepseek_vl2::grouped_product", mutates_args=())
+def grouped_product(rows: torch.Tensor, weights_EOI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """Multiply sorted rows by their expert's matrix: [S, I] by [E, O, I] to [S, O], as one node of a traced graph.
+
+    What PyTorch's own grouped product traces on a CPU is bfloat16 alone, and transformers' takes gradients in a graph
+    from 5.18 on. This one knows any dtype; rows behind the last end are zero.
+    """
+    out = rows.new_zeros(len(rows), weights_EOI.shape[1])
+    for expert, part in parts(ends_E):
+        torch.mm(rows[part], weights_EOI[expert].mT, out=out[part])
+    return out
+
+
+@grouped_product.register_fake
+def _(rows: torch.Tensor, weights_EOI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(len(rows), weights_EOI.shape[1])
+
+
+@torch.library.custom_op("deepseek_vl2::grouped_product_of_weights", mutates_args=())
+def grouped_weight_grad(grad: torch.Tensor, rows: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """Return the gradient, [E, O, I], of `grouped_product`'s matrices."""
+    out = rows.new_zeros(len(ends_E), grad.shape[1], rows.shape[1])
+    for expert, part in parts(ends_E):
+        torch.mm(grad[part].mT, rows[part], out=out[expert])
+    return out
+
+
+@grouped_weight_grad.register_fake
+def _(grad: torch.Tensor, rows: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(len(ends_E), grad.shape[1], rows.shape[1])
+
+
+def keep_for_backward(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    """Keep the tensors that `grouped_product`'s backward reads."""
+    ctx.save_for_backward(*inputs)
+
+
+def grouped_product_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    """Return the gradients of rows and matrices."""
+    rows, weights_EOI, ends_E = ctx.saved_tensors
+    wants_rows, wants_weights, _ = ctx.needs_input_grad
+    return (
+        grouped_product(grad, weights_EOI.mT, ends_E) if wants_rows else None,
+        grouped_weight_grad(grad, rows, ends_E) if wants_weights else None,
+        None,
+    )
+
+
+grouped_product.register_autograd(grouped_product_backward, setup_context=keep_for_backward)

@@ -18,7 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from .backend import backend
 from .configuration_deepseek import DeepseekV2Config
 from .cpu import grouped_products, is_bare, is_untouched, project, row_kernels
-from .experts_autograd import SortRows, SumSortedRows, sum_weighted
+from .experts_autograd import SortRows, SumSortedRows, grouped_product, sum_weighted
 from .loss import compute_dtype
 from .parallel import holds_some_experts
 from .router import AddAuxiliaryLoss, MoEGate, RoutingContext
@@ -56,6 +56,11 @@ class DeepseekV2MLP(nn.Module):
         return project(self.down_proj, self.act_fn(project(self.gate_proj, x)) * project(self.up_proj, x))
 
 
+def pytorch_grouped_product(rows: torch.Tensor, weights_EOI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """Multiply sorted rows by their expert's matrix, [S, I] by [E, O, I], by PyTorch's own kernel."""
+    return F.grouped_mm(rows, weights_EOI.mT, offs=ends_E)
+
+
 def train_experts_forward(
     experts: DeepseekV2Experts, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
 ) -> torch.Tensor:
@@ -69,8 +74,9 @@ def train_experts_forward(
     gate_up_proj, down_proj = experts.gate_up_proj, experts.down_proj  # read once: adapters compute them when read
     dtype = compute_dtype(gate_up_proj)
     rows = SortRows.apply(hidden_NH.to(dtype), order, restored, ids_NK.shape[1])
-    gate, up = F.grouped_mm(rows, gate_up_proj.to(dtype).mT, offs=ends_E).chunk(2, dim=-1)
-    outputs = F.grouped_mm(experts.act_fn(gate) * up, down_proj.to(dtype).mT, offs=ends_E)
+    product = grouped_product if is_cpu_graph(rows) else pytorch_grouped_product
+    gate, up = product(rows, gate_up_proj.to(dtype), ends_E).chunk(2, dim=-1)
+    outputs = product(experts.act_fn(gate) * up, down_proj.to(dtype), ends_E)
     return SumSortedRows.apply(outputs, weights_NK, order, restored).to(hidden_NH.dtype)
 
 
@@ -122,7 +128,7 @@ def rows_are_aligned(experts: DeepseekV2Experts, hidden: torch.Tensor) -> bool:
 
 
 def is_cpu_graph(hidden: torch.Tensor) -> bool:
-    """Whether a graph is traced on a CPU: PyTorch's grouped products trace bfloat16 alone there, transformers' any."""
+    """Whether a graph is traced on a CPU, where PyTorch's grouped products trace bfloat16 alone."""
     return hidden.device.type == "cpu" and torch.compiler.is_compiling()
 
 
@@ -130,9 +136,11 @@ def experts_forward(
     experts: DeepseekV2Experts, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
 ) -> torch.Tensor:
     """Run the experts in the way that suits the device and the number of tokens; [N, H]."""
+    if is_cpu_graph(hidden_NH) and not holds_some_experts(experts):
+        return train_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
     if compute_dtype(experts.gate_up_proj) == torch.float64:  # grouped products know no float64
         return eager_experts_forward(experts, hidden_NH, ids_NK, weights_NK)
-    if holds_some_experts(experts) or is_cpu_graph(hidden_NH):
+    if holds_some_experts(experts):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_NH, ids_NK, weights_NK)
     on_cpu = hidden_NH.device.type == "cpu"
     if torch.is_grad_enabled() and hasattr(F, "grouped_mm"):

@@ -53,10 +53,10 @@ def test_the_language_model_compiles_in_one_graph(kind: str, tokens: int) -> Non
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["tiny", "base"])
-def test_layers_train_in_one_graph(kind: str) -> None:
+@pytest.mark.parametrize("kind,dtype", [("tiny", torch.float32), ("base", torch.float32), ("tiny", torch.float64)])
+def test_layers_train_in_one_graph(kind: str, dtype: torch.dtype) -> None:
     """Each layer is a graph of its own, gradients included."""
-    plain, compiled = (mini_language(kind, aux_loss_alpha=0.1).train() for _ in range(2))
+    plain, compiled = (mini_language(kind, aux_loss_alpha=0.1).to(dtype).train() for _ in range(2))
     torch._dynamo.reset()
     for layer in compiled.model.layers:
         layer.compile(fullgraph=True, backend="aot_eager")
