@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -174,6 +175,17 @@ class Engine:
                 with self._wake:
                     if not done():
                         self._wake.wait(timeout=0.1)
+
+    def warm_up(self) -> None:
+        """Capture the decoding steps of all batch sizes, which takes seconds on a GPU and nothing elsewhere.
+
+        Without it each is captured when it is first needed, and the answers under way wait. A KV cache that grows
+        makes what was captured void: `EngineOptions.kv_cache_tokens` gives it its size.
+        """
+        with self._driver, self._device_context(), torch.inference_mode():
+            start = time.monotonic()
+            self.runner.capture_steps(self.rows)
+            logger.debug("Decoding steps were captured in %.1f s.", time.monotonic() - start)
 
     def start(self) -> None:
         """Let a thread of the engine's own drive it."""

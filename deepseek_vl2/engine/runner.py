@@ -47,6 +47,9 @@ class Runner(Protocol):
             The logits, [count, V], float32, valid until the next call, and the likeliest ids, where they are known.
         """
 
+    def capture_steps(self, rows: Rows) -> None:
+        """Make ready what decoding these rows will need, whatever their number: the first answers need not wait."""
+
     def pool_changed(self) -> None:
         """Forget what holds addresses of the KV cache's pool."""
 
@@ -110,6 +113,9 @@ class ModuleRunner:
         logits = self._run(rows.segments(), embeds, positions)
         rows.positions[:count] += 1
         return logits, None
+
+    def capture_steps(self, rows: Rows) -> None:
+        """Nothing: modules run as they are."""
 
     def pool_changed(self) -> None:
         """Nothing: views of the pool are taken anew in each pass."""

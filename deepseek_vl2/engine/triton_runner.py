@@ -153,6 +153,13 @@ class TritonRunner:
         with torch.inference_mode():
             self._new_step(Rows(1, self.device, [stage.device for stage in self.stages]), 1)
 
+    def capture_steps(self, rows: Rows) -> None:
+        """See `Runner.capture_steps`."""
+        for each, most in ((rows, self.max_batch), (self._short_rows(), min(SHORT, self.max_batch))):
+            for bucket in BUCKETS:
+                if bucket <= most:
+                    self._step(each, bucket)
+
     def pool_changed(self) -> None:
         """See `Runner.pool_changed`."""
         self.steps.clear()
@@ -206,14 +213,19 @@ class TritonRunner:
             return torch.cat([self._prefill_captured(part) for part in parts])
         return self._prefill_packed(parts)
 
-    def _prefill_as_rows(self, parts: Sequence[Part], tokens: int) -> torch.Tensor:
-        """Run a few tokens as rows of a decoding step, each of which sees those before it."""
+    def _short_rows(self) -> Rows:
+        """Return the rows that short pieces of prompts take."""
         if self.short is None:
             self.short = Rows(SHORT, self.device, [stage.device for stage in self.stages])
+        return self.short
+
+    def _prefill_as_rows(self, parts: Sequence[Part], tokens: int) -> torch.Tensor:
+        """Run a few tokens as rows of a decoding step, each of which sees those before it."""
+        short = self._short_rows()
         positions = [p for part in parts for p in range(part.segment.past, part.segment.end)]
         starts = [part.segment.start for part in parts for _ in range(part.segment.new)]
-        self.short.set([token for part in parts for token in part.ids], positions, starts)
-        logits_NV, _ = self._run_step(self.short, tokens)
+        short.set([token for part in parts for token in part.ids], positions, starts)
+        logits_NV, _ = self._run_step(short, tokens)
         ends, last = [], -1
         for part in parts:
             last += part.segment.new

@@ -322,3 +322,19 @@ def test_what_runs_before_a_capture_is_nobodys_step(batch: int) -> None:
         rows.set([5] * batch, [0] * batch, [extent.start for extent in extents])
         runner._run_step(rows, batch)
     assert rows.tokens[:batch].tolist() == first
+
+
+def test_a_warm_engine_has_captured_every_batch_size() -> None:
+    model = language_model("small")  # which the engine does not keep alive
+    engine = by_kernels(model, EngineOptions(kv_cache_tokens=512, max_batch=96))
+    runner = engine.runner
+    assert isinstance(runner, TritonRunner) and not runner.steps
+    engine.warm_up()
+    captured = {(rows, bucket) for rows, bucket, _ in runner.steps}
+    sizes = [size for size in triton_runner.BUCKETS if size <= runner.max_batch]
+    assert captured == {(id(engine.rows), size) for size in sizes} | {
+        (id(runner.short), size) for size in sizes if size <= triton_runner.SHORT
+    }
+    before = dict(runner.steps)
+    answers(engine, prompts_of(model, [5]), 2)
+    assert runner.steps == before

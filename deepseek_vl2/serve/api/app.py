@@ -129,6 +129,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        await anyio.to_thread.run_sync(self.engine.warm_up)  # who is answered first waits no longer than who is last
         self.engine.start()
         yield
         await self.grammars.stop()
