@@ -167,6 +167,8 @@ def test_tokens(server: RunningServer, processor: DeepseekVLV2Processor) -> None
         ("/tokenize", {}),
         ("/tokenize", {"prompt": "x", "messages": HELLO}),
         ("/tokenize", {"messages": []}),
+        ("/tokenize", {"messages": HELLO, "continue_final_message": True}),
+        ("/tokenize", {"messages": HELLO, "chat_template_kwargs": {"chat_template": "x"}}),
         ("/detokenize", {"tokens": [10**8]}),
         ("/detokenize", {"tokens": [1] * 601}),
         ("/detokenize", {}),

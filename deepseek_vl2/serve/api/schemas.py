@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import from_json
 
 from .errors import ApiError, from_validation
@@ -100,8 +100,29 @@ Calls = Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)]
 Parts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
+def _of_roles(roles: list[str], content: dict[str, Any], call: str, required: list[str]) -> dict[str, Any]:
+    """Return what JSON Schema says of a message of some roles."""
+    fields: dict[str, Any] = {"role": {"enum": roles}, "content": content, "tool_call_id": {"type": call}}
+    if "assistant" not in roles:
+        fields["tool_calls"] = {"maxItems": 0}
+    return {"properties": fields, "required": required}
+
+
+_TEXT_PARTS = {"items": {"properties": {"type": {"const": "text"}}}}
+_SOME_CONTENT = {"type": ["string", "array"], "minItems": 1}
+# What `Message` checks beyond the types of its fields, for whoever reads the OpenAPI page.
+_FIT_THEIR_ROLES = [
+    _of_roles(["user"], _SOME_CONTENT, "null", ["content"]),
+    _of_roles(["system", "developer"], {**_SOME_CONTENT, **_TEXT_PARTS}, "null", ["content"]),
+    _of_roles(["assistant"], _TEXT_PARTS, "null", []),
+    _of_roles(["tool"], {**_SOME_CONTENT, **_TEXT_PARTS}, "string", ["content", "tool_call_id"]),
+]
+
+
 class Message(Strict):
     """A turn of the conversation."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": _FIT_THEIR_ROLES})
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Parts | None = Field(default=None, description="null for an assistant alone.")
@@ -143,6 +164,19 @@ class Message(Strict):
         return "".join(part.text for part in self.parts if isinstance(part, TextPart))
 
 
+def check_template_options(
+    options: dict[str, Any] | None, messages: list[Message], continue_final_message: bool | None
+) -> None:
+    """Raise ``ValueError`` where a request asks of the chat template what cannot be."""
+    for name, value in (options or {}).items():
+        if name in ("chat_template", "tokenize", "messages", "tools", "documents"):
+            raise ValueError(f"chat_template_kwargs cannot set {name!r}")
+        if name == "add_generation_prompt" and value is not True:
+            raise ValueError("chat_template_kwargs.add_generation_prompt must be true: the server writes answers")
+    if continue_final_message and not (messages and messages[-1].role == "assistant"):
+        raise ValueError("continue_final_message needs a last message of the assistant")
+
+
 class ChatRequest(GenerationFields):
     """The body of a chat completion request."""
 
@@ -181,22 +215,13 @@ class ChatRequest(GenerationFields):
         both = self.max_tokens is not None and self.max_completion_tokens is not None
         if both and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
-        self._check_template()
+        check_template_options(self.chat_template_kwargs, self.messages, self.continue_final_message)
         self._check_tools()
         for index, message in enumerate(self.messages):
             for number, part in enumerate(message.parts):
                 if isinstance(part, ImagePart) and not part.place:
                     part.at(f"messages.{index}.content.{number}.image_url")
         return self
-
-    def _check_template(self) -> None:
-        for name, value in (self.chat_template_kwargs or {}).items():
-            if name in ("chat_template", "tokenize", "messages", "tools", "documents"):
-                raise ValueError(f"chat_template_kwargs cannot set {name!r}")
-            if name == "add_generation_prompt" and value is not True:
-                raise ValueError("chat_template_kwargs.add_generation_prompt must be true: the server writes answers")
-        if self.messages[-1].role != "assistant" and self.continue_final_message:
-            raise ValueError("continue_final_message needs a last message of the assistant")
 
     def _check_tools(self) -> None:
         names = [tool.function.name for tool in self.tools or []]

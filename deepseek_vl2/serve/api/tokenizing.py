@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import anyio
 import anyio.to_thread
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
@@ -18,14 +18,28 @@ from .generation import Generator
 from .generation_fields import TokenId
 from .json_size import MAX_VALUES
 from .replies import text_of
-from .schemas import MAX_MESSAGES, ImagePart, Message
+from .schemas import MAX_MESSAGES, ImagePart, Message, check_template_options
 from .tool_schemas import MAX_TOOLS, Strict, Tool
 from .tools import ToolUse
 from .turns import conversation_turns
 
 
+def _given(types: dict[str, str], required: str) -> dict[str, Any]:
+    """Return what JSON Schema says of one of the two ways to ask."""
+    return {"properties": {name: {"type": kind} for name, kind in types.items()}, "required": [required]}
+
+
 class TokenizeRequest(Strict):
     """The body of a request for the tokens of a text, or of a conversation."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                _given({"prompt": "string", "messages": "null", "tools": "null"}, "prompt"),
+                _given({"prompt": "null", "messages": "array"}, "messages"),
+            ]
+        }
+    )
 
     model: str | None = None
     prompt: str | None = None
@@ -43,6 +57,7 @@ class TokenizeRequest(Strict):
             raise ValueError("give either prompt or messages")
         if self.tools and self.messages is None:
             raise ValueError("tools belong to messages")
+        check_template_options(self.chat_template_kwargs, self.messages or [], self.continue_final_message)
         for index, message in enumerate(self.messages or []):
             for number, part in enumerate(message.parts):
                 if isinstance(part, ImagePart):
