@@ -111,7 +111,7 @@ def _of_roles(roles: list[str], content: dict[str, Any], call: str, required: li
 _TEXT_PARTS = {"items": {"properties": {"type": {"const": "text"}}}}
 _SOME_CONTENT = {"type": ["string", "array"], "minItems": 1}
 # What `Message` checks beyond the types of its fields, for whoever reads the OpenAPI page.
-_FIT_THEIR_ROLES = [
+_FIT_THEIR_ROLES: list[Any] = [
     _of_roles(["user"], _SOME_CONTENT, "null", ["content"]),
     _of_roles(["system", "developer"], {**_SOME_CONTENT, **_TEXT_PARTS}, "null", ["content"]),
     _of_roles(["assistant"], _TEXT_PARTS, "null", []),
