@@ -24,8 +24,13 @@ FAST = ["-m", "not slow and not gpu", "-q", "-x", "-p", "no:cacheprovider", "--n
 
 
 def copy_checkout(target: Path) -> None:
-    """Copy what git knows of, changes included."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.split(b"\0")
+    """Copy what git knows of or does not ignore, changes included."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    ).stdout.split(b"\0")
     for name in filter(None, (part.decode() for part in listed)):
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
