@@ -30,7 +30,6 @@ from gpu_end_to_end import random_model
 from PIL import Image
 from serving_http import HttpBench
 
-from deepseek_vl2.engine.embedding import views_of
 from deepseek_vl2.engine.engine import Engine
 from deepseek_vl2.engine.holder import engine_of, release_model
 from deepseek_vl2.engine.request import Delta, Event, Prompt, PromptImages, Request
@@ -101,7 +100,7 @@ class Bench:
             tiles, mask = one["images"][0], one["images_seq_mask"][0].cpu()
             grids = real_grids(one["images_spatial_crop"].tolist())[0]
             images = PromptImages(self.model, grids, mask, tiles.to)
-            assert views_of(images) <= len(tiles)
+            assert images.views <= len(tiles)
             found.append(Prompt(one["input_ids"][0].tolist(), images))
         return found
 

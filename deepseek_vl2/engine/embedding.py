@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..models.tiling import count_image_tokens
 from .image_cache import ImageCache
 from .kv_cache import device_of
 from .request import Answer, PromptImages
@@ -19,12 +18,6 @@ from .rows import upload
 # Up to this many tiles replay a captured graph; images of a few prompts that have more go one prompt after the other.
 CAPTURED_TILES = 10
 FEW = 3
-
-
-def tokens_of_images(images: PromptImages) -> list[int]:
-    """Return how many tokens each image takes."""
-    side = images.model.image_token_side
-    return [count_image_tokens(grid, side) for grid in images.grids]
 
 
 def encode_images(
@@ -56,7 +49,7 @@ def encode_images(
 def encode_tiles(prompts: Sequence[PromptImages], tiles_a_pass: int) -> list[torch.Tensor]:
     """Return the embeddings of each prompt's tiles, [V, L, H]."""
     fresh = [images for images in prompts if images.encoded is None]
-    tiles = [images.tiles(images.model.vision_device)[: views_of(images)] for images in fresh]
+    tiles = [images.tiles(images.model.vision_device)[: images.views] for images in fresh]
     encoded: list[torch.Tensor] = []
     if tiles:
         if len(tiles) <= FEW and sum(map(len, tiles)) > CAPTURED_TILES:
@@ -65,20 +58,15 @@ def encode_tiles(prompts: Sequence[PromptImages], tiles_a_pass: int) -> list[tor
             pieces = list(torch.cat(tiles).split(tiles_a_pass))
         parts = [fresh[0].model.encode_tiles(piece) for piece in pieces]
         views = parts[0] if len(parts) == 1 else torch.cat(parts)
-        encoded = list(views.split([views_of(images) for images in fresh]))
+        encoded = list(views.split([images.views for images in fresh]))
     rest = iter(encoded)
     return [next(rest) if images.encoded is None else images.encoded() for images in prompts]
-
-
-def views_of(images: PromptImages) -> int:
-    """Return how many tiles a prompt's images have, global views included."""
-    return sum(grid.views for grid in images.grids)
 
 
 def place_views(images: PromptImages, views_VLH: torch.Tensor) -> list[torch.Tensor | None]:
     """Return each image's embeddings, [tokens, H], from those of its tiles."""
     embeds: torch.Tensor = images.model.arrange_views(views_VLH, images.grids)
-    return list(embeds.split(tokens_of_images(images)))
+    return list(embeds.split(images.tokens()))
 
 
 class Embedder:

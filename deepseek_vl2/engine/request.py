@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..models.tiling import TileGrid
+from ..models.tiling import TileGrid, count_image_tokens
 from .detokenizer import Detokenizer, ShownToken, TokenBytes, TokenLogprobs
 from .kv_cache import Extent
 from .prefix_cache import Prefix, block_hashes
@@ -38,6 +38,16 @@ class PromptImages:
     tiles: Callable[[torch.device], torch.Tensor]
     keys: list[bytes] | None = None
     encoded: Callable[[], torch.Tensor] | None = None
+
+    @property
+    def views(self) -> int:
+        """How many tiles there are, global views included."""
+        return sum(grid.views for grid in self.grids)
+
+    def tokens(self) -> list[int]:
+        """Return how many tokens each image takes."""
+        side = self.model.image_token_side
+        return [count_image_tokens(grid, side) for grid in self.grids]
 
     def positions(self) -> list[int]:
         """Return which of the prompt's tokens are image tokens."""
@@ -90,11 +100,9 @@ class Prompt:
     def _image_spans(self) -> list[tuple[int, int, bytes]]:
         if self.images is None:
             return []
-        from .embedding import tokens_of_images  # which knows the model's geometry
-
         places = self.images.positions()
         spans, used = [], 0
-        for index, count in enumerate(tokens_of_images(self.images)):
+        for index, count in enumerate(self.images.tokens()):
             key = self.images.key(index)
             assert key is not None
             spans.append((places[used], places[used + count - 1] + 1, key))
