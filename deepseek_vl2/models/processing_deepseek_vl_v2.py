@@ -137,7 +137,6 @@ class DeepseekVLV2Processor(BaseProcessor):
     def _finish(self, sample: TokenSequence, sft_format: str) -> VLChatProcessorOutput:
         input_ids = torch.tensor(sample.ids, dtype=torch.long)
         target_ids = torch.tensor(sample.labels, dtype=torch.long)
-        target_ids[input_ids == self.image_token_id] = self.ignore_id
         grids = sample.grids or [TileGrid(0, 0)]
         return VLChatProcessorOutput(
             sft_format=sft_format,
