@@ -1,0 +1,135 @@
+"""The scheduler without a model: whose tokens the pool holds, and what the next pass reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek_vl2.engine.kv_cache import SCRATCH, KVCache, LayerShape
+from deepseek_vl2.engine.request import Answer, Event, Failure, Prompt, Request
+from deepseek_vl2.engine.sampling_params import SamplingParams
+from deepseek_vl2.engine.scheduler import EngineOptions, Scheduler
+
+SHAPE = LayerShape(torch.device("cpu"), torch.float32, heads=1, size=2)
+
+
+def scheduler(tokens: int | None = None, max_batch: int = 8, **options: Any) -> Scheduler:
+    return Scheduler(
+        KVCache([SHAPE], SCRATCH + (tokens or 0)), EngineOptions(kv_cache_tokens=tokens, **options), max_batch
+    )
+
+
+def answer(prompt: int, new: int = 4, shared: bool = False, events: list[Event] | None = None) -> Answer:
+    told = [] if events is None else events
+    ids = list(range(100, 100 + prompt))
+    return Answer(Request(Prompt(ids, shared=shared), SamplingParams(max_tokens=new), told.append), frozenset())
+
+
+def read_all(plan: Scheduler) -> list[list[int]]:
+    """Read all prompts; returns how many tokens of each prompt every pass took."""
+    passes = []
+    while parts := plan.next_pass():
+        passes.append([tokens for _, tokens in parts])
+        for each, tokens in parts:
+            plan.read(each, tokens)
+    return passes
+
+
+def begin(plan: Scheduler, *answers: Answer) -> None:
+    plan.waiting.extend(answers)
+    plan.admit()
+
+
+def test_a_pass_takes_no_more_than_its_tokens() -> None:
+    plan = scheduler(prefill_tokens=10, prefill_chunk=3)
+    begin(plan, answer(4), answer(4), answer(9))
+    assert read_all(plan) == [[4, 4, 2], [3], [3], [1]]  # two are being written meanwhile
+
+
+def test_a_long_prompt_delays_answers_under_way_by_a_chunk() -> None:
+    plan = scheduler(prefill_tokens=10, prefill_chunk=3)
+    begin(plan, answer(2))
+    assert read_all(plan) == [[2]] and len(plan.running) == 1
+    begin(plan, answer(8), answer(4))
+    assert read_all(plan) == [[3, 3], [3, 1], [2]]
+
+
+def test_a_prompt_is_read_when_all_of_it_is() -> None:
+    plan = scheduler()
+    long = answer(5)
+    begin(plan, long)
+    assert not plan.read(long, 3) and plan.prefilling == [long]
+    assert plan.read(long, 2) and plan.running == [long] and not plan.prefilling
+
+
+def test_answers_wait_for_room_in_their_order() -> None:
+    plan = scheduler(tokens=20)
+    first, second, third = answer(8, 8), answer(8, 8), answer(1, 2)
+    begin(plan, first, second, third)
+    assert plan.prefilling == [first] and list(plan.waiting) == [second, third]
+    plan.drop(first)
+    plan.admit()
+    assert plan.prefilling == [second, third]
+
+
+def test_an_answer_that_fits_nowhere_fails_and_the_next_goes_on() -> None:
+    plan, events = scheduler(tokens=20), list[Event]()
+    small = answer(2, 2)
+    begin(plan, answer(30, events=events), small)
+    assert plan.prefilling == [small] and not plan.waiting
+    assert [type(event) for event in events] == [Failure]
+
+
+def test_a_growing_answer_moves_with_what_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepseek_vl2.engine.scheduler.FIRST_TOKENS", 2)
+    plan = scheduler(tokens=100)
+    one = answer(3, 20)
+    begin(plan, one)
+    read_all(plan)
+    assert one.extent is not None
+    pool = plan.kv_cache.pools[0][0]
+    old = one.extent.start
+    pool[old : old + 5] = torch.arange(10.0).view(5, 1, 2)
+    one.cached, free = 5, plan.kv_cache.free_tokens
+    plan.make_room()
+    assert one.extent.capacity == 10 and one.extent.start != old
+    torch.testing.assert_close(pool[one.extent.start : one.extent.start + 5], torch.arange(10.0).view(5, 1, 2))
+    assert plan.kv_cache.free_tokens == free - 5  # the old extent is free again
+
+
+def test_the_last_answer_gives_its_room_up_and_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepseek_vl2.engine.scheduler.FIRST_TOKENS", 2)
+    plan = scheduler(tokens=16)
+    first, last = answer(4, 6), answer(4, 6)
+    begin(plan, first, last)
+    read_all(plan)
+    first.cached = last.cached = 6
+    last.tokens = [1, 2]
+    plan.make_room()
+    assert plan.running == [first] and list(plan.waiting) == [last] and plan.preempted == 1
+    assert last.cached == 0 and last.extent is None and last.length == 6  # prompt and answer so far are read again
+    assert first.extent is not None and first.extent.capacity == 10
+
+
+def test_all_room_is_free_again_at_the_end() -> None:
+    plan = scheduler(tokens=60)
+    whole = plan.kv_cache.free_tokens
+    answers = [answer(4, 4), answer(6, 4), answer(8, 4)]
+    begin(plan, *answers)
+    read_all(plan)
+    for each in (answers[1], answers[0], answers[2]):
+        plan.drop(each)
+    assert plan.kv_cache.free_tokens == whole
+    assert plan.kv_cache.allocate(whole).capacity == whole  # in one piece
+
+
+def test_what_begins_alike_is_copied_but_for_its_last_token() -> None:
+    plan = scheduler(share_prefixes=True)
+    first, second = answer(64, shared=True), answer(64, shared=True)
+    begin(plan, first)
+    read_all(plan)
+    begin(plan, second)
+    assert second.cached == second.prefix_tokens == 63
+    assert plan.prefixes.hits == 1 and plan.prefixes.tokens_saved == 63
