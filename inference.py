@@ -9,36 +9,41 @@ Examples:
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from deepseek_vl2.cli import ask
-from deepseek_vl2.cli.images import open_image
-from deepseek_vl2.cli.main import run_guarded
-from deepseek_vl2.cli.options import add_generation_arguments, add_model_arguments, load
+from deepseek_vl2.cli.images import open_images
+from deepseek_vl2.cli.main import build_command_parser, run_program
+from deepseek_vl2.cli.options import (
+    add_generation_arguments,
+    add_image_argument,
+    add_model_arguments,
+    load,
+    loading_line,
+)
 
 DEFAULT_IMAGE = Path(__file__).resolve().parent / "images" / "shapes.png"
 DEFAULT_PROMPT = "<|grounding|>Describe the image."
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
-    """Read the command line."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--image", action="append", help="a path or an address; may be given several times")
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the script's options."""
+    add_image_argument(parser, "paths or addresses, as many as you like; -: from the standard input")
     parser.add_argument("--prompt", help="the question; <image> marks where an image stands, by default in front")
     parser.add_argument("--output", default="vg.jpg", help="where a drawing of the answer's boxes goes")
     add_model_arguments(parser)
     add_generation_arguments(parser)
-    return parser.parse_args(argv)
 
 
 def run(args: Namespace) -> int:
     """Load, ask, print the answer as it comes, draw its boxes."""
-    sources = args.image if args.image is not None or args.prompt is not None else [str(DEFAULT_IMAGE)]
-    images = [open_image(source) for source in sources or []]
-    if images:
-        ask.check_drawing(args.output, images)
-    loaded = load(args, tell=print)
+    sources = args.image if args.image or args.prompt is not None else [str(DEFAULT_IMAGE)]
+    with loading_line(args):
+        images = open_images(sources)
+        if images:
+            ask.check_drawing(args.output, images)
+    loaded = load(args)
     if loaded.name == "demo":
         args.max_new_tokens = min(args.max_new_tokens, 64)  # noise never ends by itself
     conversation = ask.question(images, args.prompt or DEFAULT_PROMPT, args.system_prompt)
@@ -51,8 +56,7 @@ def run(args: Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; a user's mistake ends with one line that says what is wrong."""
-    args = parse_args(argv)
-    return run_guarded("inference.py", lambda: run(args))
+    return run_program(build_command_parser(add_arguments, "inference.py", __doc__), argv, run)
 
 
 if __name__ == "__main__":

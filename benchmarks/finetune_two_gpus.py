@@ -320,7 +320,7 @@ def reason(printed: str) -> str:
 
 def worker(size: str, argv: list[str]) -> None:
     """Train a released shape with all its layers, for speed: the command's own pieces, but for loading and saving."""
-    from deepseek_vl2.training import finetune
+    from deepseek_vl2.training import finetune, finetune_run
 
     def random_base(args: argparse.Namespace) -> DeepseekVLV2ForCausalLM:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -331,10 +331,10 @@ def worker(size: str, argv: list[str]) -> None:
         model = model.float() if args.method == "full" else model
         return model.cpu() if args.method == "full" else model  # accelerate shards from the host's memory
 
-    finetune.load_base = random_base  # type: ignore[assignment]
+    finetune_run.load_base = random_base  # type: ignore[assignment]
     args = finetune.build_parser().parse_args(argv)
     args.precision = "bf16"
-    trainer = finetune.build_trainer(args)
+    trainer = finetune_run.build_trainer(args)
     trainer.args.save_strategy = "no"
     trainer.train()
 

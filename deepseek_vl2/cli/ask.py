@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepseek_vl2.cli.images import open_image
+from deepseek_vl2.cli.images import open_images
 from deepseek_vl2.cli.options import (
     Loaded,
     add_generation_arguments,
+    add_image_argument,
     add_model_arguments,
     generation_options,
     load,
+    loading_line,
     note,
 )
+from deepseek_vl2.cli.stats import Stats
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,20 +31,21 @@ DESCRIPTION = "Ask one question about some images; the answer streams to the ter
 EXAMPLES = """\
 examples:
   deepseek-vl2 ask "What is this?" --image photo.jpg
-  deepseek-vl2 ask "What differs?" --image before.png --image after.png --temperature 0.7 --seed 1
+  deepseek-vl2 ask "What differs?" --image before.png after.png --temperature 0.7 --seed 1
+  deepseek-vl2 ask "Which is the oldest?" -i *.jpg --stats
   deepseek-vl2 ask "In <image>, where is the thing of <image>?" -i scene.jpg -i thing.jpg
   deepseek-vl2 ask "<|grounding|>What is on the table?" -i https://example.com/table.jpg --output table_boxes.jpg
   echo "Read the text." | deepseek-vl2 ask - --image page.png --json
+  cat page.png | deepseek-vl2 ask "Read the text." -i -
 """
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("prompt", help="the question; <image> marks where an image stands; -: read it from the input")
-    parser.add_argument(
-        "--image", "-i", action="append", default=[], metavar="IMAGE", help="a path or an address; may be repeated"
-    )
+    add_image_argument(parser, "paths or addresses, as many as you like; -: from the standard input")
     parser.add_argument("--json", action="store_true", help="print one JSON object: answer, tokens, boxes")
+    parser.add_argument("--stats", action="store_true", help="tell tokens and times, on the error stream and in --json")
     parser.add_argument("--output", metavar="FILE", help="draw the answer's boxes on the last image into this file")
     add_model_arguments(parser)
     add_generation_arguments(parser)
@@ -51,14 +56,19 @@ def run(args: Namespace) -> int:
     prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
     if not prompt:
         raise ValueError("The question is empty.")
-    images = [open_image(source) for source in args.image]
-    if args.output is not None:
-        check_drawing(args.output, images)
+    with loading_line(args):
+        images = open_images(args.image, question_from_stdin=args.prompt == "-")
+        if args.output is not None:
+            check_drawing(args.output, images)
     loaded = load(args)
     conversation = question(images, prompt, args.system_prompt)
-    answer = stream(loaded, conversation, args, show=not args.json)
+    stats = Stats()
+    answer = stream(loaded, conversation, args, show=not args.json, stats=stats)
     if args.json:
-        print(json.dumps(report(loaded, prompt, args.image, images, answer), ensure_ascii=False))
+        found = report(loaded, prompt, args.image, images, answer)
+        print(json.dumps({**found, "stats": stats.to_dict()} if args.stats else found, ensure_ascii=False))
+    if args.stats:
+        note(str(stats))
     if args.output is not None:
         draw_answer(answer.text, images[-1], args.output)
     return 0
@@ -76,15 +86,21 @@ def with_system(conversation: list[dict[str, Any]], system_prompt: str) -> list[
     return [{"role": "system", "content": system_prompt}, *conversation] if system_prompt else conversation
 
 
-def stream(loaded: Loaded, conversation: list[dict[str, Any]], args: Namespace, show: bool) -> Answer:
-    """Generate the answer to a conversation, and print it while it comes."""
+def stream(
+    loaded: Loaded, conversation: list[dict[str, Any]], args: Namespace, show: bool, stats: Stats | None = None
+) -> Answer:
+    """Generate the answer to a conversation, and print it while it comes; ``stats`` takes its times."""
     from deepseek_vl2.serve.streaming import TextStream
 
+    stats = stats or Stats()
+    stats.begin(time.perf_counter())
     inputs = loaded.processor(conversations=conversation).to(loaded.model.device)
     with TextStream(loaded.model, loaded.tokenizer, inputs, generation_options(args)) as pieces:
         for piece in pieces:
+            stats.count(time.perf_counter(), pieces.answer.completion_tokens)
             if show:
                 print(piece, end="", flush=True)
+    stats.end(time.perf_counter(), pieces.answer)
     if show:
         print(flush=True)
     if pieces.answer.finish_reason == "length":

@@ -13,18 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepseek_vl2.cli.ask import check_drawing, draw_answer, with_system
-from deepseek_vl2.cli.images import clean_path, open_image, split_images
+from deepseek_vl2.cli.images import STDIN, clean_path, open_image, split_images
 from deepseek_vl2.cli.options import (
     Loaded,
     add_generation_arguments,
+    add_image_argument,
     add_model_arguments,
     generation_options,
     is_out_of_memory,
     load,
+    loading_line,
     note,
     number,
     whole_number,
 )
+from deepseek_vl2.cli.parser import suggestion
+from deepseek_vl2.cli.tab_completion import complete_with_tab
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -59,9 +63,7 @@ class Leave(Exception):
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument(
-        "--image", "-i", action="append", default=[], metavar="IMAGE", help="for the first question; may be repeated"
-    )
+    add_image_argument(parser, "for the first question: paths or addresses, as many as you like")
     parser.add_argument("--raw", action="store_true", help="show tags and boxes as the model says them")
     add_model_arguments(parser)
     add_generation_arguments(parser)
@@ -69,13 +71,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Load the model and talk until the input ends."""
-    pending = [(source, open_image(source)) for source in args.image]
+    if STDIN in args.image:
+        raise ValueError("The standard input holds the conversation: name the image's file.")
+    with loading_line(args):
+        pending = [(source, open_image(source)) for source in args.image]
     chat = Chat(load(args), args, pending)
     interactive = sys.stdin.isatty()
     if interactive:
         note(f"{chat.loaded.name} is ready. Type a question; drop or paste images into it; /help lists the rest.")
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - editing and history for input()
+        complete_with_tab(chat.commands)  # and editing and history, for input()
     with contextlib.suppress(Leave):
         for line in read_lines(interactive):
             chat.hear(line)
@@ -143,7 +147,7 @@ class Chat:
             if name in self.commands:
                 self.commands[name][0](rest.strip())
             elif line.startswith("/") and not split_images(line)[0] and "/" not in name[1:]:
-                note(f"There is no command {name}: /help lists them.")
+                note(f"There is no command {name}: /help lists them.{suggestion(name, self.commands)}")
             else:
                 self.ask(line)
         except (ValueError, OSError, ArgumentTypeError) as error:

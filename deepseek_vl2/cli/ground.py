@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from deepseek_vl2.cli.ask import check_drawing, stream, with_system
-from deepseek_vl2.cli.images import clean_path, open_image
-from deepseek_vl2.cli.options import add_generation_arguments, add_model_arguments, load, note
+from deepseek_vl2.cli.images import STDIN, clean_path, open_image, open_images
+from deepseek_vl2.cli.options import add_generation_arguments, add_model_arguments, load, loading_line, note
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,7 +41,7 @@ def box(text: str) -> tuple[int, int, int, int]:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("image", help="a path or an address")
+    parser.add_argument("image", help="a path or an address; -: from the standard input")
     parser.add_argument("thing", nargs="?", help="what to find; with --chat, the question")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--all", action="store_true", help="find all things of that kind, not one")
@@ -57,14 +57,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Ask, then write drawing and boxes."""
-    from deepseek_vl2.utils.grounding import draw_boxes, parse_grounding
-
-    image = open_image(args.image)
-    conversation = with_system(build_conversation(args, image), args.system_prompt)
     stem = default_stem(args.image)
     drawing, boxes = args.output or f"{stem}_boxes.jpg", args.boxes or f"{stem}_boxes.json"
-    check_drawing(drawing, [image])
-    check_directory(boxes)
+    with loading_line(args):
+        from deepseek_vl2.utils.grounding import draw_boxes, parse_grounding
+
+        (image,) = open_images([args.image])
+        conversation = with_system(build_conversation(args, image), args.system_prompt)
+        check_drawing(drawing, [image])
+        check_directory(boxes)
     answer = stream(load(args), conversation, args, show=True)
     sizes = [shown.size for turn in conversation for shown in turn.get("images") or []]
     found = parse_grounding(answer.text, sizes)
@@ -108,7 +109,7 @@ def build_conversation(args: Namespace, image: Image.Image) -> list[dict[str, An
 def default_stem(source: str) -> str:
     """Return the name, without its ending, that the results of an image get, in the working directory."""
     path = clean_path(source)
-    if path.startswith("data:"):
+    if path == STDIN or path.startswith("data:"):
         return "image"
     return Path(urlsplit(path).path if path.startswith(("http://", "https://")) else path).stem or "image"
 

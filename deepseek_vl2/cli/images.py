@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+STDIN = "-"
 
 # A word of a line: in quotes, or with its spaces escaped.
 _WORD = re.compile(r"""'[^']*'|"[^"]*"|(?:\\.|[^\s\\])+""")
@@ -26,6 +28,8 @@ def clean_path(text: str) -> str:
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
     if text.startswith("file://"):
+        from urllib.request import url2pathname  # which takes half of the time that --help takes
+
         return url2pathname(urlsplit(text).path)
     if text.startswith(("http://", "https://", "data:")) or Path(text).exists():
         return text
@@ -56,6 +60,40 @@ def open_image(source: str) -> Image.Image:
         return load_image(download(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") if path not in str(error) else error from error
+
+
+def open_images(sources: Sequence[str], question_from_stdin: bool = False) -> list[Image.Image]:
+    """Read images as `open_image` does; "-" is the standard input's, which one reader alone can have.
+
+    Args:
+        sources: paths, addresses, data URLs or "-".
+        question_from_stdin: the question is read there.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_image`; or several readers of the standard input.
+    """
+    if list(sources).count(STDIN) + question_from_stdin > 1:
+        raise ValueError("The standard input holds one thing: one image (-i -), or the question (-).")
+    return [image_from_stdin() if source == STDIN else open_image(source) for source in sources]
+
+
+def image_from_stdin() -> Image.Image:
+    """Read an image that is piped in, upright and as RGB.
+
+    Raises:
+        ValueError: nothing is piped in, or it is no image.
+    """
+    from deepseek_vl2.models.image_loading import load_image
+
+    if sys.stdin.isatty():
+        raise ValueError("An image named - is read from the standard input: pipe one in (cat photo.jpg | ...).")
+    content = sys.stdin.buffer.read()
+    if not content:
+        raise ValueError("The standard input is empty: there is no image in it.")
+    try:
+        return load_image(content)
+    except ValueError as error:
+        raise ValueError(f"The standard input: {error}") from error
 
 
 def looks_like_image(word: str) -> bool:

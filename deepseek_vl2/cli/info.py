@@ -9,7 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from deepseek_vl2.cli.hub_cache import cached_checkpoint
 from deepseek_vl2.cli.options import DTYPES, check_reachable, note, whole_number
+from deepseek_vl2.cli.progress import Progress
+from deepseek_vl2.cli.releases import RELEASES, release_facts, release_sizes
 
 DESCRIPTION = "Sizes of a model, memory that it needs, devices and versions. No weights are loaded."
 EXAMPLES = """\
@@ -31,20 +34,15 @@ PACKAGES = (
     "gradio",
     "fastapi",
 )
-# Of the releases: parameters; bytes of the weights in 8 bits and in int4, what is not packed in 16; and bytes of cache
-# a token in 16 bits.
-RELEASES = {
-    "deepseek-ai/deepseek-vl2-tiny": (3_370_501_440, 4_142_743_936, 2_918_075_520, 61_440),
-    "deepseek-ai/deepseek-vl2-small": (16_148_349_504, 17_030_342_912, 9_849_029_760, 31_104),
-    "deepseek-ai/deepseek-vl2": (27_480_134_248, 28_619_279_312, 16_235_035_856, 34_560),
-}
 MOST_BYTES_READ = 500_000_000  # weights of larger checkpoints are not looked at for NaN: that would take long
 TYPICAL_IMAGES = ((640, 480), (1024, 768), (1920, 1080), (1080, 1920))
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("model", nargs="?", help="directory or hub id of a checkpoint (its config alone is downloaded)")
+    parser.add_argument(
+        "model", nargs="?", help="directory or hub id of a checkpoint (at most its config is downloaded)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights; default: %(default)s")
     parser.add_argument(
         "--context", type=whole_number(1), default=4096, help="tokens of prompt and answer; default: 4096"
@@ -54,14 +52,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Gather and print."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    facts: dict[str, Any] = {"versions": versions(), "devices": devices()}
-    if args.model is not None:
-        check_reachable(args.model)
-        facts["model"] = model_facts(args.model, args.context)
-    facts["fits"] = what_fits(facts.get("model"), facts["devices"], args.dtype, args.context)
+    with Progress(f"Looking at {args.model or 'this machine'}"):
+        facts: dict[str, Any] = {"versions": versions(), "devices": devices()}
+        if args.model is not None:
+            facts["model"] = known_or_read(args.model, args.context)
+        facts["fits"] = what_fits(facts.get("model"), facts["devices"], args.dtype, args.context)
     if args.json:
         print(json.dumps(facts, ensure_ascii=False))
     else:
@@ -105,6 +100,26 @@ def devices() -> list[dict[str, Any]]:
     name = f"{platform.machine()}, {torch.get_num_threads()} threads"
     found.append({"device": "cpu", "name": name, "total": memory.total, "free": memory.available})
     return found
+
+
+def known_or_read(name: str, context: int) -> dict[str, Any]:
+    """Return a model's facts: of a release from what is known of it, with its files where they are downloaded.
+
+    No network is needed for a release. Another repository's config is downloaded where the cache lacks it.
+
+    Raises:
+        OSError, ValueError: there is no such model, or its config is wrong.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if name not in RELEASES or Path(name).is_dir():
+        check_reachable(name)
+        return model_facts(name, context)
+    found = cached_checkpoint(name)
+    if found is None or found.missing:
+        return release_facts(name, context)
+    return {**model_facts(str(found.path), context), "name": name}
 
 
 def model_facts(name: str, context: int) -> dict[str, Any]:
@@ -226,15 +241,6 @@ def what_fits(
             places = find_places(kinds[kind], machine)
             rows.append({"model": name, "precision": kind, "needed": kinds[kind], "fits": places})
     return rows
-
-
-def release_sizes(name: str) -> Any:
-    """Return the `deepseek_vl2.utils.memory.Sizes` of a release."""
-    from deepseek_vl2.utils.memory import BYTES, Sizes
-
-    parameters, eight_bits, int4, cache = RELEASES[name]
-    weights = {kind: parameters * size for kind, size in BYTES.items()}
-    return Sizes({**weights, "int8": eight_bits, "int4": int4, "fp8": eight_bits}, cache)
 
 
 def shown_precisions(known: dict[str, int], dtype: str) -> list[str]:

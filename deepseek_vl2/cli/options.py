@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
+from deepseek_vl2.cli.parser import CommandParser
+from deepseek_vl2.cli.progress import Progress, weights_reported
+from deepseek_vl2.utils.places import DEMO_NAME, NANO_IS_A_TOY, NANO_NAME, is_nano, nano_directory
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -76,6 +80,13 @@ def chunk_size(text: str) -> int:
         return -1 if text == "-1" else whole_number(1)(text)
     except ArgumentTypeError:
         raise ArgumentTypeError(f"--chunk_size must be positive, or -1 for no chunks, not {text}") from None
+
+
+def add_image_argument(parser: ArgumentParser, text: str) -> None:
+    """Declare ``--image``, which takes several images: as many as a shell makes of ``*.png``."""
+    parser.add_argument("--image", "-i", action="append", default=[], metavar="IMAGE", help=text)
+    if isinstance(parser, CommandParser):
+        parser.images = ("--image", "-i")
 
 
 def add_model_arguments(parser: ArgumentParser) -> None:
@@ -158,32 +169,66 @@ def generation_options(args: Namespace) -> GenerationOptions:
     )
 
 
-def load(args: Namespace, tell: Callable[[str], None] = note) -> Loaded:
-    """Load the model that the options name; ``tell`` is told when its weights are random.
+def default_model() -> str:
+    """Return the model that is used when none is named: nano, or the demo checkpoint where nano is not installed."""
+    return DEMO_NAME if nano_directory() is None else NANO_NAME
 
-    Without ``--model`` that is nano, or the demo checkpoint where nano is not installed.
+
+def loading_line(args: Namespace) -> Progress:
+    """Return the line that a terminal shows from a command's first moment on, while images and libraries are read."""
+    return Progress(f"Loading {args.model or default_model()}", terminal_only=True)
+
+
+def load(args: Namespace, tell: Callable[[str], None] = note) -> Loaded:
+    """Load the model that the options name; ``tell`` is told, once, when it is a toy or its weights are random.
+
+    Without ``--model`` that is nano, or the demo checkpoint where nano is not installed. A checkpoint of the hub that
+    is not in the cache is downloaded first.
 
     Raises:
         ValueError, OSError: there is no such model or device, or it does not fit its config.
     """
-    import torch
-    from transformers.utils import logging
+    name = args.model or default_model()
+    with loading_line(args):
+        import torch
+        from transformers.utils import logging
 
-    from deepseek_vl2.engine.holder import engine_of
-    from deepseek_vl2.engine.scheduler import EngineOptions
-    from deepseek_vl2.utils.demo import DEMO_NAME
-    from deepseek_vl2.utils.io import NANO_NAME, load_pretrained_model, nano_is_installed
+        from deepseek_vl2.engine.holder import engine_of
+        from deepseek_vl2.engine.scheduler import EngineOptions
+        from deepseek_vl2.utils.io import load_pretrained_model
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    name = args.model or (NANO_NAME if nano_is_installed() else DEMO_NAME)
-    check_device(args.device)
-    check_reachable(name)
-    if name == DEMO_NAME:
-        tell(RANDOM_WEIGHTS)
-    loaded = Loaded(name, *load_pretrained_model(name, dtype=getattr(torch, args.dtype), **loading_options(args)))
-    engine_of(loaded.model, EngineOptions(share_prefixes=True, image_cache_bytes=IMAGE_CACHE_BYTES))
+        logging.set_verbosity_error()
+        check_device(args.device)
+        check_reachable(name)
+    fetch_missing(name)
+    with Progress(f"Loading {name}") as line, weights_reported(line.report):
+        loaded = Loaded(name, *load_pretrained_model(name, dtype=getattr(torch, args.dtype), **loading_options(args)))
+        engine_of(loaded.model, EngineOptions(share_prefixes=True, image_cache_bytes=IMAGE_CACHE_BYTES))
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        tell_toys(name, tell)
     return loaded
+
+
+def tell_toys(name: str, tell: Callable[[str], None] = note) -> None:
+    """Say that a model is a toy, or that its weights are random, where that is so."""
+    if is_nano(name):
+        tell(NANO_IS_A_TOY)
+    elif name == DEMO_NAME:
+        tell(RANDOM_WEIGHTS)
+
+
+def fetch_missing(name: str) -> None:
+    """Download a checkpoint of the hub that the cache lacks, or holds in part, and show how far that is."""
+    from deepseek_vl2.cli.hub_cache import cached_checkpoint
+    from deepseek_vl2.utils.io import resolve_model_path
+
+    if isinstance(resolve_model_path(name), Path):
+        return
+    found = cached_checkpoint(name)
+    if found is None or found.missing:
+        from deepseek_vl2.cli.pull import download
+
+        download(name)
 
 
 def check_reachable(name: str) -> None:

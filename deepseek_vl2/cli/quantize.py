@@ -10,7 +10,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from deepseek_vl2.cli.options import DTYPES, QUANTIZED, check_device, check_reachable, note, whole_number
+from deepseek_vl2.cli.options import (
+    DTYPES,
+    QUANTIZED,
+    check_device,
+    check_reachable,
+    fetch_missing,
+    note,
+    whole_number,
+)
+from deepseek_vl2.cli.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,16 +61,22 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Pack, compare, save, report."""
-    import torch
-    from transformers.utils import logging
+    if args.suite is not None:
+        from deepseek_vl2.synthetic.fonts import font_files
 
-    from deepseek_vl2.models.quantizer import WeightOnlyConfig
-    from deepseek_vl2.utils.io import resolve_model_path
+        font_files()  # which say what to install, before hours of packing
+    with Progress(f"Looking at {args.model}", terminal_only=True):
+        import torch
+        from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    check_device(args.device)
-    check_reachable(args.model)
+        from deepseek_vl2.models.quantizer import WeightOnlyConfig
+        from deepseek_vl2.utils.io import resolve_model_path
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        check_device(args.device)
+        check_reachable(args.model)
+    fetch_missing(args.model)
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} is there already and is not an empty directory.")

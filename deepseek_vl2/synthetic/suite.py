@@ -16,6 +16,7 @@ from deepseek_vl2.utils.grounding import parse_grounding
 
 from .questions import Turn
 from .samples import Sample, held_out_samples
+from .tasks import UNTILED
 
 FBox = Sequence[float]
 Scores = dict[str, float]
@@ -32,8 +33,6 @@ TARGETS: dict[str, Scores] = {
     "attributes": {"correct": 0.97},
     "which_image": {"correct": 0.95},
 }
-# The same questions with the global view alone: tiles must matter for fine print, and less for the rest.
-UNTILED = {"read (no tiles)": "read", "read_fine (no tiles)": "read_fine"}
 MAX_NEW_TOKENS = {"describe": 192, "locate_all": 160}
 
 

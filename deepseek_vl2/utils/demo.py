@@ -7,7 +7,6 @@ byte-level tokenizer, and knows nothing: its answers are noise.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,15 @@ from transformers import PreTrainedTokenizerFast
 
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.messages import CHAT_TOKENS, GROUNDING_TOKENS
+from deepseek_vl2.utils.places import DEMO_DONE, DEMO_NAME, DEMO_VERSION, demo_directory
 
-DEMO_NAME = "demo"
-DEMO_VERSION = 2  # part of the directory's name: raise it when what is written changes
+__all__ = [
+    "DEMO_NAME",
+    "byte_tokenizer",
+    "candidate_resolutions",
+    "demo_checkpoint",
+    "write_demo_checkpoint",
+]
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 TILE = 384
@@ -93,9 +98,8 @@ def write_demo_checkpoint(directory: str | Path) -> Path:
 
 def demo_checkpoint() -> Path:
     """Return the directory of the demo checkpoint in the user's cache, written at the first call."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = cache / "deepseek_vl2" / f"{DEMO_NAME}-{DEMO_VERSION}"
-    done = directory / "complete.json"
+    directory = demo_directory()
+    done = directory / DEMO_DONE
     if not done.is_file():
         directory.parent.mkdir(parents=True, exist_ok=True)
         # Written aside and moved into place: a second process, or a kill half-way, never sees half a checkpoint.

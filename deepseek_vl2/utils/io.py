@@ -23,8 +23,8 @@ from deepseek_vl2.models.quantization import Kind
 from deepseek_vl2.models.quantizer import WeightOnlyConfig
 from deepseek_vl2.utils.demo import DEMO_NAME, demo_checkpoint
 from deepseek_vl2.utils.memory import STORED, check_fits, max_memory_map, model_sizes, parse_size, stored_sizes
+from deepseek_vl2.utils.places import NANO_NAME
 
-NANO_NAME = "nano"
 AUTO_MAP = {
     "AutoConfig": "configuration_deepseek_vl_v2.DeepseekVLV2Config",
     "AutoModel": "modeling_deepseek_vl_v2.DeepseekVLV2ForCausalLM",

@@ -405,7 +405,7 @@ def test_without_gradio_one_line_says_what_to_install(
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     assert cli_main(["demo"]) == 1
     assert capsys.readouterr().err == (
-        'deepseek-vl2 demo: demo needs the package gradio: pip install "deepseek_vl2[gradio]"\n'
+        'deepseek-vl2 demo: error: demo needs the package gradio: pip install "deepseek_vl2[gradio]"\n'
     )
 
 

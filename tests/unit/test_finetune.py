@@ -188,7 +188,7 @@ def test_unknown_options_end_with_usage(capsys: Any) -> None:
 
 def test_the_program_runs_it_with_either_spelling_of_options(capsys: Any) -> None:
     assert run_command("finetune", ["--data", "x", "--output", "y", "--max-length", "0"]) == 2
-    assert "deepseek-vl2 finetune: --max_length must be positive" in capsys.readouterr().err
+    assert "deepseek-vl2 finetune: error: --max_length must be positive" in capsys.readouterr().err
 
 
 def test_every_option_is_explained() -> None:

@@ -181,7 +181,7 @@ def test_judged_turn_without_truth_boxes_is_not_drawn():
 
 def test_evaluate_tells_mistakes_in_a_line(capsys, tmp_path):
     assert evaluate(["--model", str(tmp_path / "nothing")]) == 1
-    assert capsys.readouterr().err.startswith("Error: ")
+    assert capsys.readouterr().err.startswith("evaluate: error: ")
     with pytest.raises(SystemExit) as refused:
         evaluate(["--number", "0"])
     assert refused.value.code == 2

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from deepseek_vl2.cli.main import as_declared
+from deepseek_vl2.cli.main import build_command_parser, run_program
 
-from .command import add_arguments, main
+from .command import DESCRIPTION, EXAMPLES, add_arguments, run
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m deepseek_vl2.serve.api")
-    add_arguments(parser)
-    sys.exit(main(parser.parse_args(as_declared(sys.argv[1:], parser._option_string_actions))))
+    program = "python -m deepseek_vl2.serve.api"
+    sys.exit(run_program(build_command_parser(add_arguments, program, DESCRIPTION, EXAMPLES), None, run))

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import signal
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,11 @@ if TYPE_CHECKING:
     from deepseek_vl2.engine.scheduler import EngineOptions
     from deepseek_vl2.serve.api.settings import Settings
 
-from deepseek_vl2.cli.options import add_memory_arguments
+from deepseek_vl2.cli.main import run_guarded
+from deepseek_vl2.cli.options import add_memory_arguments, default_model
+from deepseek_vl2.cli.progress import Progress, weights_reported
 
+PROGRAM = "deepseek-vl2 serve"
 DESCRIPTION = "Serve a model over HTTP, with OpenAI's chat completions API."
 EXAMPLES = """\
 examples:
@@ -202,12 +204,9 @@ def chosen_model(args: argparse.Namespace) -> str:
     Raises:
         ValueError: two are named.
     """
-    from deepseek_vl2.utils.demo import DEMO_NAME
-    from deepseek_vl2.utils.io import NANO_NAME, nano_is_installed
-
     if args.name is not None and args.model is not None and args.name != args.model:
         raise ValueError(f"Two models are named, {args.name} and {args.model}: a server has one.")
-    return args.name or args.model or (NANO_NAME if nano_is_installed() else DEMO_NAME)
+    return args.name or args.model or default_model()
 
 
 def api_keys(given: list[str]) -> tuple[str, ...]:
@@ -316,31 +315,35 @@ def build_server(args: argparse.Namespace) -> Any:
     Raises:
         ValueError, OSError: see `load_pretrained_model`.
     """
-    import torch
-
-    from deepseek_vl2.cli.options import check_device, check_reachable, loading_options
-    from deepseek_vl2.serve.api.app import Server
-    from deepseek_vl2.utils.io import load_pretrained_model
-
     keys = api_keys(args.api_key)
     name = chosen_model(args)
-    if args.device is not None:
-        check_device(args.device)
-    check_reachable(name)
-    _, processor, model = load_pretrained_model(name, dtype=getattr(torch, args.dtype), **loading_options(args))
+    with Progress(f"Loading {name}", terminal_only=True):
+        import torch
+
+        from deepseek_vl2.cli.options import check_device, check_reachable, fetch_missing, loading_options, tell_toys
+        from deepseek_vl2.serve.api.app import Server
+        from deepseek_vl2.utils.io import load_pretrained_model
+
+        if args.device is not None:
+            check_device(args.device)
+        check_reachable(name)
+    fetch_missing(name)
+    with Progress(f"Loading {name}") as line, weights_reported(line.report):
+        _, processor, model = load_pretrained_model(name, dtype=getattr(torch, args.dtype), **loading_options(args))
+    tell_toys(name)
     options = engine_options(args, model)
     return Server(model, processor, server_settings(args, keys, name, options.max_batch), options)
 
 
-def main(args: argparse.Namespace) -> int:
-    """Serve until a signal comes, then finish what runs; returns the exit code."""
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal comes, then finish what runs; returns the exit code.
+
+    Raises:
+        ValueError, OSError: see `build_server`; or a package is missing.
+    """
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        check_extra()
-        server = build_server(args)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+    check_extra()
+    server = build_server(args)
     from deepseek_vl2.serve.api.serving import http_server
 
     # uvicorn finishes what runs, and then raises the signal once more, which would end in an error code.
@@ -355,3 +358,8 @@ def main(args: argparse.Namespace) -> int:
     with contextlib.suppress(KeyboardInterrupt):
         listening.run()
     return 0
+
+
+def main(args: argparse.Namespace) -> int:
+    """Serve as `run` does; an error is told in a line, and is exit code 1."""
+    return run_guarded(PROGRAM, lambda: run(args), show_traceback=getattr(args, "traceback", False))
