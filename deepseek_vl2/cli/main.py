@@ -78,7 +78,6 @@ def build_parser() -> ArgumentParser:
         usage=f"{PROGRAM} [--version] [--traceback] COMMAND ...",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    parser.add_argument("command", metavar="COMMAND", help="one of the above")
     return parser
 
 
@@ -198,20 +197,23 @@ def run_guarded(program: str, work: Callable[[], int], show_traceback: bool = Fa
 
 def read_command(argv: list[str]) -> tuple[Namespace, list[str]]:
     """Return the program's own options, with the command's name, and the arguments of the command."""
-    own = next((index for index, argument in enumerate(argv) if not argument.startswith("-")), len(argv) - 1) + 1
     parser = build_parser()
-    if not argv:  # as `uv` and `hf` do: what can be done, and an exit code that tells a script of its mistake
+    if not argv:  # all that can be done, and an exit code that tells a script of its mistake
         parser.print_help(sys.stderr)
         parser.exit(2)
-    args, unknown = parser.parse_known_args(argv[:own])
+    place = next((index for index, argument in enumerate(argv) if not argument.startswith("-")), len(argv))
+    args, unknown = parser.parse_known_args(argv[:place])
     if unknown:
         known = [name for name in parser._option_string_actions if name.startswith("--")]
         meant = suggestion(unknown[0], known) or f" Options of a command follow it: {PROGRAM} COMMAND {unknown[0]} ..."
         parser.error(f"unrecognized arguments: {' '.join(unknown)}.{meant}")
+    if place == len(argv):
+        parser.error(f"the command is missing. The commands are {', '.join(COMMANDS)}.")
+    args.command = argv[place]
     if args.command not in COMMANDS:
         meant = suggestion(args.command, COMMANDS) or f" The commands are {', '.join(COMMANDS)}."
         parser.error(f"there is no command {args.command!r}.{meant}")
-    return args, argv[own:]
+    return args, argv[place + 1 :]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -200,9 +200,9 @@ def load(args: Namespace, tell: Callable[[str], None] = note) -> Loaded:
         logging.set_verbosity_error()
         check_device(args.device)
         check_reachable(name)
-    fetch_missing(name)
+    source, options = fetch_missing(name), loading_options(args)
     with Progress(f"Loading {name}") as line, weights_reported(line.report):
-        loaded = Loaded(name, *load_pretrained_model(name, dtype=getattr(torch, args.dtype), **loading_options(args)))
+        loaded = Loaded(name, *load_pretrained_model(source, dtype=getattr(torch, args.dtype), **options))
         engine_of(loaded.model, EngineOptions(share_prefixes=True, image_cache_bytes=IMAGE_CACHE_BYTES))
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         tell_toys(name, tell)
@@ -217,18 +217,25 @@ def tell_toys(name: str, tell: Callable[[str], None] = note) -> None:
         tell(RANDOM_WEIGHTS)
 
 
-def fetch_missing(name: str) -> None:
-    """Download a checkpoint of the hub that the cache lacks, or holds in part, and show how far that is."""
+def fetch_missing(name: str) -> str:
+    """Return where a model is to be loaded from; download what the hub's cache lacks of it, and show how far that is.
+
+    A checkpoint that the cache holds whole is loaded as it is there, without asking the hub; ``pull`` asks it.
+
+    Raises:
+        ValueError, OSError: see `deepseek_vl2.cli.pull.download`.
+    """
     from deepseek_vl2.cli.hub_cache import cached_checkpoint
     from deepseek_vl2.utils.io import resolve_model_path
 
     if isinstance(resolve_model_path(name), Path):
-        return
+        return name
     found = cached_checkpoint(name)
-    if found is None or found.missing:
-        from deepseek_vl2.cli.pull import download
+    if found is not None and not found.missing:
+        return str(found.path)
+    from deepseek_vl2.cli import pull
 
-        download(name)
+    return str(pull.download(name))
 
 
 def check_reachable(name: str) -> None:

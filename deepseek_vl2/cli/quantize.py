@@ -76,12 +76,11 @@ def run(args: Namespace) -> int:
         logging.disable_progress_bar()
         check_device(args.device)
         check_reachable(args.model)
-    fetch_missing(args.model)
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} is there already and is not an empty directory.")
     config = WeightOnlyConfig(args.to, args.group_size, args.block, args.head)
-    source, dtype = resolve_model_path(args.model), getattr(torch, args.dtype)
+    source, dtype = resolve_model_path(fetch_missing(args.model)), getattr(torch, args.dtype)
     exact = measure_exact(args, source, dtype)
     report = pack_and_compare(args, source, dtype, config, exact, output)
     (output / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -129,7 +129,7 @@ def run(args: Namespace) -> int:
         ImportError, ValueError, OSError: see `check_needs`.
     """
     check_needs(args)
-    fetch_missing(args.model)
+    source = fetch_missing(args.model)
     with Progress(f"Loading {args.model}") as line:
         import torch
 
@@ -138,9 +138,8 @@ def run(args: Namespace) -> int:
         from .suite import run_task, table
 
         with weights_reported(line.report):
-            _, processor, model = load_pretrained_model(
-                args.model, dtype=getattr(torch, args.dtype), **loading_options(args)
-            )
+            dtype, options = getattr(torch, args.dtype), loading_options(args)
+            _, processor, model = load_pretrained_model(source, dtype=dtype, **options)
     results = []
     for task in args.tasks or EVERY_TASK:
         start = time.perf_counter()

@@ -327,9 +327,9 @@ def build_server(args: argparse.Namespace) -> Any:
         if args.device is not None:
             check_device(args.device)
         check_reachable(name)
-    fetch_missing(name)
+    source = fetch_missing(name)
     with Progress(f"Loading {name}") as line, weights_reported(line.report):
-        _, processor, model = load_pretrained_model(name, dtype=getattr(torch, args.dtype), **loading_options(args))
+        _, processor, model = load_pretrained_model(source, dtype=getattr(torch, args.dtype), **loading_options(args))
     tell_toys(name)
     options = engine_options(args, model)
     return Server(model, processor, server_settings(args, keys, name, options.max_batch), options)
