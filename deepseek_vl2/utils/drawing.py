@@ -11,6 +11,7 @@ from typing import Protocol
 from PIL import Image, ImageColor, ImageDraw
 
 from deepseek_vl2.utils.fonts import Font, font_for
+from deepseek_vl2.utils.label_places import place_label
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +24,9 @@ COLORS = (
     "#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#00a5b5", "#f032e6", "#9a6324", "#808000", "#000075",
 )  # fmt: skip
 MARK_COLOR = "red"
-LINES = 300  # a line is this part of the picture's mean side thick
+LINES = 240  # a line is this part of the picture's mean side thick
 LETTERS = 32  # letters are this part of it high
-SMALLEST_LETTERS = 11
-MOST_COMPARED = 200  # labels that a new label is kept clear of
+SMALLEST_LETTERS = 12
 
 
 class Labelled(Protocol):
@@ -89,7 +89,8 @@ def text_color(background: Color) -> Color:
 def draw_boxes(image: Image.Image, objects: Sequence[Labelled]) -> Image.Image:
     """Return an upright RGB copy of an image with boxes and labels drawn on it, one colour for each label.
 
-    Lines and letters grow with the image. A label that no font of the system can write is drawn as its number.
+    A label stands beside its box, clear of the other boxes and labels where there is room. Lines and letters grow with
+    the image. A label that no font of the system can write is drawn as its number.
     """
     canvas = _canvas(image)
     painter = _Painter(canvas)
@@ -121,7 +122,7 @@ def _canvas(image: Image.Image) -> Image.Image:
 
 
 class _Painter:
-    """Draws on one canvas, and remembers where labels are."""
+    """Draws on one canvas, and remembers where boxes and labels are."""
 
     def __init__(self, canvas: Image.Image) -> None:
         self.size = canvas.size
@@ -129,12 +130,15 @@ class _Painter:
         mean_side = (canvas.width * canvas.height) ** 0.5
         self.thickness = max(2, round(mean_side / LINES))
         self.letters = max(SMALLEST_LETTERS, min(round(mean_side / LETTERS), min(canvas.size) // 5))
+        self.padding = max(2, self.letters // 3), max(2, self.letters // 5)  # around a label's letters
+        self.boxes: list[Box] = []
         self.labels: list[Box] = []
         self.fonts: dict[str, tuple[str, Font]] = {}
 
     def outline(self, box: Box, color: Color) -> None:
         """Draw a box, with a thin light line around it that keeps it apart from a picture of its own colour."""
         left, top, right, bottom = self._inside(box)
+        self.boxes.append((left, top, right, bottom))
         around = (left - 1, top - 1, right + 1, bottom + 1)
         self.draw.rectangle(around, outline="white", width=1)
         self.draw.rectangle((left, top, right, bottom), outline=color, width=self.thickness)
@@ -146,19 +150,27 @@ class _Painter:
             return
         text, font = self._typeset(text, number)
         left, top, right, bottom = (int(value) for value in self.draw.textbbox((0, 0), text, font=font))
-        pad = max(2, self.letters // 5)
-        width, height = right - left + 2 * pad, bottom - top + 2 * pad
-        x, y = self._place(box, width, height)
+        pad_x, pad_y = self.padding
+        width, height = right - left + 2 * pad_x, bottom - top + 2 * pad_y
+        x, y = place_label(self._inside(box), (width, height), self.size, self.boxes, self.labels)
         self.labels.append((x, y, x + width, y + height))
-        self.draw.rectangle((x, y, x + width, y + height), fill=color)
-        self.draw.text((x + pad - left, y + pad - top), text, fill=text_color(color), font=font)
+        field = (x, y, x + width, y + height)
+        self.draw.rounded_rectangle(field, self.letters // 5, fill=color, corners=self._free_corners(field, box))
+        self.draw.text((x + pad_x - left, y + pad_y - top), text, fill=text_color(color), font=font)
+
+    def _free_corners(self, field: Box, box: Box) -> tuple[bool, bool, bool, bool]:
+        """Return which corners of a label's field are round, from the top left on: those away from its box."""
+        left, top, right, bottom = self._inside(box)
+        above, below = field[3] <= top, field[1] >= bottom
+        before, behind = field[2] <= left, field[0] >= right
+        return above or before, above or behind, below or behind, below or before
 
     def _typeset(self, text: str, number: int) -> tuple[str, Font]:
         """Return what is written and in which font: shortened to the picture's width."""
         if text not in self.fonts:
             self.fonts[text] = self._writable(text, number)
         text, font = self.fonts[text]
-        room = self.size[0] - 3 * max(2, self.letters // 5)
+        room = self.size[0] - 3 * self.padding[0]
         if self.draw.textlength(text, font=font) <= room:
             return text, font
         low, high = 1, len(text)  # the longest beginning that fits, found by halving
@@ -184,33 +196,6 @@ class _Painter:
         font = font_for(str(number), self.letters)
         assert font is not None  # Pillow's own font has digits
         return str(number), font
-
-    def _place(self, box: Box, width: int, height: int) -> tuple[int, int]:
-        """Return the corner of a label: above the box, else inside it, below it or at its right, where it is free."""
-        left, top, right, bottom = self._inside(box)
-        corners = [
-            (left, top - height),
-            (left, top),
-            (right - width, top - height),
-            (left, bottom),
-            (right - width, bottom),
-            (left, bottom - height),
-            (right - width, top),
-            (right, top),
-        ]
-        most_x, most_y = max(0, self.size[0] - 1 - width), max(0, self.size[1] - 1 - height)
-        places = [(min(max(x, 0), most_x), min(max(y, 0), most_y)) for x, y in corners]
-        for (x, y), place in zip(corners, places, strict=True):
-            # A little shift to stay inside is welcome, a long one leads away from the box.
-            if abs(x - place[0]) <= width and abs(y - place[1]) < height / 2 and self._free(*place, width, height):
-                return place
-        return next((place for place in places if self._free(*place, width, height)), places[0])
-
-    def _free(self, x: int, y: int, width: int, height: int) -> bool:
-        return not any(
-            x < right and left < x + width and y < bottom and top < y + height
-            for left, top, right, bottom in self.labels[-MOST_COMPARED:]
-        )
 
     def _inside(self, box: Box) -> Box:
         """Return a box whose lines are all on the canvas."""

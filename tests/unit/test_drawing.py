@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from deepseek_vl2.utils import drawing, fonts
 from deepseek_vl2.utils.drawing import color_of, draw_boxes, mark_object, text_color
 from deepseek_vl2.utils.fonts import font_for
 from deepseek_vl2.utils.grounding import GroundedObject
+from deepseek_vl2.utils.label_places import covered, place_label
+
+IMAGES = Path(__file__).resolve().parents[2] / "images"
 
 GRAY = (90, 90, 90)
 
@@ -62,6 +66,50 @@ def test_labels_do_not_cover_each_other() -> None:
     fields = [(together == color_of(index)).all(axis=-1) for index in range(3)]
     letters = 32 * 15  # at least this many pixels of each label's field are seen
     assert field > letters and all(seen.sum() > letters for seen in fields)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_labels_stand_beside_their_boxes_and_on_no_other(seed: int) -> None:
+    """Boxes of a loose grid leave room for each label: none covers a box, nor another label."""
+    rng = np.random.default_rng(seed)
+    boxes, labels = [], []
+    for row in range(3):
+        for column in range(3):
+            left, top = 40 + 320 * column + int(rng.integers(0, 60)), 70 + 300 * row + int(rng.integers(0, 60))
+            boxes.append((left, top, left + int(rng.integers(60, 200)), top + int(rng.integers(60, 150))))
+    for box in boxes:
+        size = (int(rng.integers(60, 130)), 24)
+        x, y = place_label(box, size, (1000, 1000), boxes, labels)
+        labels.append((x, y, x + size[0], y + size[1]))
+    fields = np.asarray(labels, dtype=float)
+    assert covered(fields, boxes).max() == 0
+    for index, label in enumerate(labels):
+        assert covered(fields[index : index + 1], labels[:index]).sum() == 0
+        box = boxes[index]  # it touches its box
+        across = min(label[2], box[2]) - max(label[0], box[0])
+        down = min(label[3], box[3]) - max(label[1], box[1])
+        assert across >= 0 and down >= 0
+
+
+def test_a_label_leaves_the_thing_to_be_seen_where_there_is_room_beside_it() -> None:
+    """A box at the top of the picture has its label below; one that fills the picture has it inside."""
+    assert place_label((100, 0, 300, 200), (80, 20), (400, 400), [(100, 0, 300, 200)], []) == (100, 200)
+    assert place_label((0, 0, 399, 399), (80, 20), (400, 400), [(0, 0, 399, 399)], []) == (0, 0)
+    around = [(0, 0, 399, 399), (100, 100, 200, 200)]  # of a thing within another, above it as ever
+    assert place_label(around[1], (80, 20), (400, 400), around, []) == (100, 80)
+    neighbour = [(100, 100, 200, 200), (90, 40, 230, 98)]
+    assert place_label(neighbour[0], (80, 20), (400, 400), neighbour, []) == (100, 200)
+
+
+def test_the_picture_of_the_readme_is_what_the_package_draws() -> None:
+    """Its labels cover no shape: each shape's own colour is as much of the picture with them as without."""
+    with Image.open(IMAGES / "shapes.png") as plain, Image.open(IMAGES / "shapes_found.png") as found:
+        before, after = np.asarray(plain.convert("RGB")), np.asarray(found.convert("RGB"))
+        assert found.mode == "RGBA" and found.getpixel((0, 0))[3] == 0  # round corners, for dark pages
+    assert before.shape == after.shape and min(before.shape[:2]) >= 800
+    for colour in ((50, 172, 85), (28, 161, 61), (29, 102, 200), (221, 33, 51), (55, 89, 227)):
+        count = [(np.abs(picture.astype(int) - colour).max(axis=-1) < 12).sum() for picture in (before, after)]
+        assert count[0] > 2000 and count[1] > 0.9 * count[0], colour
 
 
 def test_a_label_has_one_colour_and_others_have_others() -> None:
