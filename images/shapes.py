@@ -10,9 +10,8 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from deepseek_vl2.synthetic.drawing import draw_background, draw_thing
-from deepseek_vl2.synthetic.questions import describe
-from deepseek_vl2.synthetic.samples import HELD_OUT, TASKS
+from deepseek_vl2.synthetic.drawing import draw_background, draw_label, draw_thing
+from deepseek_vl2.synthetic.samples import held_out_question
 from deepseek_vl2.synthetic.scene import Scene
 from deepseek_vl2.utils.grounding import draw_boxes, parse_grounding
 from deepseek_vl2.utils.io import load_pretrained_model
@@ -26,15 +25,6 @@ QUESTION = "<image>\n<|grounding|>Describe the image."
 CORNER = 28  # radius, so that the picture sits well on light and dark pages
 
 
-def held_out_scene(number: int) -> Scene:
-    """Return what a held-out picture of the task "describe" shows: see `held_out_sample`."""
-    rng = Random(HELD_OUT + 1_000_003 * list(TASKS).index("describe") + number)
-    while True:
-        scene = TASKS["describe"][0](rng)
-        if describe(scene, rng) is not None:
-            return scene
-
-
 def draw_large(scene: Scene) -> Image.Image:
     """Return the picture of a scene, larger than the suite draws it and without a camera's noise."""
     scale = SCALE * OVERSAMPLING
@@ -42,6 +32,8 @@ def draw_large(scene: Scene) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
     for thing in scene.things:
         draw_thing(draw, thing, scale)
+    for label in scene.labels:
+        draw_label(draw, label, scale)
     return canvas.reduce(OVERSAMPLING)
 
 
@@ -57,7 +49,7 @@ def with_round_corners(picture: Image.Image) -> Image.Image:
 
 def main() -> None:
     """Draw, ask nano, and draw its answer."""
-    picture = draw_large(held_out_scene(NUMBER))
+    picture = draw_large(held_out_question("describe", NUMBER).scenes[0])
     tokenizer, processor, model = load_pretrained_model("nano", device="cpu")
     inputs = processor(conversations=[{"role": "user", "content": QUESTION, "images": [picture]}])
     output = model.generate(**inputs, max_new_tokens=200, do_sample=False)

@@ -327,8 +327,22 @@ TASKS: dict[str, tuple[Callable[[Random], Scene], tuple[Builder, ...]]] = {
 }
 
 
-def held_out_sample(task: str, index: int) -> Sample:
-    """Return question ``index`` of a task of the suite: one turn about a picture that no training seed drew.
+class Asked(NamedTuple):
+    """A question about scenes that are not drawn yet.
+
+    Fields:
+        scenes: what the pictures show.
+        turn: the question and its answer.
+        rng: what the pictures' grain is drawn with.
+    """
+
+    scenes: list[Scene]
+    turn: Turn
+    rng: Random
+
+
+def held_out_question(task: str, index: int) -> Asked:
+    """Return question ``index`` of a task of the suite, before its pictures are drawn.
 
     Raises:
         ValueError: an unknown task.
@@ -345,7 +359,17 @@ def held_out_sample(task: str, index: int) -> Sample:
             scenes = [make_scene(rng)]
             turn = rng.choice(builders)(scenes[0], rng)
         if turn is not None:
-            return Sample([draw_scene(scene, rng) for scene in scenes], [turn])
+            return Asked(scenes, turn, rng)
+
+
+def held_out_sample(task: str, index: int) -> Sample:
+    """Return question ``index`` of a task of the suite: one turn about a picture that no training seed drew.
+
+    Raises:
+        ValueError: an unknown task.
+    """
+    scenes, turn, rng = held_out_question(task, index)
+    return Sample([draw_scene(scene, rng) for scene in scenes], [turn])
 
 
 def held_out_samples(task: str, number: int) -> Iterator[Sample]:

@@ -19,8 +19,8 @@ from deepseek_vl2.models.quantized_layers import count_weights, packed_layers
 from deepseek_vl2.serve.inference import generate
 from deepseek_vl2.serve.streaming import Answer
 from deepseek_vl2.serve.web.state import Settings
-from deepseek_vl2.utils.demo import DEMO_NAME
-from deepseek_vl2.utils.io import NANO_NAME, load_pretrained_model, nano_is_installed
+from deepseek_vl2.utils.io import load_pretrained_model
+from deepseek_vl2.utils.places import DEMO_NAME, is_nano
 
 IMAGE_CACHE_BYTES = 256 << 20  # the next question about a picture does not encode it again
 
@@ -133,11 +133,6 @@ def _watch_loading(report: Callable[[float], None]) -> Iterator[None]:
         transformers_logging.set_tqdm_hook(previous)
 
 
-def default_model() -> str:
-    """Return the name of the model to serve when none is named: nano, or the demo checkpoint without it."""
-    return NANO_NAME if nano_is_installed() else DEMO_NAME
-
-
 class ModelBackend:
     """A checkpoint, loaded in a thread of its own so that the page is up at once.
 
@@ -184,8 +179,9 @@ class ModelBackend:
         size = count_weights(model)
         packed = {str(fmt.kind) for _, layer in packed_layers(model) for fmt in layer.formats.values()}
         dtype = " and ".join([*sorted(packed), str(model.dtype).removeprefix("torch.")])
-        noise = " · random weights: the answers are noise" if self.model_path == DEMO_NAME else ""
-        return f"{self.model_path} · {_count(size)} parameters · {dtype} · {model.device}{noise}"
+        toy = " · random weights: the answers are noise" if self.model_path == DEMO_NAME else ""
+        toy = " · a toy: it knows drawn shapes and printed words alone" if is_nano(self.model_path) else toy
+        return f"{self.model_path} · {_count(size)} parameters · {dtype} · {model.device}{toy}"
 
     def _report(self, fraction: float) -> None:
         self._status = LoadStatus(text=f"Loading the weights of {self.model_path}", fraction=fraction)

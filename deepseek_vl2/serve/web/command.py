@@ -15,9 +15,11 @@ from deepseek_vl2.cli.options import (
     check_device,
     check_reachable,
     chunk_size,
+    default_model,
     loading_options,
     whole_number,
 )
+from deepseek_vl2.cli.progress import Progress
 from deepseek_vl2.serve.web.limits import Limits
 
 DESCRIPTION = "A web page to chat with the model about pictures. Only this machine reaches it unless told otherwise."
@@ -67,7 +69,8 @@ def main(args: Namespace) -> int:
     """
     if find_spec("gradio") is None:
         raise ValueError('demo needs the package gradio: pip install "deepseek_vl2[gradio]"')
-    check_device(args.device)
+    with Progress("Starting the page", terminal_only=True):
+        check_device(args.device)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # Gradio keeps visitors' pictures in a folder that every user of the machine shares, and leaves them there.
     with tempfile.TemporaryDirectory(prefix="deepseek_vl2_demo_", ignore_cleanup_errors=True) as folder:
@@ -77,20 +80,21 @@ def main(args: Namespace) -> int:
 
 def _serve(args: Namespace) -> int:
     """Put the page up, load the model behind it, wait for Ctrl-C."""
-    import torch
-    from transformers.utils import logging as transformers_logging
+    with Progress("Starting the page"):
+        import torch
+        from transformers.utils import logging as transformers_logging
 
-    from deepseek_vl2.serve.web.backend import ModelBackend, default_model
-    from deepseek_vl2.serve.web.layout import build_page
-    from deepseek_vl2.serve.web.server import launch
+        from deepseek_vl2.serve.web.backend import ModelBackend
+        from deepseek_vl2.serve.web.layout import build_page
+        from deepseek_vl2.serve.web.server import launch
 
-    transformers_logging.disable_progress_bar()  # the page shows it
-    limits = Limits(images=args.max_images, file_mb=args.max_image_mb, waiting=args.max_waiting)
-    name = args.model or default_model()
-    check_reachable(name)  # a mistyped name ends the program, rather than standing on a page that never answers
-    backend = ModelBackend(name, loading_options(args), getattr(torch, args.dtype), args.chunk_size)
-    page = build_page(backend, limits)
-    address = launch(page, limits, args.host, args.port, args.share, args.root_path)
+        transformers_logging.disable_progress_bar()  # the page shows it
+        limits = Limits(images=args.max_images, file_mb=args.max_image_mb, waiting=args.max_waiting)
+        name = args.model or default_model()
+        check_reachable(name)  # a mistyped name ends the program, rather than standing on a page that never answers
+        backend = ModelBackend(name, loading_options(args), getattr(torch, args.dtype), args.chunk_size)
+        page = build_page(backend, limits)
+        address = launch(page, limits, args.host, args.port, args.share, args.root_path)
     backend.start()
     sys.stdout.write(f"The demo is at {address} until Ctrl-C ends it.\n")
     sys.stdout.flush()

@@ -15,7 +15,7 @@ from gradio.utils import get_upload_folder
 from deepseek_vl2.models.image_loading import load_image
 from deepseek_vl2.serve.web import rendering
 from deepseek_vl2.serve.web.backend import Backend
-from deepseek_vl2.serve.web.examples import EXAMPLES
+from deepseek_vl2.serve.web.examples import examples_for
 from deepseek_vl2.serve.web.jobs import Job, JobLine, Stage
 from deepseek_vl2.serve.web.limits import Limits
 from deepseek_vl2.serve.web.state import Chat, Settings, Turn
@@ -41,6 +41,7 @@ class DemoEvents:
 
     def __init__(self, backend: Backend, line: JobLine, limits: Limits) -> None:
         self.backend, self.line, self.limits = backend, line, limits
+        self.examples = examples_for(getattr(backend, "model_path", ""))
         self._running: dict[str, Job] = {}  # by session
 
     # ------------------------------------------------------------ before an answer
@@ -213,11 +214,10 @@ class DemoEvents:
 
     # ------------------------------------------------------------ the rest of the page
 
-    @staticmethod
-    def take_example(selected: gr.SelectData) -> Any:
+    def take_example(self, selected: gr.SelectData) -> Any:
         """Put an example into the input, where it can still be changed."""
         # By its number alone: a visitor may send other files' paths, and what is returned here, Gradio publishes.
-        example = next((found for number, found in enumerate(EXAMPLES) if number == selected.index), None)
+        example = next((found for number, found in enumerate(self.examples) if number == selected.index), None)
         return gr.skip() if example is None else {"text": example.question, "files": example.files}
 
     def show_status(self) -> tuple[Any, ...]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepseek_vl2.utils.places import is_nano
+
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 PICTURES = ASSETS / "examples"
+DRAWN = ASSETS / "shapes"
 LOGO = ASSETS / "logo.svg"
 
 
@@ -18,16 +21,18 @@ class Example:
         title: what it shows, in a few words.
         question: the text.
         pictures: names of files.
+        folder: where they are.
     """
 
     title: str
     question: str
     pictures: tuple[str, ...]
+    folder: Path = PICTURES
 
     @property
     def files(self) -> list[str]:
         """Paths of the pictures."""
-        return [str(PICTURES / name) for name in self.pictures]
+        return [str(self.folder / name) for name in self.pictures]
 
 
 EXAMPLES = (
@@ -54,3 +59,23 @@ EXAMPLES = (
     Example("Read a text", "Read all of the text in this picture.", ("receipt.webp",)),
     Example("A table to Markdown", "Convert this table to Markdown.", ("table.webp",)),
 )
+# nano knows drawn shapes and printed words alone; the questions are worded as those it was trained on.
+NANO_EXAMPLES = (
+    Example("Describe and point", "<|grounding|>Describe the image.", ("five_shapes.webp",), DRAWN),
+    Example("Find one thing", "<|ref|>the small yellow shape<|/ref|>.", ("moons.webp",), DRAWN),
+    Example("Find all of a kind", "Locate <|ref|>all diamonds<|/ref|> in the given image.", ("diamonds.webp",), DRAWN),
+    Example("Count", "Count the yellow shapes.", ("stars.webp",), DRAWN),
+    Example("Ask about a thing", "What colour is the square?", ("square.webp",), DRAWN),
+    Example("Read a sign", "Read the green sign.", ("signs.webp",), DRAWN),
+    Example("Read fine print", "What is written on the purple sign?", ("codes.webp",), DRAWN),
+    Example("Two pictures", "Which image has a red square?", ("red_square.webp", "no_red_square.webp"), DRAWN),
+)
+
+
+def examples_for(model: str) -> tuple[Example, ...]:
+    """Return the questions that a model can answer: about shapes and words for nano, about pictures for the others.
+
+    Args:
+        model: its name or path.
+    """
+    return NANO_EXAMPLES if is_nano(model) else EXAMPLES

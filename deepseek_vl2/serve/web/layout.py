@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import gradio as gr
 
 from deepseek_vl2.serve.web.backend import Backend
 from deepseek_vl2.serve.web.events import DemoEvents
-from deepseek_vl2.serve.web.examples import EXAMPLES, LOGO
+from deepseek_vl2.serve.web.examples import LOGO, Example
 from deepseek_vl2.serve.web.jobs import JobLine
 from deepseek_vl2.serve.web.limits import Limits
 from deepseek_vl2.serve.web.rendering import status_html
@@ -65,8 +66,8 @@ def theme() -> gr.themes.Base:
     )
 
 
-def _chat_examples() -> list[Any]:
-    return [{"text": example.question, "display_text": example.title, "files": example.files} for example in EXAMPLES]
+def _chat_examples(examples: Sequence[Example]) -> list[Any]:
+    return [{"text": example.question, "display_text": example.title, "files": example.files} for example in examples]
 
 
 def _settings(limits: Limits) -> list[Any]:
@@ -89,7 +90,7 @@ def _settings(limits: Limits) -> list[Any]:
     ]
 
 
-def _controls(limits: Limits) -> Controls:
+def _controls(limits: Limits, examples: Sequence[Example]) -> Controls:
     """Add the components."""
     chat = gr.State(Chat())
     with gr.Sidebar(position="right", open=False, width=340, elem_id="settings"):
@@ -108,7 +109,7 @@ def _controls(limits: Limits) -> Controls:
         buttons=["copy"],
         feedback_options=None,
         latex_delimiters=LATEX,
-        examples=_chat_examples(),
+        examples=_chat_examples(examples),
         placeholder="### Ask about pictures\nAttach, paste or drop some, or begin with an example.",
     )
     picture = gr.Radio(
@@ -168,7 +169,7 @@ def build_page(backend: Backend, limits: Limits | None = None) -> gr.Blocks:
         with gr.Row(elem_id="header"):
             gr.HTML(f"<h1>{LOGO.read_text(encoding='utf-8')}{TITLE}</h1>", padding=False)
             status = gr.HTML(status_html(backend.status()), elem_id="status", padding=False)
-        controls = _controls(limits)
+        controls = _controls(limits, events.examples)
         _connect(controls, events)
         timer = gr.Timer(0.5)
         for look in (page.load, timer.tick):
