@@ -70,5 +70,3 @@ def complete_with_tab(commands: Iterable[str]) -> None:
     readline.set_completer(complete)
     libedit = "libedit" in (readline.__doc__ or "")
     readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
-    if not libedit:
-        readline.parse_and_bind('set completion-append-character ""')

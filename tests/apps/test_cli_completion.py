@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import select
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
@@ -176,3 +180,45 @@ def test_tab_in_a_conversation(line: str, expected: list[str], folder: Path) -> 
 def test_absolute_paths_are_completed(folder: Path) -> None:
     line = f"What is {folder}/holiday/"
     assert completions(line, word_start(line), ("/image",)) == [f"{folder}/holiday/sea.png"]
+
+
+TYPED = """
+import os, sys
+from deepseek_vl2.cli.tab_completion import complete_with_tab
+complete_with_tab(("/image", "/save"))
+print(repr(input("> ")))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ("/im\tcat\t", "/image cat.png"),
+        ("What is my\t?", "What is my\\ photo.png?"),
+        ("/image holi\ts\t", "/image holiday/sea.png"),
+    ],
+)
+def test_tab_as_readline_does_it(keys: str, line: str, folder: Path) -> None:
+    import pty
+
+    main_end, own_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", TYPED], stdin=own_end, stdout=own_end, stderr=own_end, cwd=folder,
+        start_new_session=True, env={**os.environ, "TERM": "dumb"},
+    )  # fmt: skip
+    os.close(own_end)
+    seen, end = "", time.monotonic() + 60
+    try:
+        while repr(line) not in seen and time.monotonic() < end:
+            if select.select([main_end], [], [], 0.2)[0]:
+                seen += os.read(main_end, 65536).decode(errors="replace")
+            if seen.endswith("> "):
+                os.write(main_end, f"{keys}\n".encode())
+        assert repr(line) in seen
+    except OSError:  # the program has closed the terminal
+        assert repr(line) in seen
+    finally:
+        process.kill()
+        process.wait()
+        os.close(main_end)
