@@ -480,8 +480,8 @@ FAULTS = [
     Fault(
         "answers to another file of questions are taken over",
         "deepseek_vl2/cli/batch_files.py",
-        'foreign = sorted(line for line in answered if records[line].get("key") != keys.get(line))',
-        "foreign: list[int] = []",
+        "if job.line in answered and places[job.line].key == job.key:",
+        "if job.line in answered:",
         "tests/apps/test_cli_batch.py",
     ),
     Fault(
