@@ -18,7 +18,8 @@ def _in_use() -> QuantRows | None:
 
 
 def _packed(layer: Any, name: str = "weight") -> Packed:
-    return Packed(*layer.packed(name), layer.formats[name].group_size)
+    numbers, scale = layer.packed(name)
+    return Packed(numbers, scale, layer.formats[name].group_size)
 
 
 def run_packed_linear(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
@@ -31,14 +32,18 @@ def run_packed_queries_keys_values(
     layers: Sequence[Any], hidden_BTH: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
 ) -> Sequence[torch.Tensor] | None:
     """Run the three `PackedLinear` of multi-head attention; ``None`` where it cannot. Called by `models.attention`."""
-    rows = _in_use()
-    return None if rows is None else rows.queries_keys_values(hidden_BTH, *map(_packed, layers), *rotation)
+    if (rows := _in_use()) is None:
+        return None
+    query, key, value = map(_packed, layers)
+    return rows.queries_keys_values(hidden_BTH, query, key, value, *rotation)
 
 
 def run_packed_mlp(layers: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
     """Run the three `PackedLinear` of an MLP with SiLU; ``None`` where it cannot. Called by `models.moe`."""
-    rows = _in_use()
-    return None if rows is None else rows.mlp(x, *map(_packed, layers))
+    if (rows := _in_use()) is None:
+        return None
+    gate, up, down = map(_packed, layers)
+    return rows.mlp(x, gate, up, down)
 
 
 def run_packed_experts(
@@ -47,6 +52,5 @@ def run_packed_experts(
     """Run `PackedExperts`; ``None`` where it cannot. Called by `models.quantized_layers`."""
     if (rows := _in_use()) is None or not is_silu(layer.act_fn):
         return None
-    return rows.experts(
-        hidden_NH, *(_packed(layer, name) for name in ("gate_up_proj", "down_proj")), ids_NK, weights_NK
-    )
+    gate_up, down = _packed(layer, "gate_up_proj"), _packed(layer, "down_proj")
+    return rows.experts(hidden_NH, gate_up, down, ids_NK, weights_NK)
