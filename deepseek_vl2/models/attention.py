@@ -15,11 +15,12 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .backend import backend
 from .cache import PackedCache, causal_mask
 from .configuration_deepseek import DeepseekV2Config
 from .cpu import is_bare, project, row_kernels
 from .norm import DeepseekV2RMSNorm
-from .quantized_layers import PackedLinear, dense_weight
+from .quantized_layers import PackedLinear, dense_weight, is_bare_packed
 from .rope import apply_rotary, split_interleaved_pairs, yarn_softmax_scale
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -127,10 +128,12 @@ class DeepseekV2MultiHeadAttention(nn.Module):
     def queries_keys_values(self, hidden_BTH: torch.Tensor, rotation: Rotation) -> Sequence[torch.Tensor]:
         """Return rotated queries, [B, N, T, D], rotated keys and values, [B, M, T, D]."""
         layers = (self.q_proj, self.k_proj, self.v_proj)
-        if (kernels := row_kernels()) is not None and all(is_bare(layer) and layer.bias is None for layer in layers):
-            out: Sequence[torch.Tensor] | None = kernels.queries_keys_values(
-                hidden_BTH, *(layer.weight for layer in layers), *rotation
-            )
+        if (kernels := row_kernels()) is not None:
+            out: Sequence[torch.Tensor] | None = None
+            if all(is_bare(layer) and layer.bias is None for layer in layers):
+                out = kernels.queries_keys_values(hidden_BTH, *(layer.weight for layer in layers), *rotation)
+            elif all(map(is_bare_packed, layers)) and (engine := backend()) is not None:
+                out = engine.run_packed_queries_keys_values(layers, hidden_BTH, rotation)
             if out is not None:
                 return out
         query, key, value = (self._heads(project(layer, hidden_BTH)) for layer in layers)

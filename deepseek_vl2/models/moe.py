@@ -21,6 +21,7 @@ from .cpu import grouped_products, is_bare, is_untouched, project, row_kernels
 from .experts_autograd import SortRows, SumSortedRows, grouped_product, sum_weighted
 from .loss import compute_dtype
 from .parallel import holds_some_experts
+from .quantized_layers import is_bare_packed
 from .router import AddAuxiliaryLoss, MoEGate, RoutingContext
 
 SILU = type(ACT2FN["silu"])
@@ -49,8 +50,12 @@ class DeepseekV2MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the MLP's output."""
-        if (kernels := row_kernels()) is not None and self.is_plain():
-            out: torch.Tensor | None = kernels.mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        if (kernels := row_kernels()) is not None:
+            parts, out = (self.gate_proj, self.up_proj, self.down_proj), None
+            if self.is_plain():
+                out = kernels.mlp(x, *(part.weight for part in parts))
+            elif is_silu(self.act_fn) and all(map(is_bare_packed, parts)) and (engine := backend()) is not None:
+                out = engine.run_packed_mlp(parts, x)
             if out is not None:
                 return out
         return project(self.down_proj, self.act_fn(project(self.gate_proj, x)) * project(self.up_proj, x))
