@@ -94,12 +94,12 @@ class ExpertWeights:
 def gate_up_plain(
     x_BH: torch.Tensor, weights: ExpertWeights, topk_ids_BK: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return silu(gate) * up of the routed experts, [B, K, I], and of the shared ones, [B, S]."""
+    """Return silu(gate) * up of the routed experts, [B, K, I], and of the shared ones, [B, S]; of plain weights."""
     routed = shared = None
-    if weights.gate_up is not None and topk_ids_BK is not None:
+    if isinstance(weights.gate_up, torch.Tensor) and topk_ids_BK is not None:
         gate, up = torch.einsum("bh,bkih->bki", x_BH, weights.gate_up[topk_ids_BK.long()]).chunk(2, dim=-1)
         routed = F.silu(gate) * up
-    if weights.shared_gate is not None and weights.shared_up is not None:
+    if isinstance(weights.shared_gate, torch.Tensor) and isinstance(weights.shared_up, torch.Tensor):
         shared = F.silu(F.linear(x_BH, weights.shared_gate)) * F.linear(x_BH, weights.shared_up)
     return routed, shared
 
@@ -112,9 +112,9 @@ def down_plain(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return the outputs of the routed experts, [B, K, H], unweighted, and of the shared ones, [B, H]."""
     routed = shared = None
-    if routed_BKI is not None and weights.down is not None and topk_ids_BK is not None:
+    if routed_BKI is not None and isinstance(weights.down, torch.Tensor) and topk_ids_BK is not None:
         routed = torch.einsum("bki,bkhi->bkh", routed_BKI, weights.down[topk_ids_BK.long()])
-    if shared_BS is not None and weights.shared_down is not None:
+    if shared_BS is not None and isinstance(weights.shared_down, torch.Tensor):
         shared = F.linear(shared_BS, weights.shared_down)
     return routed, shared
 

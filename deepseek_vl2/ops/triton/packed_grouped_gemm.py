@@ -46,10 +46,10 @@ def _grouped_kernel(
     expert, column, first, end = find_tile(ends_ptr, tl.program_id(0), E, E_PAD, columns, BLOCK_P)
     if first < end:
         dtype = out_ptr.dtype.element_ty
-        expert = expert.to(tl.int64)
-        gate_ptr = packed_ptr + expert * (MATRIX * (K // PER))
+        place = expert.to(tl.int64)
+        gate_ptr = packed_ptr + place * (MATRIX * (K // PER))
         up_ptr = gate_ptr + N * (K // PER)
-        gate_scale_ptr = scale_ptr + expert * ((MATRIX + ROW_BLOCK - 1) // ROW_BLOCK * SCALES)
+        gate_scale_ptr = scale_ptr + place * ((MATRIX + ROW_BLOCK - 1) // ROW_BLOCK * SCALES)
         up_scale_ptr = gate_scale_ptr + N // ROW_BLOCK * SCALES
         n = column * BLOCK_N + tl.arange(0, BLOCK_N)
         p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)

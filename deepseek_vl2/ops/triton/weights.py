@@ -22,7 +22,7 @@ KINDS = {torch.int32: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
 BLOCK = 128  # rows and columns of a block of fp8
 SMALLEST_GROUP = 16
 PER_WORD = 8
-# A part of a row that is read at a time may exceed the row by so much: what lies behind its end is computed and dropped.
+# By how much the parts that a row is read in may exceed it: what lies behind its end is computed and dropped.
 MOST_PADDING = 1.2
 
 
@@ -150,8 +150,9 @@ def unpack_words(words: tl.tensor, factor: tl.tensor) -> tl.tensor:
         number = ((bits & 0x780000) | 0x3F800000).to(tl.float32, bitcast=True)
         planes += (number * factor - shift,)  # type: ignore[assignment]
     # A thread's own numbers change places, and none leaves it.
-    even = tl.interleave(tl.interleave(planes[0], planes[4]), tl.interleave(planes[2], planes[6]))
-    odd = tl.interleave(tl.interleave(planes[1], planes[5]), tl.interleave(planes[3], planes[7]))
+    a, b, c, d, e, f, g, h = planes  # type: ignore[misc]
+    even = tl.interleave(tl.interleave(a, e), tl.interleave(c, g))
+    odd = tl.interleave(tl.interleave(b, f), tl.interleave(d, h))
     return tl.interleave(even, odd)
 
 
