@@ -206,7 +206,7 @@ def test_blocks_fit_their_weights(name: str) -> None:
     fmt = FORMATS[name]
     given = {"KIND": {"int4": 1, "int8": 2, "fp8": 3}[fmt.kind], "GROUP": 128 if fmt.block else fmt.group_size}
     for columns in (16, 64, 896, 1280, 1408, 1536, 2048, 2560, 2816, 4096, 10944, 12288):
-        cut = packed_blocks(columns, given, 4, 2)
+        cut = packed_blocks(columns, given, 6, 2)
         assert cut["BLOCK_K"] & (cut["BLOCK_K"] - 1) == 0 and 1 <= cut["BLOCK_N"] <= 32
         assert fmt.kind == "int4" or not given["GROUP"] or given["GROUP"] % cut["BLOCK_K"] == 0
 

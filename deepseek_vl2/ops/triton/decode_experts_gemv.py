@@ -114,7 +114,7 @@ def _gate_up_gemv_kernel(
 def gate_up_blocks(hidden: int, fmt: dict[str, int]) -> dict[str, int]:
     """Return rows a program, columns a step and warps."""
     if fmt["KIND"]:
-        return packed_blocks(hidden, fmt, rows_a_thread=2, warps=2)
+        return packed_blocks(hidden, fmt, parts_a_thread=3, warps=2)
     # Measured on an H200 (benchmarks/gpu_tune.py): long rows want few of them in a program, and wide loads.
     block_n, block_k = (2, 1024) if hidden >= 2048 else (4, 512)
     return {"BLOCK_N": block_n, "BLOCK_K": min(power_of_two(hidden, 16), block_k), "num_warps": 4}
@@ -276,7 +276,7 @@ def down_blocks(weights: ExpertWeights, hidden: int, fmt: dict[str, int], progra
     if fmt["KIND"]:
         # A step serves both kinds of experts, and the routed ones are most.
         width = weights.intermediate_size or widest
-        return {**packed_blocks(width, fmt, rows_a_thread=1, warps=2), "AHEAD": 6}
+        return {**packed_blocks(width, fmt, parts_a_thread=1, warps=2), "AHEAD": 6}
     widest = power_of_two(widest, 16)
     # Measured on an H200 (benchmarks/gpu_tune.py), where 64 registers a thread let 8 programs of four warps run on a
     # multiprocessor at once, or twice as many of two. Rows of small's width just fit as the former, and wide loads are

@@ -140,7 +140,7 @@ def gemv_blocks(weight: Weight, rows: int) -> dict[str, int]:
     """
     width, fmt = weight.shape[-1], format_of(weight)
     if fmt["KIND"]:
-        return packed_blocks(width, fmt, rows_a_thread=4, warps=2)
+        return packed_blocks(width, fmt, parts_a_thread=6, warps=2)
     if width >= 2048 and rows <= 16384:
         return {"BLOCK_N": 4, "BLOCK_K": 1024, "num_warps": 4}
     return {"BLOCK_N": 8, "BLOCK_K": min(power_of_two(width, 16), 512), "num_warps": 4}

@@ -101,11 +101,11 @@ def check_weights(weights: Sequence[Weight]) -> None:
             raise ValueError(f"The kernels read rows without gaps; got shape {list(weight.shape)}, {weight.stride()}.")
 
 
-def packed_blocks(columns: int, fmt: dict[str, int], rows_a_thread: int, warps: int) -> dict[str, int]:
+def packed_blocks(columns: int, fmt: dict[str, int], parts_a_thread: int, warps: int) -> dict[str, int]:
     """Return rows and columns that a program reads at a time of a packed matrix, and its warps.
 
-    A thread reads 16 bytes of a row, so that a row of activations is loaded once for several rows of the weight.
-    Reckoned, not measured.
+    A thread reads 16 bytes of a row, and those of several rows, so that activations are loaded once for all; with
+    rows of several such parts it has fewer rows, or its registers would not do. Reckoned, not measured.
     """
     each = 16 if fmt["KIND"] > 1 else 32
     width = 2048
@@ -113,8 +113,10 @@ def packed_blocks(columns: int, fmt: dict[str, int], rows_a_thread: int, warps: 
         width //= 2
     width = min(width, triton.next_power_of_2(max(columns, 32)))
     if fmt["KIND"] > 1 and fmt["GROUP"]:
-        width, rows_a_thread = min(width, fmt["GROUP"]), 1
-    rows = min(max(32 * warps * each * rows_a_thread // width, 1), 32)
+        width = min(width, fmt["GROUP"])
+    rows_a_thread = max(parts_a_thread // triton.cdiv(columns, width), 1)
+    rows = 32 * warps * each * (1 << (rows_a_thread.bit_length() - 1)) // width
+    rows = min(max(rows, 1), 32)
     return {"BLOCK_N": rows, "BLOCK_K": width, "num_warps": warps}
 
 
