@@ -74,7 +74,7 @@ class KernelChecks:
         """Check that the likeliest of one row is found; 0 or 1."""
         head = self.weights.head
         x, out = self.draw(self.hidden), self.poisoned(head.shape[0], dtype=torch.float32)
-        programs = -(-head.shape[0] // decode_gemv.gemv_blocks(self.hidden, head.shape[0])["BLOCK_N"])
+        programs = -(-head.shape[0] // decode_gemv.gemv_blocks(head, head.shape[0])["BLOCK_N"])
         best = (
             self.poisoned(programs, dtype=torch.float32),
             torch.zeros(programs, dtype=torch.int32, device=self.device),
