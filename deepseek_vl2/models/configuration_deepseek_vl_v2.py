@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PretrainedConfig
 
@@ -16,6 +17,8 @@ VISION_ATTENTION_BACKENDS = ("sdpa", "eager", "xformers")
 TILE_TAGS = ("2D",)
 # Releases do not name the id of <image>; their embeddings' sizes tell which tokenizer they come with.
 RELEASED_IMAGE_TOKEN_IDS = {129280: 128815, 102400: 100003}
+
+Loaded = TypeVar("Loaded", bound="DeepseekVLV2Config")
 
 
 class VisionEncoderConfig(PretrainedConfig):
@@ -176,6 +179,7 @@ class DeepseekVLV2Config(PretrainedConfig):
 
     model_type = "deepseek_vl_v2"
     attribute_map = {"text_config": "language_config"}
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "last_hidden_state"]
     sub_configs = {
         "vision_config": VisionEncoderConfig,
         "projector_config": MlpProjectorConfig,
@@ -213,10 +217,20 @@ class DeepseekVLV2Config(PretrainedConfig):
         kwargs.setdefault("architectures", ["DeepseekVLV2ForCausalLM"])
         kwargs.setdefault("tie_word_embeddings", language_config.tie_word_embeddings)
         self.tie_word_embeddings = kwargs.pop("tie_word_embeddings")
+        self.auto_map: dict[str, Any] = kwargs.pop("auto_map", None) or {}  # trainers read it of every config
         super().__init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json holds."""
+        content = super().to_dict()
+        if not content.get("auto_map"):
+            content.pop("auto_map", None)
+        return content
+
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls: type[Loaded], pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> Loaded:
         """Load a checkpoint's config, or that of "nano"; arguments as in transformers."""
         return super().from_pretrained(locate_bundled(pretrained_model_name_or_path), **kwargs)
 
