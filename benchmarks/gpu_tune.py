@@ -72,7 +72,7 @@ class Tuner:
 
     def __init__(self, weights: DecoderWeights, rows: int) -> None:
         self.layers = [layer for layer in weights.layers if layer.routing is not None]
-        self.rows, like = rows, weights.head
+        self.rows, like = rows, weights.embedding
         first = self.layers[0]
         assert first.routing is not None
         e, a, routing, hidden = first.experts, first.attention, first.routing, like.shape[1]
