@@ -136,6 +136,8 @@ def answer_all(args: Namespace, questions: Path, output: Path, survey: Survey) -
 
     with connected(args.ray_address) as ray:
         fleet = fleet_of(ray, args.processes, args.device in ("cpu", "mps"))
+        if fleet.workers > fleet.fitting:
+            tell(f"The cluster has room for {fleet.fitting} workers now: the others start when there is more.")
         actor = ray.remote(num_cpus=fleet.cpus, num_gpus=fleet.gpus, scheduling_strategy="SPREAD")(LineWorker)
         dispatcher = Dispatcher(
             ray,

@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = ("--max_new_tokens", "8", "--dtype", "float32", "--device", "cpu", "--batch_size", "8", "--quiet")
+OPTIONS = ("--max_new_tokens", "4", "--dtype", "float32", "--device", "cpu", "--batch_size", "8", "--quiet")
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_a_killed_actor_and_a_killed_node_lose_and_double_nothing(
             wait_for(process, answered(lines // 2))
         cluster.remove_node(second, allow_graceful=False)
         assert not answered(lines)()
-        errors = process.communicate(timeout=300)[1]
+        errors = process.communicate(timeout=500)[1]
     finally:
         process.kill()
     assert process.returncode == 1 and "Traceback" not in errors, errors

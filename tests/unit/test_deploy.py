@@ -75,7 +75,7 @@ def test_ray_serve_takes_the_config() -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ({"modle": "nano"}, "modle"),
+        ({"checkpoint": "nano"}, "checkpoint"),
         ({"max_replicas": 0}, "max_replicas"),
         ({"min_replicas": 3, "max_replicas": 2}, "less than min_replicas"),
         ({"options": ["--slots", "none"]}, "--slots"),

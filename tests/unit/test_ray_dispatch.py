@@ -198,6 +198,7 @@ def test_workers_of_a_cluster() -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}}, {"Alive": True, "Resources": {"CPU": 4.0}}]
     dead = {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 8.0}}
     ray = SimpleNamespace(nodes=lambda: [*nodes, dead])
-    assert fleet_of(ray, None, on_cpu=False) == (4, 1, 1)
-    assert fleet_of(ray, 2, on_cpu=False) == (2, 1, 1)
-    assert fleet_of(ray, None, on_cpu=True) == (2, 0, 4)
+    assert fleet_of(ray, None, on_cpu=False) == (4, 1, 1, 4)
+    assert fleet_of(ray, 2, on_cpu=False) == (2, 1, 1, 4)
+    assert fleet_of(ray, None, on_cpu=True) == (2, 0, 4, 3)
+    assert fleet_of(ray, 20, on_cpu=True) == (20, 0, 1, 12)

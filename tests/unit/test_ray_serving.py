@@ -223,6 +223,45 @@ def test_a_replica_that_dies_before_it_says_anything_is_no_error() -> None:
     assert head.status == 503 and "No replica" in json.loads(text)["error"]["message"]
 
 
+def test_too_much_to_do_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    exceptions = pytest.importorskip("ray.serve.exceptions")
+    busy = exceptions.BackPressureError(num_queued_requests=9, max_queued_requests=9)
+    app, _ = ingress(Parts(busy))
+    head, text = asyncio.run(collect(app, request_of(CHAT, b"{}")))
+    assert head.status == 429 and json.loads(text)["error"]["code"] == "queue_full"
+
+
+def routed(queued: dict[str, int], **wanted: Any) -> list[list[str]]:
+    """Return the names of the replicas that the router chooses."""
+    routing = pytest.importorskip("ray.serve.request_router") and pytest.importorskip(
+        "deepseek_vl2.integrations.ray.routing"
+    )
+    replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in queued]
+
+    class Router(routing.StickyRouter):  # type: ignore[misc,name-defined]
+        replica_queue_len_cache = SimpleNamespace(get=lambda id_: queued[id_.unique_id])
+
+        def __init__(self) -> None:
+            self.initialize_state(imbalance=4)
+
+    pending = SimpleNamespace(kwargs=wanted, routing_context=SimpleNamespace(should_backoff=False))
+    chosen = asyncio.run(Router().choose_replicas(replicas, pending))
+    assert pending.routing_context.should_backoff, "a full application is not asked without a pause"
+    return [[replica.replica_id.unique_id for replica in rank] for rank in chosen]
+
+
+def test_the_router_prefers_and_passes_over() -> None:
+    names = ["a", "b", "c"]
+    order = ranked("key", names)
+    assert routed(dict.fromkeys(names, 0), affinity="key") == [[name] for name in order]
+    assert routed({**dict.fromkeys(names, 0), order[0]: 5}, affinity="key")[0] == [order[1]]
+    assert routed(dict.fromkeys(names, 0), replica="b", affinity="key") == [["b"]]
+    gone = routed(dict.fromkeys(names, 0), replica="gone", affinity=None)
+    assert sorted(name for rank in gone for name in rank) == names
+    two, rest = routed(dict.fromkeys(names, 0), affinity=None, replica=None)
+    assert len(two) == 2 and len(rest) == 1
+
+
 def test_strangers_and_large_bodies_reach_no_replica() -> None:
     app, asked = ingress(key="right")
     head, text = asyncio.run(collect(app, request_of(CHAT, b"{}")))

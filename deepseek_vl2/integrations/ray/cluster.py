@@ -19,11 +19,13 @@ class Fleet(NamedTuple):
     Fields:
         workers: how many.
         gpus, cpus: what each of them takes.
+        fitting: how many of them the cluster has the GPUs or CPUs for, those in use included.
     """
 
     workers: int
     gpus: int
     cpus: int
+    fitting: int
 
 
 def import_ray() -> Any:
@@ -79,10 +81,11 @@ def fleet_of(ray: Any, wanted: int | None, on_cpu: bool) -> Fleet:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = 0 if on_cpu else int(sum(node.get("GPU", 0) for node in nodes))
     if gpus:
-        return Fleet(wanted or gpus, 1, 1)
+        return Fleet(wanted or gpus, 1, 1, gpus)
     cpus = [int(node.get("CPU", 0)) for node in nodes]
     workers = wanted or max(1, sum(count > 0 for count in cpus))
-    return Fleet(workers, 0, cpus_each(cpus, workers))
+    each = cpus_each(cpus, workers)
+    return Fleet(workers, 0, each, sum(count // each for count in cpus))
 
 
 def cpus_each(nodes: Sequence[int], workers: int) -> int:

@@ -156,7 +156,7 @@ class Dispatcher:
             yield from self._replace(worker, str(error.cause))
         except self.ray.exceptions.RayError as error:  # it died, or cannot be reached, or its words were lost
             if getattr(error, "actor_init_failed", False):
-                raise RuntimeError(f"A worker cannot be started: {error}") from None
+                raise ChildProcessError(f"A worker cannot be started: {error}") from None
             yield from self._replace(worker, str(error).partition("\n")[0])
         else:
             if worker.started:

@@ -239,7 +239,9 @@ def room(wanted: int | None, positions: int) -> int:
     return min(MAX_LENGTH, positions) if wanted is None else wanted
 
 
-def server_settings(args: argparse.Namespace, keys: tuple[str, ...], name: str, slots: int, replica: str) -> Settings:
+def server_settings(
+    args: argparse.Namespace, keys: tuple[str, ...], name: str, slots: int, replica: str = ""
+) -> Settings:
     """Return what the options say of the HTTP side."""
     from deepseek_vl2.serve.api.settings import MEBI, ConnectionLimits, ImageLimits, Settings
 
