@@ -53,6 +53,11 @@ class QuantWeight:
         """Where it lies."""
         return self.packed.device
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of numbers and scales."""
+        return int(self.packed.nbytes + self.scale.nbytes)
+
     def check(self) -> None:
         """Raise ``ValueError`` for what the kernels do not read."""
         if self.packed.dtype not in KINDS:
