@@ -56,7 +56,7 @@ class QuantWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of numbers and scales."""
-        return self.packed.nbytes + self.scale.nbytes
+        return int(self.packed.nbytes + self.scale.nbytes)
 
     def check(self) -> None:
         """Raise ``ValueError`` for what the kernels do not read."""
