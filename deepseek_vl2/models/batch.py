@@ -144,6 +144,23 @@ class BatchCollateOutput(OutputWithTiles):
     """
 
 
+def pad_rows(rows: Sequence[torch.Tensor], value: float, left: bool = False, length: int | None = None) -> torch.Tensor:
+    """Stack tensors that differ in their first dimension, each filled up with ``value`` on one side.
+
+    Args:
+        rows: at least one.
+        value: of what is filled up.
+        left: whether it stands in front.
+        length: of all rows; by default that of the longest.
+    """
+    longest = max(len(row) for row in rows) if length is None else length
+    out = rows[0].new_full((len(rows), longest, *rows[0].shape[1:]), value)
+    for index, row in enumerate(rows):
+        start = out.shape[1] - len(row) if left else 0
+        out[index, start : start + len(row)] = row
+    return out
+
+
 def collate(
     samples: Sequence[VLChatProcessorOutput], pad_id: int, ignore_id: int, left: bool = True, length: int | None = None
 ) -> BatchCollateOutput:
@@ -165,13 +182,7 @@ def collate(
         raise ValueError("There are no samples to batch.")
 
     def stack(name: str, value: float, left: bool = False, length: int | None = None) -> torch.Tensor:
-        rows = [sample[name] for sample in samples]
-        longest = max(len(row) for row in rows) if length is None else length
-        out = rows[0].new_full((len(rows), longest, *rows[0].shape[1:]), value)
-        for index, row in enumerate(rows):
-            start = out.shape[1] - len(row) if left else 0
-            out[index, start : start + len(row)] = row
-        return out
+        return pad_rows([sample[name] for sample in samples], value, left, length)
 
     images: Any = stack_tiles([sample.held()["images"] for sample in samples])
     if images is None:

@@ -32,32 +32,33 @@ class BatchOptions:
     """What becomes of a call's samples.
 
     Fields:
-        padding: True or "longest"; "max_length"; "left" or "right", which name the side too; False: rows are as long.
+        padding: True or "longest", the default; "max_length"; "left" or "right", which name the side too; False: none,
+            see `is_ragged`.
         padding_side: "left" (generation needs it) or "right".
         truncation: drop what is behind ``max_length`` tokens; images are never cut.
         max_length: in tokens.
         pad_to_multiple_of: pad on to a multiple of so many tokens.
-        return_tensors: "pt" or "np".
+        return_tensors: "pt", the default, or "np".
 
     Raises:
         ValueError: a value that is none of these, or ``max_length`` that nothing uses.
     """
 
-    padding: bool | str = True
+    padding: bool | str | None = None
     padding_side: str | None = None
     truncation: bool = False
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
-    return_tensors: str = "pt"
+    return_tensors: str | None = None
 
     def __post_init__(self) -> None:
-        if self.padding not in PADDINGS:
+        if self.padding is not None and self.padding not in PADDINGS:
             raise ValueError(f"padding must be one of {', '.join(map(repr, PADDINGS))}, got {self.padding!r}.")
         if self.padding_side not in (None, "left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {self.padding_side!r}.")
         if not isinstance(self.truncation, bool):
             raise ValueError(f"truncation must be True or False, got {self.truncation!r}: ends are cut.")
-        if self.return_tensors not in TENSORS:
+        if self.return_tensors is not None and self.return_tensors not in TENSORS:
             raise ValueError(f"return_tensors must be 'pt' or 'np', got {self.return_tensors!r}.")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be positive, got {self.max_length}.")
@@ -104,8 +105,15 @@ class BatchOptions:
                     f"A prompt has {length} tokens, and max_length={limit} would cut its image: raise max_length, or "
                     "give cropping=False for fewer tokens an image."
                 )
-            for name in ("input_ids", "target_ids", "images_seq_mask"):
-                sample[name] = sample[name][:limit]
+            for name in ("input_ids", "target_ids", "images_seq_mask", "assistant_mask"):
+                if name in sample:
+                    sample[name] = sample[name][:limit]
+
+    def is_ragged(self, is_default: bool) -> bool:
+        """Whether rows stay as long as they are, as lists; ``is_default``: where nothing else is asked for."""
+        if self.return_tensors is not None or self.pad_to_multiple_of is not None:
+            return False
+        return self.padding in (False, "do_not_pad") or (self.padding is None and is_default)
 
     def padded_length(self, lengths: Sequence[int], limit: int | None) -> int:
         """Return how long all rows become.

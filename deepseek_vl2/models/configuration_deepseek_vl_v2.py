@@ -176,6 +176,7 @@ class DeepseekVLV2Config(PretrainedConfig):
 
     model_type = "deepseek_vl_v2"
     attribute_map = {"text_config": "language_config"}
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "last_hidden_state"]
     sub_configs = {
         "vision_config": VisionEncoderConfig,
         "projector_config": MlpProjectorConfig,
@@ -213,7 +214,15 @@ class DeepseekVLV2Config(PretrainedConfig):
         kwargs.setdefault("architectures", ["DeepseekVLV2ForCausalLM"])
         kwargs.setdefault("tie_word_embeddings", language_config.tie_word_embeddings)
         self.tie_word_embeddings = kwargs.pop("tie_word_embeddings")
+        self.auto_map: dict[str, Any] = kwargs.pop("auto_map", None) or {}  # trainers read it of every config
         super().__init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json holds."""
+        content = super().to_dict()
+        if not content.get("auto_map"):
+            content.pop("auto_map", None)
+        return content
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:

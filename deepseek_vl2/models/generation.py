@@ -50,6 +50,29 @@ def set_generation_ids(model: PreTrainedModel, config: DeepseekV2Config) -> None
     generation.pad_token_id = eos if config.pad_token_id is None else config.pad_token_id
 
 
+def check_padding(input_ids: torch.Tensor | None, attention_mask: Any, pad_id: Any, other_ids: Any) -> None:
+    """Raise ``ValueError`` for a batch whose mask takes the padding in front of a prompt for tokens.
+
+    Args:
+        input_ids: [B, T].
+        attention_mask: [B, T], true where a token is not padding.
+        pad_id: of the padding tokens.
+        other_ids: ids that a prompt may begin with; where ``pad_id`` is one, nothing can be told.
+    """
+    if input_ids is None or len(input_ids) < 2 or not isinstance(attention_mask, torch.Tensor):
+        return
+    others = other_ids if isinstance(other_ids, (list, tuple)) else [other_ids]
+    if not isinstance(pad_id, int) or pad_id in others or attention_mask.shape != input_ids.shape:
+        return
+    first = attention_mask[:, 0].to(input_ids.device).bool()
+    if bool(((input_ids[:, 0] == pad_id) & first).any()):
+        raise ValueError(
+            "A row of input_ids begins with padding that attention_mask takes for tokens. Pass the processor's "
+            "attention_mask on; for TRL's GRPOTrainer, which pads prompts itself, load the processor with "
+            "DeepseekVLV2Processor.from_pretrained(..., transformers_defaults=True)."
+        )
+
+
 class ChunkedGenerationMixin(GenerationMixin):
     """transformers' ``generate``, with tuple caches and a prefill in chunks that runs on embeddings.
 

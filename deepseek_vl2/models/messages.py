@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 from urllib.request import url2pathname
@@ -25,7 +26,7 @@ ASSISTANT_ROLES = ("assistant", "Assistant", "<|Assistant|>")
 
 # The same prompt as the processor writes for a conversation. An image part becomes <image>, and a newline
 # follows it unless white space or nothing does: that is how the model's own prompts look. A tag inside a text part is
-# text: see `escape_tags`.
+# text: see `escape_tags`. The generation marks say what is an answer, for trainers that ask for a mask of its tokens.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -61,13 +62,24 @@ CHAT_TEMPLATE = """\
     {%- if add_generation_prompt or not loop.last -%}{{- '<|Assistant|>:' -}}{%- endif -%}
   {%- elif role in ('assistant', 'Assistant', '<|Assistant|>') -%}
     {%- if '<image>' in content -%}{{- raise_exception('An assistant turn cannot show images.') -}}{%- endif -%}
-    {{- content -}}
-    {%- if not loop.last or (content and not add_generation_prompt) -%}{{- eos_token -}}{%- endif -%}
+    {%- generation -%}
+      {{- content -}}
+      {%- if not loop.last or (content and not add_generation_prompt) -%}{{- eos_token -}}{%- endif -%}
+    {%- endgeneration -%}
   {%- else -%}
     {{- raise_exception('Unknown role: ' + role) -}}
   {%- endif -%}
 {%- endfor -%}
 """
+
+
+def is_own_template(template: str | None) -> bool:
+    """Whether a chat template is this one, also as it was saved before it marked the answers."""
+
+    def bare(text: str) -> str:
+        return "".join(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text).split())
+
+    return isinstance(template, str) and bare(template) == bare(CHAT_TEMPLATE)
 
 
 def escaped(tag: str) -> str:

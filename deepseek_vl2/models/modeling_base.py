@@ -21,6 +21,8 @@ from .siglip_vit import VisionTransformer
 
 # What a processor's batch carries beside the model's inputs: `generate(**batch)` and `forward(**batch)` accept it.
 PROCESSOR_ONLY = ("sft_format", "seq_lens", "num_image_tokens", "target_ids")
+# Where packed samples begin, as collators that pad nothing say it beside the positions.
+PACKING_HINTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 @dataclass
@@ -34,21 +36,43 @@ class DeepSeekVLV2CausalLMOutputWithPast(CausalLMOutputWithPast):
         hidden_states: embeddings and every layer's output, [B, T, H] each, where asked for.
         attentions: attention weights of every layer, where asked for.
         rope_deltas: always ``None``; kept for scripts that unpack it.
-        last_hidden_state: what the logits are computed from, [B, T, H], where they are skipped.
+        last_hidden_state: what the logits are computed from, [B, T, H].
     """
 
     rope_deltas: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
 
 
-def check_keywords(unknown: dict[str, Any]) -> None:
-    """Raise ``TypeError`` for keywords that are neither inputs of the model nor parts of a processor's batch."""
-    names = [name for name in unknown if name not in PROCESSOR_ONLY]
+def check_keywords(unknown: dict[str, Any], position_ids: torch.Tensor | None = None) -> None:
+    """Raise ``TypeError`` for keywords that are neither inputs of the model nor parts of a processor's batch.
+
+    ``PACKING_HINTS`` repeat what positions say, and are known beside them alone.
+    """
+    names = [
+        name for name in unknown if name not in PROCESSOR_ONLY and (position_ids is None or name not in PACKING_HINTS)
+    ]
     if names:
         raise TypeError(
             f"forward() takes no {', '.join(names)}: images come as images, images_seq_mask and images_spatial_crop, "
-            "as the processor returns them."
+            "or as pixel_values and image_sizes, as the processor returns them."
         )
+
+
+class ModelBody(nn.Module):
+    """The model without its output head: what trainers run that compute the loss from the hidden states themselves.
+
+    It holds no module of its own, so that the model's parameters have one name each.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.whole: Any
+        self.__dict__["whole"] = model  # past Module's own, which would register it
+        self._tp_plan, self._pp_plan = model._tp_plan, model._pp_plan
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's output with ``last_hidden_state``, [B, T, H], and without logits."""
+        return type(self.whole).forward(self.whole, *args, skip_logits=True, **kwargs)
 
 
 class DeepseekVLV2PreTrainedModel(DeepseekV2PreTrainedModel):
@@ -99,6 +123,11 @@ class DeepseekVLV2PreTrainedModel(DeepseekV2PreTrainedModel):
         config["auto_map"].update(dict.fromkeys(("AutoModelForCausalLM", "AutoModelForImageTextToText"), reference))
         config["auto_map"].setdefault("AutoConfig", "configuration_deepseek_vl_v2.DeepseekVLV2Config")
         config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without its output head, see `ModelBody`."""
+        return ModelBody(self)
 
     @property
     def language_model(self) -> DeepseekV2ForCausalLM:

@@ -440,7 +440,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            last_hidden_state=outputs.last_hidden_state if skip_logits else None,
+            last_hidden_state=outputs.last_hidden_state,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 

@@ -27,7 +27,7 @@ from .configuration_deepseek_vl_v2 import (
     MlpProjectorConfig,
     VisionEncoderConfig,
 )
-from .generation import ChunkedGenerationMixin, set_generation_ids
+from .generation import ChunkedGenerationMixin, check_padding, set_generation_ids
 from .image_merge import (
     arrange_images,
     check_image_inputs,
@@ -49,6 +49,7 @@ from .modeling_base import (
 from .modeling_deepseek import DeepseekV2ForCausalLM, split_training_mask
 from .projector import MlpProjector, output_side
 from .siglip_vit import VisionTransformer
+from .standard_images import ImageInputs, original_inputs
 from .tiling import TileGrid, count_image_tokens
 
 __all__ = [
@@ -66,7 +67,7 @@ __all__ = [
 
 register_conversion(DeepseekVLV2Config.model_type)
 
-IMAGE_INPUTS = ("images", "images_seq_mask", "images_spatial_crop")
+IMAGE_INPUTS = ImageInputs._fields
 
 
 def is_whole_prompt(attention_mask: torch.Tensor | None, past_key_values: Any) -> bool:
@@ -218,12 +219,39 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         check_image_tokens(marked, consistent or ids_checked, grids, self.image_token_side, images.shape[1])
         return grids
 
+    def named_images(
+        self,
+        input_ids: torch.Tensor | None,
+        given: ImageInputs,
+        pixel_values: torch.Tensor | None,
+        image_sizes: torch.Tensor | None,
+    ) -> ImageInputs:
+        """Return the images of a call under the original's names, whichever they were given under.
+
+        Raises:
+            TypeError: they were given under both, or only half of them.
+            ValueError: those under transformers' names do not fit the ids.
+        """
+        if pixel_values is None and image_sizes is None:
+            return given
+        if any(value is not None for value in given):
+            raise TypeError(
+                "Give images as images, images_seq_mask and images_spatial_crop, or as pixel_values: not both."
+            )
+        if input_ids is None:
+            raise ValueError("pixel_values needs input_ids: their image tokens say where the images stand.")
+        size = self.config.vision_config.image_size
+        ids = (self.config.image_token_id, self.image_token_side, size)
+        return original_inputs(input_ids, pixel_values, image_sizes, *ids)
+
     def prepare_inputs_embeds(
         self,
         input_ids: torch.Tensor,
         images: torch.Tensor | None = None,
         images_seq_mask: torch.Tensor | None = None,
         images_spatial_crop: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         **ignored: Any,
     ) -> torch.Tensor:
         """Return the embeddings of a batch's text and images, [B, T, H].
@@ -233,10 +261,14 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             images: tiles, [B, tiles, 3, S, S]; rows with fewer tiles end in anything.
             images_seq_mask: where image tokens stand, [B, T].
             images_spatial_crop: tiles across and down for each image, [B, images, 2]; rows end in [0, 0].
+            pixel_values, image_sizes: instead of the three, images under transformers' names; see `StandardBatch`.
 
         Raises:
             ValueError: ids, mask and images disagree, or a prompt with image tokens lacks one of the three.
         """
+        images, images_seq_mask, images_spatial_crop = self.named_images(
+            input_ids, ImageInputs(images, images_seq_mask, images_spatial_crop), pixel_values, image_sizes
+        )
         check_image_inputs(input_ids, images, images_seq_mask, images_spatial_crop, self.config.image_token_id)
         return self._embed(input_ids, images, images_seq_mask, images_spatial_crop)
 
@@ -286,12 +318,15 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         cache: Any = None,
         num_items_in_batch: Any = None,
         image_tokens_checked: bool = False,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> DeepSeekVLV2CausalLMOutputWithPast:
         """Predict the next token at each position of a prompt with images.
 
         Args:
-            images, images_seq_mask, images_spatial_crop: see `prepare_inputs_embeds`; unused with ``inputs_embeds``.
+            images, images_seq_mask, images_spatial_crop, or pixel_values and image_sizes: see `prepare_inputs_embeds`;
+                unused with ``inputs_embeds``.
             image_tokens_checked: the ids are generated or were checked before, so that one of them may be the image
                 token's without an image.
             others: see `DeepseekV2ForCausalLM.forward`. In training, with labels, no logits are returned unless
@@ -303,7 +338,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
                 nor embeddings are given.
             TypeError: an unknown keyword.
         """
-        check_keywords(kwargs)
+        check_keywords(kwargs, position_ids)
         if labels is not None and (isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0):
             raise ValueError("labels need the logits of all positions: leave logits_to_keep out.")
         past_key_values = one_cache(past_key_values, cache)
@@ -321,9 +356,12 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("Give either input_ids or inputs_embeds.")
-            if images is not None and not self.training and is_whole_prompt(attention_mask, past_key_values):
+            image_inputs = self.named_images(
+                input_ids, ImageInputs(images, images_seq_mask, images_spatial_crop), pixel_values, image_sizes
+            )
+            shown = image_inputs.images is not None
+            if shown and not self.training and is_whole_prompt(attention_mask, past_key_values):
                 attention_mask = None
-            image_inputs = (images, images_seq_mask, images_spatial_crop)
             # A token behind a cache is most often generated, and looking at it would wait for the device.
             checked = image_tokens_checked or (past_key_values is not None and input_ids.shape[1] == 1)
             if not checked:
@@ -401,6 +439,8 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         images_seq_mask: torch.Tensor | None = None,
         images_spatial_crop: torch.Tensor | None = None,
         chunk_size: int = 1024,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Cache]:
         """Embed a prompt and prefill all of it but the last token, in chunks; hand both results to ``generate``.
 
@@ -417,7 +457,9 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("Give either input_ids or inputs_embeds.")
-            inputs_embeds = self.prepare_inputs_embeds(input_ids, images, images_seq_mask, images_spatial_crop)
+            inputs_embeds = self.prepare_inputs_embeds(
+                input_ids, images, images_seq_mask, images_spatial_crop, pixel_values, image_sizes
+            )
         return inputs_embeds, self.prefill_in_chunks(inputs_embeds, attention_mask, chunk_size)
 
     @torch.no_grad()
@@ -441,6 +483,12 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             kwargs.pop(name, None)
         if inputs is not None:
             kwargs.setdefault("input_ids", inputs)
+        ids = [self.generation_setting(f"{n}_token_id", generation_config, kwargs) for n in ("pad", "eos")]
+        check_padding(kwargs.get("input_ids"), kwargs.get("attention_mask"), *ids)
+        standard = [kwargs.pop(name, None) for name in ("pixel_values", "image_sizes")]
+        if kwargs.get("inputs_embeds") is None and any(value is not None for value in standard):
+            given = ImageInputs(*(kwargs.get(name) for name in IMAGE_INPUTS))
+            kwargs.update(self.named_images(kwargs.get("input_ids"), given, *standard)._asdict())
         prompt = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs.get("input_ids")
         if prompt is not None:
             copies = self.prepare_call(prompt, generation_config, kwargs)

@@ -15,7 +15,14 @@ from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .conversation import Conversation, get_conv_template
 from .image_modes import WHITE, Background, check_background
 from .image_processing import ImageTransform
-from .messages import CHAT_TEMPLATE, CHAT_TOKENS, GROUNDING_TOKENS, Message, messages_to_conversation
+from .messages import (
+    CHAT_TEMPLATE,
+    CHAT_TOKENS,
+    GROUNDING_TOKENS,
+    Message,
+    is_own_template,
+    messages_to_conversation,
+)
 from .prompt_encoding import encode_with_literals, literal_ids
 from .tiling import Size, tile_grid
 from .turns import Turn, print_turns, walk_turns
@@ -43,6 +50,7 @@ class BaseProcessor(ProcessorMixin):
         ignore_id: int = -100,
         chat_template: str | None = None,
         background: Background = WHITE,
+        transformers_defaults: bool = False,
         **kwargs: Any,
     ) -> None:
         get_conv_template(sft_format)  # an unknown name is an error here, not at the first call
@@ -62,6 +70,7 @@ class BaseProcessor(ProcessorMixin):
         self.mask_prompt = mask_prompt
         self.ignore_id = ignore_id
         self.background = check_background(background)
+        self.transformers_defaults = transformers_defaults
         self._prepare_tokenizer(tokenizer)
         super().__init__(tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         tokenizer.chat_template = self.chat_template
@@ -116,12 +125,20 @@ class BaseProcessor(ProcessorMixin):
         """Build from a tokenizer and the content of processor_config.json.
 
         A chat template that never writes this model's role tags belongs to another model (one release ships such a
-        stray file) and is left out.
+        stray file) and is left out; its own, as an earlier version saved it, gives way to today's.
         """
         template = processor_dict.get("chat_template")
-        if template is not None and not (isinstance(template, str) and "<|User|>" in template):
+        foreign = not (isinstance(template, str) and "<|User|>" in template)
+        if template is not None and (foreign or is_own_template(template)):
             processor_dict = {name: value for name, value in processor_dict.items() if name != "chat_template"}
         return super().from_args_and_dict(args, processor_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what processor_config.json holds."""
+        content = super().to_dict()
+        if not content.get("transformers_defaults"):
+            content.pop("transformers_defaults", None)
+        return content
 
     @property
     def bos_id(self) -> int:

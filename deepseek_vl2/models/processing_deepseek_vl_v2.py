@@ -6,10 +6,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from types import EllipsisType
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 
 from .batch import BatchCollateOutput, VLChatProcessorOutput, collate
@@ -17,28 +16,24 @@ from .call_inputs import ImageOptions, as_image_list, as_list, distribute_images
 from .call_options import BatchOptions, take_groups
 from .image_modes import Background, check_background
 from .image_processing import ImageTransform, load_images, make_tiles
-from .messages import (
-    CHAT_TEMPLATE,
-    SYSTEM_ROLES,
-    Message,
-    check_messages,
-    messages_to_conversation,
-)
-from .processing_base import BaseProcessor
+from .messages import SYSTEM_ROLES, Message, check_messages
+from .processing_templates import ChatTemplateProcessor
 from .prompt_encoding import PromptEncoder, TokenSequence
+from .standard_batch import StandardBatch, collate_standard
 from .tiling import MAX_TILED_IMAGES, TileGrid, select_best_resolution, tokens_per_side
-from .turns import print_turns, render_turns
+from .turns import print_turns
 
 __all__ = [
     "BatchCollateOutput",
     "DeepseekVLV2Processor",
     "ImageTransform",
+    "StandardBatch",
     "VLChatProcessorOutput",
     "select_best_resolution",
 ]
 
 
-class DeepseekVLV2Processor(BaseProcessor):
+class DeepseekVLV2Processor(ChatTemplateProcessor):
     """Tokenizer, tiling and prompt format of DeepSeek-VL2 in one callable.
 
     Args:
@@ -56,6 +51,8 @@ class DeepseekVLV2Processor(BaseProcessor):
         ignore_id: label where no loss is taken.
         chat_template: a Jinja template instead of the one that equals the "deepseek" prompt format.
         background: the colour under transparent pixels; ``None`` drops their alpha, as the original package does.
+        transformers_defaults: texts and chat templates are neither padded nor made tensors unless that is asked for, as
+            transformers' processors do; TRL's GRPOTrainer relies on it.
 
     Raises:
         ValueError: an unknown prompt template, resolutions that are not whole tiles, a background that is no colour, or
@@ -221,6 +218,17 @@ class DeepseekVLV2Processor(BaseProcessor):
             raise ValueError("Give system_prompt or a system message in the conversation, not both.")
         return [{"role": "system", "content": system_prompt}, *conversations]
 
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self,
+        images: Sequence[Any] | Image.Image | None = None,
+        text: str | None = None,
+        *,
+        force_batchify: Literal[False],
+        **kwargs: Any,
+    ) -> VLChatProcessorOutput: ...
+
+    @overload
     def __call__(
         self,
         images: Sequence[Any] | Image.Image | None = None,
@@ -236,19 +244,46 @@ class DeepseekVLV2Processor(BaseProcessor):
         candidate_resolutions: Sequence[Sequence[int]] | None = None,
         max_pixels: int | None = None,
         background: Background | EllipsisType = ...,
-        padding: bool | str = True,
+        padding: bool | str | None = None,
         padding_side: str | None = None,
-        truncation: bool = False,
+        truncation: bool | None = None,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
-        return_tensors: str = "pt",
+        return_tensors: str | None = None,
+        add_special_tokens: bool | None = None,
+        **kwargs: Any,
+    ) -> BatchCollateOutput: ...
+
+    def __call__(
+        self,
+        images: Sequence[Any] | Image.Image | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        conversations: Sequence[Any] | None = None,
+        apply_sft_format: bool = False,
+        force_batchify: bool = True,
+        inference_mode: bool = True,
+        system_prompt: str = "",
+        cropping: bool | None = None,
+        candidate_resolutions: Sequence[Sequence[int]] | None = None,
+        max_pixels: int | None = None,
+        background: Background | EllipsisType = ...,
+        padding: bool | str | None = None,
+        padding_side: str | None = None,
+        truncation: bool | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = None,
+        add_special_tokens: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Process a prompt, a conversation, or a list of either.
 
         Args:
             images: images in the order of their tags; for a list of samples, a list for each or all in one flat list.
-            text: what the chat template rendered; bos is added when it is missing.
+            text: what the chat template rendered; bos is added when it is missing, unless ``add_special_tokens`` is
+                False: then nothing is added, and no end token left out.
             prompt: a text, or a list of texts; see `process_one`.
             conversations: a conversation (a list of messages), or a list of conversations.
             force_batchify: return a batch of one, rather than a bare sample, for a single input.
@@ -259,7 +294,9 @@ class DeepseekVLV2Processor(BaseProcessor):
                 not known, a warning names.
 
         Returns:
-            `BatchCollateOutput`, or `VLChatProcessorOutput` for a single input without ``force_batchify``.
+            For ``text`` a `StandardBatch`, under transformers' names; for the original's ``prompt`` and
+            ``conversations`` a `BatchCollateOutput`; and a `VLChatProcessorOutput` for a single input without
+            ``force_batchify``.
 
         Raises:
             ValueError, FileNotFoundError: see `process_one`.
@@ -274,6 +311,8 @@ class DeepseekVLV2Processor(BaseProcessor):
         batching = BatchOptions.of({field.name: given[field.name] for field in fields(BatchOptions)})
         if sum(source is not None for source in (text, prompt, conversations)) != 1:
             raise ValueError("Give exactly one of text, prompt and conversations.")
+        if add_special_tokens is not None and text is None:
+            raise ValueError("add_special_tokens belongs to text: prompts and conversations always begin with bos.")
         options = ImageOptions(cropping, candidate_resolutions, max_pixels, background)
         images = as_image_list(images)
         sources, single = as_list(text, prompt, conversations)
@@ -283,7 +322,8 @@ class DeepseekVLV2Processor(BaseProcessor):
         distributed = distribute_images(images, sources, single, self.sft_format, self.image_token)
         for source, source_images in zip(sources, distributed, strict=True):
             if text is not None:
-                samples.append(self._process_rendered(source, source_images, options, inference_mode))
+                bare = add_special_tokens is False
+                samples.append(self._process_rendered(source, source_images, options, inference_mode, bare))
                 continue
             kind: dict[str, Any] = {"prompt": source} if prompt is not None else {"conversations": source}
             samples.append(
@@ -296,16 +336,29 @@ class DeepseekVLV2Processor(BaseProcessor):
                     **vars(options),
                 )
             )
-        return self._hand_over(samples, batching, bare=single and not force_batchify)
+        return self._hand_over(samples, batching, single and not force_batchify, standard=text is not None)
 
-    def _hand_over(self, samples: Sequence[VLChatProcessorOutput], options: BatchOptions, bare: bool = False) -> Any:
+    def _hand_over(
+        self,
+        samples: Sequence[VLChatProcessorOutput],
+        options: BatchOptions,
+        bare: bool = False,
+        standard: bool = False,
+    ) -> Any:
         """Return samples as a batch, or one as it is, cut and padded as asked for."""
         limit = options.limit(self.tokenizer)
         options.cut(samples, limit)
         if bare:
             return options.hand_over(samples[0])
-        length = options.padded_length([len(sample) for sample in samples], limit)
-        return options.hand_over(collate(samples, self.pad_id, self.ignore_id, options.left, length))
+        ragged = standard and options.is_ragged(self.transformers_defaults)
+        length = None if ragged else options.padded_length([len(sample) for sample in samples], limit)
+        ids = (self.pad_id, self.ignore_id)
+        if not standard:
+            return options.hand_over(collate(samples, *ids, options.left, length))
+        asked = options.return_tensors is not None or self.transformers_defaults
+        dtype = torch.long if asked else torch.bool
+        sizes = (self.image_token_id, self.image_size)
+        return options.hand_over(collate_standard(samples, *ids, *sizes, options.left, length, dtype))
 
     def _process_rendered(
         self,
@@ -313,10 +366,10 @@ class DeepseekVLV2Processor(BaseProcessor):
         images: Sequence[Any] | None,
         options: ImageOptions,
         inference_mode: bool = True,
+        bare: bool = False,
     ) -> VLChatProcessorOutput:
         loaded, encoder = self._read_images(images, options)
-        sample = encoder.encode_rendered(text, loaded, inference_mode)
-        return self._finish(sample, text)
+        return self._finish(encoder.encode_rendered(text, loaded, inference_mode and not bare, bos=not bare), text)
 
     def batchify(
         self, sample_list: Sequence[VLChatProcessorOutput], padding: Literal["left", "right"] = "left"
@@ -333,106 +386,3 @@ class DeepseekVLV2Processor(BaseProcessor):
             ValueError: there are no samples.
         """
         return collate(sample_list, self.pad_id, self.ignore_id, left=padding == "left")
-
-    # ---------------------------------------------------------------- OpenAI-style messages
-
-    def messages_to_conversation(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Turn messages with OpenAI-style content parts into a conversation with image tags.
-
-        An image part is a dict of type "image" with its source under ``image``, ``path``, ``url`` or ``base64``, or of
-        type "image_url" with ``image_url`` (a string or ``{"url": ...}``).
-
-        Raises:
-            ValueError: a part of unknown type, or an image part without a source.
-        """
-        return messages_to_conversation(messages, self.image_token)
-
-    def apply_chat_template(
-        self,
-        conversation: Sequence[Any],
-        chat_template: str | None = None,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
-        tokenize: bool = False,
-        return_dict: bool = False,
-        return_tensors: str = "pt",
-        processor_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Render messages as a prompt, or process them into tensors.
-
-        Args:
-            conversation: messages with OpenAI-style or plain content, or a list of such conversations.
-            chat_template: another Jinja template.
-            add_generation_prompt: end where the model goes on: with the assistant's tag after a user turn, without eos
-                after an assistant turn.
-            continue_final_message: leave the last assistant turn open, for the model to go on.
-            tokenize: return tensors rather than text.
-            return_dict: return all tensors rather than ``input_ids`` alone.
-            processor_kwargs: ``cropping``, ``candidate_resolutions``, ``max_pixels`` and ``background`` of
-                `process_one`, and the fields of `BatchOptions`; they may also be given directly. Other names reach the
-                template.
-
-        Returns:
-            The text (a list of texts for several conversations), `BatchCollateOutput`, or ``input_ids`` [B, T].
-
-        Raises:
-            ValueError: see `process_one`; the default template accepts the same conversations.
-        """
-        batch, single = as_list(None, None, conversation)
-        options = {**take_groups(kwargs), **(processor_kwargs or {}), **kwargs}
-        image_options = ImageOptions(**{f.name: options.pop(f.name) for f in fields(ImageOptions) if f.name in options})
-        names = [field.name for field in fields(BatchOptions) if field.name in options]
-        batching = BatchOptions.of({"return_tensors": return_tensors, **{name: options.pop(name) for name in names}})
-        options.pop("load_audio_from_video", None)
-        custom = chat_template is not None or self.chat_template != CHAT_TEMPLATE
-        unfinished = add_generation_prompt or continue_final_message
-        if custom:
-            settings = {
-                "chat_template": chat_template or self.chat_template,
-                "add_generation_prompt": add_generation_prompt,
-                "continue_final_message": continue_final_message,
-                **options,
-            }
-            rendered = [self._render(messages, settings) for messages in batch]
-        elif any(options.get(name) for name in ("tools", "documents")):
-            raise ValueError("The chat template of DeepSeek-VL2 has no place for tools or documents.")
-        elif not tokenize:
-            walked = [self._walk(self._flatten(messages), add_generation_prompt) for messages in batch]
-            bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
-            rendered = [bos + render_turns(turns, eos, unfinished) for turns in walked]
-        if not tokenize:
-            return rendered[0] if single else rendered
-        samples = []
-        for index, messages in enumerate(batch):
-            turns = self.messages_to_conversation(messages)
-            images = [image for turn in turns for image in turn["images"]]
-            if custom:
-                samples.append(self._process_rendered(rendered[index], images, image_options))
-            else:
-                samples.append(self._process_messages(turns, images, add_generation_prompt, unfinished, image_options))
-        out = self._hand_over(samples, batching)
-        return out if return_dict else out["input_ids"]
-
-    def _render(self, messages: Sequence[Message], settings: dict[str, Any]) -> str:
-        try:
-            return self.tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **settings)
-        except TemplateError as error:
-            raise ValueError(f"The chat template refuses the conversation: {error}") from error
-
-    def _process_messages(
-        self,
-        conversation: Sequence[Message],
-        images: Sequence[Any],
-        add_generation_prompt: bool,
-        unfinished: bool,
-        options: ImageOptions,
-    ) -> VLChatProcessorOutput:
-        if not conversation:
-            raise ValueError("The conversation has no messages.")
-        loaded, encoder = self._read_images(images, options)
-        turns = self._walk(conversation, add_generation_prompt)
-        sample = encoder.encode_turns(turns, loaded, self.mask_prompt)
-        if turns[-1].role == "assistant" and (unfinished or not turns[-1].content):
-            sample.drop_last(self.eos_id)
-        return self._finish(sample, print_turns(turns, self.sft_format, self.tokenizer.eos_token))

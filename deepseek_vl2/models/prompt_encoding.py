@@ -139,16 +139,27 @@ class PromptEncoder:
             sequence.add_text([self.tokenizer.eos_token_id], [self.tokenizer.eos_token_id])
         return sequence
 
-    def encode_rendered(self, text: str, images: Sequence[Image.Image], inference_mode: bool = True) -> TokenSequence:
+    def encode_rendered(
+        self, text: str, images: Sequence[Image.Image], inference_mode: bool = True, bos: bool = True
+    ) -> TokenSequence:
         """Encode what the chat template rendered, or what was printed; each answer is encoded on its own.
 
         A printed answer has a space in front, which is not tokenized. Where the last one is printed, its end token is
         dropped in inference, as it is of the conversation.
+
+        Args:
+            text: with or without bos.
+            images: in the order of their tags.
+            inference_mode: drop that end token.
+            bos: add one where the text has none.
         """
-        text = text.replace(IMAGE_PLACEHOLDER, self.image_token).removeprefix(self.tokenizer.bos_token)
+        text = text.replace(IMAGE_PLACEHOLDER, self.image_token)
+        bos = bos or text.startswith(self.tokenizer.bos_token)
+        text = text.removeprefix(self.tokenizer.bos_token)
         check_tags(text.count(self.image_token), len(images), self.image_token)
         sequence = TokenSequence()
-        sequence.add_text([self.tokenizer.bos_token_id], [self.tokenizer.bos_token_id])
+        if bos:
+            sequence.add_text([self.tokenizer.bos_token_id], [self.tokenizer.bos_token_id])
         remaining = list(images)
         printed = False
         for index, piece in enumerate(re.split(r"(?<=<\|Assistant\|>:)", text)):

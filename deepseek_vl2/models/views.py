@@ -198,6 +198,21 @@ class ByteTiles(NamedTuple):
             return out
 
 
+def tiles_of_images(tiles: Any, views: Sequence[int]) -> list[Any]:
+    """Return a sample's tiles image by image, held as they are.
+
+    Args:
+        tiles: of one sample: `ByteTiles`, `Pictures` or a tensor [V, 3, S, S].
+        views: how many tiles each image has.
+    """
+    if isinstance(tiles, Pictures):
+        return [tiles._replace(samples=((picture,),)) for picture in tiles.samples[0]]
+    if isinstance(tiles, ByteTiles):
+        parts = tiles.bytes.split(list(views))
+        return [ByteTiles(part, tiles.values, (len(part),)) for part in parts]
+    return list(tiles.split(list(views)))
+
+
 def stack_tiles(samples: Sequence[Any]) -> ByteTiles | Pictures | None:
     """Return the tiles of samples as those of a batch, or None where not all are bytes that stand for the same."""
     first = samples[0]
