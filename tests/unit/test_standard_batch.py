@@ -119,7 +119,7 @@ WRONG = {
     "sizes of other images": (lambda: broken(image_sizes=torch.tensor([[140, 210]] * 3)), "asks for 7 tiles"),
     "tiles of another size": (lambda: broken(pixel_values=torch.zeros(3, 2, 3, 9, 9)), r"\[3, 2, 3, 9, 9\]"),
     "one size too few": (lambda: broken(image_sizes=torch.tensor([[70, 70]])), r"\[3, 2\]"),
-    "both names": (lambda: broken(images=original().images), "or pixel_values and image_sizes"),
+    "both names": (lambda: broken(images=original().images), "or as pixel_values: not both"),
 }
 
 
