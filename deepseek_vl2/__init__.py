@@ -6,7 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+    from deepseek_vl2.models import (
+        DeepseekVLV2Config,
+        DeepseekVLV2ForCausalLM,
+        DeepseekVLV2ImageProcessor,
+        DeepseekVLV2Processor,
+        nano_path,
+    )
     from deepseek_vl2.utils.grounding import draw_boxes, parse_grounding
     from deepseek_vl2.utils.io import load_pil_images, load_pretrained_model
 
@@ -15,10 +21,12 @@ __version__ = "0.1.0"
 __all__ = [
     "DeepseekVLV2Config",
     "DeepseekVLV2ForCausalLM",
+    "DeepseekVLV2ImageProcessor",
     "DeepseekVLV2Processor",
     "draw_boxes",
     "load_pil_images",
     "load_pretrained_model",
+    "nano_path",
     "parse_grounding",
 ]
 
@@ -26,10 +34,12 @@ __all__ = [
 _HOMES = {
     "DeepseekVLV2Config": "deepseek_vl2.models",
     "DeepseekVLV2ForCausalLM": "deepseek_vl2.models",
+    "DeepseekVLV2ImageProcessor": "deepseek_vl2.models",
     "DeepseekVLV2Processor": "deepseek_vl2.models",
     "draw_boxes": "deepseek_vl2.utils.grounding",
     "load_pil_images": "deepseek_vl2.utils.io",
     "load_pretrained_model": "deepseek_vl2.utils.io",
+    "nano_path": "deepseek_vl2.models",
     "parse_grounding": "deepseek_vl2.utils.grounding",
 }
 

@@ -17,3 +17,18 @@ def locate_bundled(source: Any) -> Any:
         return source
     directory = Path(__file__).resolve().parents[1] / "assets" / NANO_NAME
     return str(directory) if (directory / "config.json").is_file() else source
+
+
+def nano_path() -> str:
+    """Return the directory of the small model that ships with the package.
+
+    The package's own classes know it as "nano". transformers' Auto classes and pipelines look every name up in the hub,
+    and take this: ``AutoProcessor.from_pretrained(nano_path())``.
+
+    Raises:
+        FileNotFoundError: it is not part of this installation.
+    """
+    found = locate_bundled(NANO_NAME)
+    if found == NANO_NAME:
+        raise FileNotFoundError('This installation lacks the small model "nano": install the package from a release.')
+    return str(found)

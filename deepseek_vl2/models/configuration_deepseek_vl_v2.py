@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PretrainedConfig
 
@@ -16,6 +17,8 @@ VISION_ATTENTION_BACKENDS = ("sdpa", "eager", "xformers")
 TILE_TAGS = ("2D",)
 # Releases do not name the id of <image>; their embeddings' sizes tell which tokenizer they come with.
 RELEASED_IMAGE_TOKEN_IDS = {129280: 128815, 102400: 100003}
+
+Loaded = TypeVar("Loaded", bound="DeepseekVLV2Config")
 
 
 class VisionEncoderConfig(PretrainedConfig):
@@ -225,7 +228,9 @@ class DeepseekVLV2Config(PretrainedConfig):
         return content
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls: type[Loaded], pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> Loaded:
         """Load a checkpoint's config, or that of "nano"; arguments as in transformers."""
         return super().from_pretrained(locate_bundled(pretrained_model_name_or_path), **kwargs)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import infer_auto_device_map
@@ -18,6 +19,8 @@ from .checkpoint import OPTIONAL_TENSORS, StoredTensors, check_shapes, conversio
 from .checkpoint_check import check_config, check_finite
 from .quantized_checkpoint import READABLE, PackedFile, logical_shapes, packed_while_read
 from .quantizer import WeightOnlyConfig, check_foreign, plan_formats
+
+Loaded = TypeVar("Loaded", bound="CheckpointLoadingMixin")
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Of these a config has fields too, and the call's are the ones that count.
@@ -84,7 +87,9 @@ class CheckpointLoadingMixin:
     """``from_pretrained`` for directories and repositories in the released layout."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls: type[Loaded], pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
+    ) -> Loaded:
         """Load a checkpoint in the released layout, or "nano"; arguments as in transformers.
 
         Of those, ``dtype`` (or ``torch_dtype``), ``device_map``, ``attn_implementation`` ("sdpa", "eager",

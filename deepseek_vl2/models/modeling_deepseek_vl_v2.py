@@ -7,7 +7,7 @@ L image tokens of a tile, W image tokens along a tile's side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .backend import backend
 from .cache import CACHE_NAME, one_cache
+from .chat import ChatMixin
 from .checkpoint import register_conversion
 from .configuration_deepseek import DeepseekV2Config
 from .configuration_deepseek_vl_v2 import (
@@ -85,7 +86,7 @@ def is_one_of_several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixin):
+class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixin, ChatMixin):
     """DeepSeek-VL2: answers questions about images.
 
     ``vision`` turns tiles into patch features, ``projector`` turns those into token embeddings, and ``language``
@@ -461,6 +462,21 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
                 input_ids, images, images_seq_mask, images_spatial_crop, pixel_values, image_sizes
             )
         return inputs_embeds, self.prefill_in_chunks(inputs_embeds, attention_mask, chunk_size)
+
+    @overload
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        return_dict_in_generate: Literal[True],
+        **kwargs: Any,
+    ) -> ModelOutput: ...
+
+    @overload
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> torch.Tensor: ...
 
     @torch.no_grad()
     def generate(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
@@ -26,6 +27,8 @@ from .messages import (
 from .prompt_encoding import encode_with_literals, literal_ids
 from .tiling import Size, tile_grid
 from .turns import Turn, print_turns, walk_turns
+
+Loaded = TypeVar("Loaded", bound="BaseProcessor")
 
 
 class BaseProcessor(ProcessorMixin):
@@ -116,7 +119,9 @@ class BaseProcessor(ProcessorMixin):
         return [tokenizer]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls: type[Loaded], pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> Loaded:
         """Load a checkpoint's processor, or that of "nano"; arguments as in transformers."""
         return super().from_pretrained(locate_bundled(pretrained_model_name_or_path), **kwargs)
 

@@ -11,11 +11,13 @@ from typing import Any, Literal, overload
 import torch
 from PIL import Image
 
+from .answers import GroundingProcessor
 from .batch import BatchCollateOutput, VLChatProcessorOutput, collate
 from .call_inputs import ImageOptions, as_image_list, as_list, distribute_images
 from .call_options import BatchOptions, take_groups
 from .image_modes import Background, check_background
 from .image_processing import ImageTransform, load_images, make_tiles
+from .image_processor import SETTINGS, DeepseekVLV2ImageProcessor
 from .messages import SYSTEM_ROLES, Message, check_messages
 from .processing_templates import ChatTemplateProcessor
 from .prompt_encoding import PromptEncoder, TokenSequence
@@ -33,7 +35,7 @@ __all__ = [
 ]
 
 
-class DeepseekVLV2Processor(ChatTemplateProcessor):
+class DeepseekVLV2Processor(ChatTemplateProcessor, GroundingProcessor):
     """Tokenizer, tiling and prompt format of DeepSeek-VL2 in one callable.
 
     Args:
@@ -64,6 +66,11 @@ class DeepseekVLV2Processor(ChatTemplateProcessor):
     attributes = ["tokenizer"]
 
     # ---------------------------------------------------------------- images
+
+    @property
+    def image_processor(self) -> DeepseekVLV2ImageProcessor:
+        """What turns images alone into ``pixel_values`` and ``image_sizes``."""
+        return DeepseekVLV2ImageProcessor(**{name: getattr(self, name) for name in SETTINGS})
 
     def tokenize_with_images(
         self,
