@@ -7,7 +7,7 @@ L image tokens of a tile, W image tokens along a tile's side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
 from .backend import backend
 from .cache import CACHE_NAME, one_cache
@@ -463,25 +463,10 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
             )
         return inputs_embeds, self.prefill_in_chunks(inputs_embeds, attention_mask, chunk_size)
 
-    @overload
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        *,
-        return_dict_in_generate: Literal[True],
-        **kwargs: Any,
-    ) -> ModelOutput: ...
-
-    @overload
-    def generate(
-        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
-    ) -> torch.Tensor: ...
-
     @torch.no_grad()
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
-    ) -> Any:
+    ) -> torch.Tensor:
         """Generate an answer: ``model.generate(**processor(...), max_new_tokens=512)``.
 
         Arguments are those of transformers' ``generate`` and the processor's batch. ``prefill_chunk_size`` bounds the
@@ -490,6 +475,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
 
         Returns:
             Token ids, [B, T + new], the prompt's ids first; only the new ones when just ``inputs_embeds`` is given.
+            With ``return_dict_in_generate=True`` transformers' output object, which no type tells.
 
         Raises:
             ValueError: ids, mask and images disagree, a prompt with image tokens lacks one of the three, or assisted
@@ -514,7 +500,8 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ChunkedGenerationMixi
         early = backend() if getattr(held, "is_private", False) else None
         if early is not None and held is not None and images is not None and crops is not None:
             held.begun = early.begin_tiles(self, images, crops)  # while transformers prepares the call
-        return super().generate(None, generation_config=generation_config, **kwargs)
+        out: torch.Tensor = super().generate(None, generation_config=generation_config, **kwargs)
+        return out
 
     def _embed_prompt(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any], copies: int) -> None:
         """Embed the images here where transformers would do it wrongly or many times over.
