@@ -165,7 +165,8 @@ class ChatTemplateProcessor(BaseProcessor):
             sample.drop_last(self.eos_id)
         answers = torch.tensor(sample.labels) != self.ignore_id
         if not self.mask_prompt:
-            sample.labels = list(sample.ids)
+            ids = zip(sample.ids, sample.image_mask, strict=True)
+            sample.labels = [self.ignore_id if is_image else id_ for id_, is_image in ids]
         out = self._finish(sample, print_turns(turns, self.sft_format, self.tokenizer.eos_token))
         if mark_answers:
             answers[0] = False  # bos has a label, and is no answer's
