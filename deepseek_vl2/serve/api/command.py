@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 from deepseek_vl2.cli.main import run_guarded
 from deepseek_vl2.cli.options import add_memory_arguments, default_model
-from deepseek_vl2.cli.progress import Progress, weights_reported
+from deepseek_vl2.utils.progress import Progress, weights_reported
 
 PROGRAM = "deepseek-vl2 serve"
 DESCRIPTION = "Serve a model over HTTP, with OpenAI's chat completions API."
