@@ -126,6 +126,8 @@ def test_rms_norm(row: bindings.RowKernels, width: int) -> None:
     x = 3 * some(1, 1, width)
     out = row.rms_norm(x, norm.weight, norm.variance_epsilon)
     assert out is not None
+    together = row.rms_norm(torch.cat((some(1, 2, width), x), dim=1), norm.weight, norm.variance_epsilon)
+    assert together is not None and torch.equal(together[:, 2:], out)
     torch.testing.assert_close(out, norm(x), rtol=2 * ROUNDING, atol=0)
     assert error(out, norm.double()(x.double())) < ROUNDING
 
@@ -257,7 +259,7 @@ def test_what_is_not_taken(row: bindings.RowKernels) -> None:
     assert row.linear(some(1, 16)[:, ::2], weight) is None
     assert row.linear(x, weight.to("meta")) is None
     assert row.linear(x, weight, torch.randn(6)) is None
-    assert row.rms_norm(some(2, 8), some(8), 1e-6) is None
+    assert row.rms_norm(some(65, 8), some(8), 1e-6) is None
     assert row.logits(some(2, 8), weight) is None
     assert row.mlp(some(2, 8), weight, weight, weight.T.contiguous()) is None
     assert row.attend(some(2, 2, 1, 8), some(2, 2, 3, 8), some(2, 2, 3, 8), 1.0) is None

@@ -1,4 +1,4 @@
-"""Products of one row in bfloat16 on x86 CPUs: what a decoded token is made of.
+"""Products of one row, and experts and attention of a few, in bfloat16 on x86 CPUs: what a decoded token is made of.
 
 PyTorch and oneDNN multiply by such weights at half to two thirds of the speed at which memory gives them; `decode.c` at
 that speed, with few calls a layer. It is compiled at the first use by the C compiler of the system, as Triton does with
@@ -44,14 +44,14 @@ ARGUMENTS: dict[str, list[type]] = {
     "linear": [POINTER] * 4 + [INTEGER] * 2 + [THREADS],
     "logits": [POINTER] * 3 + [INTEGER] * 2 + [THREADS],
     "queries_keys_values": [POINTER] * 7 + [INTEGER] * 4 + [THREADS],
-    "rms_norm": [POINTER] * 3 + [INTEGER, REAL],
+    "rms_norm": [POINTER] * 3 + [INTEGER] * 2 + [REAL],
     "mlp": [POINTER] * 5 + [INTEGER] * 2 + [THREADS],
     "experts": [POINTER] * 6 + [INTEGER] * 5 + [THREADS],
     "attend": [POINTER] * 6 + [INTEGER] * 8 + [REAL, THREADS],
     "attend_latents": [POINTER] * 7 + [INTEGER] * 6 + [REAL, THREADS],
 }
 
-# Most rows of experts, as in the C file.
+# Most rows of norms and experts, as in the C file.
 MOST_ROWS = 64
 OK, NO_MEMORY = 0, 1
 
@@ -268,11 +268,13 @@ class RowKernels:
         return out.split([queries // size, keys // size, keys // size], dim=1)
 
     def rms_norm(self, x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor | None:
-        """Return the RMS norm of a single row, [..., H] in and out."""
-        if not is_plain(x, weight_H) or x.numel() != weight_H.numel() or x.shape[-1] != len(weight_H):
+        """Return the RMS norm of a few rows, [..., H] in and out."""
+        width = len(weight_H)
+        if not is_plain(x, weight_H) or x.shape[-1] != width or not 0 < x.numel() <= MOST_ROWS * width:
             return None
         out = torch.empty_like(x)
-        self._call("rms_norm", x.data_ptr(), weight_H.data_ptr(), out.data_ptr(), x.numel(), eps)
+        pointers = (x.data_ptr(), weight_H.data_ptr(), out.data_ptr())
+        self._call("rms_norm", *pointers, x.numel() // width, width, eps)
         return out
 
     def mlp(

@@ -136,12 +136,14 @@ int queries_keys_values(const uint16_t *x, const uint16_t *query, const uint16_t
     return 0;
 }
 
-/* out[width]: x over its root mean square, rounded, times the weight, rounded. */
-int rms_norm(const uint16_t *x, const uint16_t *weight, uint16_t *out, int64_t width, double eps) {
-    double squares = 0;
-    for (int64_t i = 0; i < width; i++) squares += (double)widen(x[i]) * widen(x[i]);
-    float scale = 1 / sqrtf((float)(squares / width) + (float)eps);
-    for (int64_t i = 0; i < width; i++) out[i] = narrow(widen(weight[i]) * rounded(widen(x[i]) * scale));
+/* out[rows, width]: each row over its root mean square, rounded, times the weight, rounded. */
+int rms_norm(const uint16_t *x, const uint16_t *weight, uint16_t *out, int64_t rows, int64_t width, double eps) {
+    for (int64_t r = 0; r < rows; r++, x += width, out += width) {
+        double squares = 0;
+        for (int64_t i = 0; i < width; i++) squares += (double)widen(x[i]) * widen(x[i]);
+        float scale = 1 / sqrtf((float)(squares / width) + (float)eps);
+        for (int64_t i = 0; i < width; i++) out[i] = narrow(widen(weight[i]) * rounded(widen(x[i]) * scale));
+    }
     return 0;
 }
 
