@@ -85,7 +85,7 @@ def work(args: argparse.Namespace) -> None:
         clients = int(line)
         start, used = time.perf_counter(), time.process_time()
         if clients == 1:
-            answer(model, 0, args.tokens)
+            answer(model, args.clients // 2, args.tokens)  # a prompt of the usual length
         else:
             at_once(model, clients, args.tokens)
         print(json.dumps([time.perf_counter() - start, time.process_time() - used]), flush=True)

@@ -18,8 +18,9 @@ from .backend import backend
 
 # From this many rows on, widening a weight costs less than imitated products of bfloat16 (measured: 10 to 16 rows).
 MANY_ROWS = 16
-# Most rows that compiled kernels multiply: those of packed weights take several, those of bfloat16 a single one.
-FEW_ROWS = 32
+# Most rows that compiled kernels know: products of bfloat16 take a single one, those of packed weights
+# a few, and attention as many as a decoding step has.
+FEW_ROWS = 256
 # Numbers of a weight that are widened at a time: 128 MB.
 MOST_WIDENED = 1 << 25
 

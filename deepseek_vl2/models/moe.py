@@ -92,12 +92,6 @@ def one_token_experts_forward(
 
     A grouped product would visit the experts that were not chosen too, which costs as much as half of the work.
     """
-    if (kernels := row_kernels()) is not None and is_silu(experts.act_fn):
-        out: torch.Tensor | None = kernels.experts(
-            hidden_1H, experts.gate_up_proj, experts.down_proj, ids_1K, weights_1K
-        )
-        if out is not None:
-            return out
     chosen = ids_1K[0].tolist()
     rows = hidden_1H.to(experts.gate_up_proj.dtype)
     gate, up = torch.cat([F.linear(rows, experts.gate_up_proj[expert]) for expert in chosen]).chunk(2, dim=-1)
@@ -110,6 +104,12 @@ def cpu_experts_forward(
     experts: DeepseekV2Experts, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
 ) -> torch.Tensor:
     """Run the experts as two grouped matrix products over tokens sorted by expert; [N, H]."""
+    if (kernels := row_kernels()) is not None and is_silu(experts.act_fn):
+        out: torch.Tensor | None = kernels.experts(
+            hidden_NH, experts.gate_up_proj, experts.down_proj, ids_NK, weights_NK
+        )
+        if out is not None:
+            return out
     tokens, top_k = ids_NK.shape
     if tokens == 1:
         return one_token_experts_forward(experts, hidden_NH, ids_NK, weights_NK)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from .bindings import Unavailable, is_plain, load, threads_for
+from .bindings import NO_MEMORY, OK, Unavailable, is_plain, load, threads_for
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,6 @@ MOST_ROWS = 32
 # What stands in the C file for int8 with a scale a row; groups of int4 are of 8 << shift columns.
 INT8 = 0
 SHIFTS = {16: 1, 32: 2, 64: 3, 128: 4}
-OK, NO_MEMORY = 0, 1
 
 
 class Packed(NamedTuple):
