@@ -193,6 +193,25 @@ def test_threads_that_generate_are_written_together(
     assert engine_of(model).stats.steps - before < 1.8 * 60
 
 
+@pytest.mark.parametrize("least", [{"min_new_tokens": 6}, {"min_length": 0}, {"min_new_tokens": 2, "min_length": 1}])
+def test_least_lengths_stay_on_the_engine(
+    model: DeepseekVLV2ForCausalLM, processor: DeepseekVLV2Processor, least: dict[str, int]
+) -> None:
+    """transformers makes two processors of `min_new_tokens`, one of which counts the prompt."""
+    inputs = processor(conversations=[{"role": "user", "content": "Hello there"}])
+    length = inputs["input_ids"].shape[1]
+    first = int(model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, length])
+    if "min_length" in least:
+        least = {**least, "min_length": least["min_length"] * (length + 5)}
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": first, "pad_token_id": 0, **least}
+    before = engine_of(model).stats.generated_tokens
+    found = model.generate(**inputs, **options)
+    assert engine_of(model).stats.generated_tokens > before
+    by_transformers = model.generate(**inputs, **options, return_dict_in_generate=True).sequences
+    assert torch.equal(found, by_transformers)
+    assert found.shape[1] - length >= {0: 1, 6: 6, 2: 5}[least.get("min_new_tokens", 0)]
+
+
 def test_cancelling_frees_the_slot(engine: Engine, ask: Ask) -> None:
     pairs = [ask("Hello", 400) for _ in range(4)]
     engine.submit([one for one, _ in pairs])
