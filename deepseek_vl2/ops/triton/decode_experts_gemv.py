@@ -20,16 +20,15 @@ from .decode_experts import ExpertWeights, silu_mul
 from .weights import (
     INT4,
     PLAIN,
-    fold,
     format_of,
     load_scale,
     load_scales,
     numbers_of,
     of_one_format,
     packed_blocks,
+    partial_dot,
     row_scale,
     scale_of,
-    unpack,
 )
 
 
@@ -60,6 +59,7 @@ def _gate_up_gemv_kernel(
     launch_dependents(PDL)
     PER: tl.constexpr = 8 if KIND == INT4 else 1
     SPAN: tl.constexpr = 1 if KIND == PLAIN else 16
+    STEP: tl.constexpr = 8 if KIND == INT4 else SPAN
     SCALES: tl.constexpr = 1 if GROUP == 0 else (H + GROUP - 1) // GROUP
     program = tl.program_id(0)
     shared_blocks: tl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
@@ -88,8 +88,8 @@ def _gate_up_gemv_kernel(
     # The shared experts come first, and their weights are on the way before the row and the choice are waited for.
     gates = load_rows(gate_ptr, rows, size, H, H, BLOCK_K, PER)
     ups = load_rows(up_ptr, rows, size, H, H, BLOCK_K, PER)
-    gate_scales = load_scales(gate_scale_ptr, rows, size, H, H, BLOCK_K, KIND, GROUP, ROW_BLOCK)
-    up_scales = load_scales(up_scale_ptr, rows, size, H, H, BLOCK_K, KIND, GROUP, ROW_BLOCK)
+    gate_scales = load_scales(gate_scale_ptr, rows, size, H, H, BLOCK_K, STEP, GROUP, ROW_BLOCK)
+    up_scales = load_scales(up_scale_ptr, rows, size, H, H, BLOCK_K, STEP, GROUP, ROW_BLOCK)
     gate_rest = row_scale(gate_scale_ptr, rows, size, KIND, GROUP)
     up_rest = row_scale(up_scale_ptr, rows, size, KIND, GROUP)
     grid_wait(PDL)
@@ -104,8 +104,8 @@ def _gate_up_gemv_kernel(
         x *= norms[part].to(tl.float32)
         gate_scale = gate_scales[part] if GROUP > 0 else gates[part]
         up_scale = up_scales[part] if GROUP > 0 else ups[part]
-        gate += fold(unpack(gates[part], gate_scale, KIND, GROUP) * x[None, :], SPAN)
-        up += fold(unpack(ups[part], up_scale, KIND, GROUP) * x[None, :], SPAN)
+        gate += partial_dot(gates[part], gate_scale, x, KIND, GROUP, SPAN)
+        up += partial_dot(ups[part], up_scale, x, KIND, GROUP, SPAN)
     inverse = tl.rsqrt(tl.sum(squares, axis=0) / H + eps)
     out = silu_mul(tl.sum(gate, axis=1) * (gate_rest * inverse), tl.sum(up, axis=1) * (up_rest * inverse))
     tl.store(intermediate_ptr + shift + rows, out.to(intermediate_ptr.dtype.element_ty), mask=rows < size)
@@ -189,7 +189,7 @@ def _add_down(
     if KIND == PLAIN:
         total += part.to(tl.float32) * (inner * factor)[None, :]
     else:
-        sums = fold(unpack(part, scale, KIND, GROUP) * inner[None, :], SPAN)
+        sums = partial_dot(part, scale, inner, KIND, GROUP, SPAN)
         if GROUP == 0:
             sums *= rest[:, None]
         total += sums * factor
@@ -222,6 +222,7 @@ def _down_gemv_kernel(
     launch_dependents(PDL)
     PER: tl.constexpr = 8 if KIND == INT4 else 1
     SPAN: tl.constexpr = 1 if KIND == PLAIN else 16
+    STEP: tl.constexpr = 8 if KIND == INT4 else SPAN
     SCALES: tl.constexpr = 1 if GROUP == 0 else (I + GROUP - 1) // GROUP
     SHARED_SCALES: tl.constexpr = 1 if GROUP == 0 else (S + GROUP - 1) // GROUP
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -231,7 +232,7 @@ def _down_gemv_kernel(
     # The shared experts come first: their weights, up to some registers full, are on the way before the wait.
     ahead: tl.constexpr = min(S, AHEAD * BLOCK_K)
     parts = load_rows(shared_down_ptr, rows, H, S, ahead, BLOCK_K, PER)
-    scales = load_scales(shared_down_scale_ptr, rows, H, S, ahead, BLOCK_K, KIND, GROUP, ROW_BLOCK)
+    scales = load_scales(shared_down_scale_ptr, rows, H, S, ahead, BLOCK_K, STEP, GROUP, ROW_BLOCK)
     rest = row_scale(shared_down_scale_ptr, rows, H, KIND, GROUP)
     grid_wait(PDL)
     shared_ptr = intermediate_ptr + TOP_K * I
@@ -247,7 +248,7 @@ def _down_gemv_kernel(
         part = tl.load(shared_down_ptr + offsets, mask=mask, other=0, eviction_policy="evict_first")
         scale = part
         if GROUP > 0:
-            scale = load_scale(shared_down_scale_ptr, rows, H, start, SHARED_SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK)
+            scale = load_scale(shared_down_scale_ptr, rows, H, start, SHARED_SCALES, BLOCK_K, STEP, GROUP, ROW_BLOCK)
         total = _add_down(total, part, scale, rest, 1.0, shared_ptr, start, S, BLOCK_K, KIND, GROUP, SPAN)
     for slot in tl.static_range(TOP_K):
         expert = tl.load(ids_ptr + slot).to(tl.int64)
@@ -262,7 +263,7 @@ def _down_gemv_kernel(
             part = tl.load(matrix + offsets, mask=mask, other=0, eviction_policy="evict_first")
             scale = part
             if GROUP > 0:
-                scale = load_scale(scale_ptr, rows, H, start, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK)
+                scale = load_scale(scale_ptr, rows, H, start, SCALES, BLOCK_K, STEP, GROUP, ROW_BLOCK)
             total = _add_down(
                 total, part, scale, rest, topk_weight, intermediate_ptr + slot * I, start, I, BLOCK_K, KIND, GROUP, SPAN
             )
