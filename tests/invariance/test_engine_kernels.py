@@ -285,6 +285,7 @@ def test_padding_of_a_bucket_leaves_everything_alone(kind: str, monkeypatch: pyt
     check(given, [] if GPU else answers(by_modules(model, EngineOptions(), monkeypatch), prompts, tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PACKED if GPU else ("tiny, int4",))
 def test_served_answers_of_packed_weights_are_those_of_generate(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked together of the kernels: each prompt gets what `generate` gives it alone, by the modules and by kernels."""

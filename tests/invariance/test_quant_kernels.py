@@ -125,7 +125,7 @@ def layer(
 
 
 LAYERS = [
-    *((name, name) for name in FORMATS),
+    *((name, name) for name in ("int4-16", "int4-64", "int8-64", "fp8", "fp8-block")),
     ("int4-64", None),
     (None, "int4-64"),
     ("fp8", "fp8-block"),
