@@ -19,7 +19,18 @@ from support import RELEASES, mini_language
 
 pytest.importorskip("triton")
 
-from deepseek_vl2.engine import decode, experts, placement, prefill, prefix_cache, scheduler, support, triton_runner
+from deepseek_vl2.engine import (
+    decode,
+    experts,
+    holder,
+    placement,
+    prefill,
+    prefix_cache,
+    scheduler,
+    self_check,
+    support,
+    triton_runner,
+)
 from deepseek_vl2.engine.engine import Engine
 from deepseek_vl2.engine.kv_cache import layer_shapes
 from deepseek_vl2.engine.request import Delta, Event, Prompt, Request
@@ -69,6 +80,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def kernels_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     if not GPU:
+        monkeypatch.setattr(self_check, "is_packed", lambda weights: False)  # test_packed_engine.py looks at it
         monkeypatch.setattr(support, "unsupported_device", lambda weight: None)
         monkeypatch.setattr(support, "_unsupported_weights", lambda language: None)
         monkeypatch.setattr(decode, "multiprocessors", lambda device: 3)  # run one after the other
@@ -271,6 +283,23 @@ def test_padding_of_a_bucket_leaves_everything_alone(kind: str, monkeypatch: pyt
         for part in pool:
             assert bool(part[max(used, first) :].isnan().all())
     check(given, [] if GPU else answers(by_modules(model, EngineOptions(), monkeypatch), prompts, tokens))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PACKED if GPU else ("tiny, int4",))
+def test_served_answers_of_packed_weights_are_those_of_generate(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked together of the kernels: each prompt gets what `generate` gives it alone, by the modules and by kernels."""
+    model, tokens = made_model(kind), 8 if GPU else 2
+    prompts, options = prompts_of(model, (2, 3)), EngineOptions(kv_cache_tokens=256)
+    plain = answers(by_modules(model, options, monkeypatch), prompts, tokens)
+    together = answers(by_kernels(model, options), prompts, tokens)
+    check(together, plain)
+    ids = torch.tensor([prompts[1]], device=DEVICE)
+    alone = model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
+    engine = holder.existing_engine(model)
+    assert engine is not None and isinstance(engine.runner, TritonRunner)
+    assert GPU or alone[0, 3:].tolist() == together[1][0] == plain[1][0]
+    holder.release_model(model)
 
 
 @pytest.mark.skipif(GPU, reason="a GPU has rows enough")

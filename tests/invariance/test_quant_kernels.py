@@ -125,7 +125,7 @@ def layer(
 
 
 LAYERS = [
-    *((name, name) for name in FORMATS),
+    *((name, name) for name in ("int4-16", "int4-64", "int8-64", "fp8", "fp8-block")),
     ("int4-64", None),
     (None, "int4-64"),
     ("fp8", "fp8-block"),
@@ -208,7 +208,8 @@ def test_blocks_fit_their_weights(name: str) -> None:
     for columns in (16, 64, 896, 1280, 1408, 1536, 2048, 2560, 2816, 4096, 10944, 12288):
         cut = packed_blocks(columns, given, 6, 2)
         assert cut["BLOCK_K"] & (cut["BLOCK_K"] - 1) == 0 and 1 <= cut["BLOCK_N"] <= 32
-        assert fmt.kind == "int4" or not given["GROUP"] or given["GROUP"] % cut["BLOCK_K"] == 0
+        padded = -(-columns // cut["BLOCK_K"]) * cut["BLOCK_K"]
+        assert columns < 256 or padded <= 1.2 * columns
 
 
 def test_what_the_kernels_do_not_read_is_refused() -> None:

@@ -20,16 +20,15 @@ from .decode_experts import ExpertWeights, silu_mul
 from .weights import (
     INT4,
     PLAIN,
-    fold,
     format_of,
     load_scale,
     load_scales,
     numbers_of,
     of_one_format,
     packed_blocks,
+    partial_dot,
     row_scale,
     scale_of,
-    unpack,
 )
 
 
@@ -60,6 +59,7 @@ def _gate_up_gemv_kernel(
     launch_dependents(PDL)
     PER: tl.constexpr = 8 if KIND == INT4 else 1
     SPAN: tl.constexpr = 1 if KIND == PLAIN else 16
+    STEP: tl.constexpr = 8 if KIND == INT4 else SPAN
     SCALES: tl.constexpr = 1 if GROUP == 0 else (H + GROUP - 1) // GROUP
     program = tl.program_id(0)
     shared_blocks: tl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
@@ -88,8 +88,8 @@ def _gate_up_gemv_kernel(
     # The shared experts come first, and their weights are on the way before the row and the choice are waited for.
     gates = load_rows(gate_ptr, rows, size, H, H, BLOCK_K, PER)
     ups = load_rows(up_ptr, rows, size, H, H, BLOCK_K, PER)
-    gate_scales = load_scales(gate_scale_ptr, rows, size, H, H, BLOCK_K, KIND, GROUP, ROW_BLOCK)
-    up_scales = load_scales(up_scale_ptr, rows, size, H, H, BLOCK_K, KIND, GROUP, ROW_BLOCK)
+    gate_scales = load_scales(gate_scale_ptr, rows, size, H, H, BLOCK_K, STEP, GROUP, ROW_BLOCK)
+    up_scales = load_scales(up_scale_ptr, rows, size, H, H, BLOCK_K, STEP, GROUP, ROW_BLOCK)
     gate_rest = row_scale(gate_scale_ptr, rows, size, KIND, GROUP)
     up_rest = row_scale(up_scale_ptr, rows, size, KIND, GROUP)
     grid_wait(PDL)
@@ -104,8 +104,8 @@ def _gate_up_gemv_kernel(
         x *= norms[part].to(tl.float32)
         gate_scale = gate_scales[part] if GROUP > 0 else gates[part]
         up_scale = up_scales[part] if GROUP > 0 else ups[part]
-        gate += fold(unpack(gates[part], gate_scale, KIND, GROUP) * x[None, :], SPAN)
-        up += fold(unpack(ups[part], up_scale, KIND, GROUP) * x[None, :], SPAN)
+        gate += partial_dot(gates[part], gate_scale, x, KIND, GROUP, SPAN)
+        up += partial_dot(ups[part], up_scale, x, KIND, GROUP, SPAN)
     inverse = tl.rsqrt(tl.sum(squares, axis=0) / H + eps)
     out = silu_mul(tl.sum(gate, axis=1) * (gate_rest * inverse), tl.sum(up, axis=1) * (up_rest * inverse))
     tl.store(intermediate_ptr + shift + rows, out.to(intermediate_ptr.dtype.element_ty), mask=rows < size)
@@ -189,10 +189,51 @@ def _add_down(
     if KIND == PLAIN:
         total += part.to(tl.float32) * (inner * factor)[None, :]
     else:
-        sums = fold(unpack(part, scale, KIND, GROUP) * inner[None, :], SPAN)
+        sums = partial_dot(part, scale, inner, KIND, GROUP, SPAN)
         if GROUP == 0:
             sums *= rest[:, None]
         total += sums * factor
+    return total
+
+
+@triton.jit
+def _add_expert(
+    total: tl.tensor,
+    slot: tl.tensor,
+    rows: tl.tensor,
+    intermediate_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    down_ptr: tl.tensor,
+    down_scale_ptr: tl.tensor,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """Return ``total`` plus the weighted products of the expert in a slot."""
+    PER: tl.constexpr = 8 if KIND == INT4 else 1
+    SPAN: tl.constexpr = 1 if KIND == PLAIN else 16
+    STEP: tl.constexpr = 8 if KIND == INT4 else SPAN
+    SCALES: tl.constexpr = 1 if GROUP == 0 else (I + GROUP - 1) // GROUP
+    expert = tl.load(ids_ptr + slot).to(tl.int64)
+    topk_weight = tl.load(weights_ptr + slot)
+    matrix = down_ptr + expert * (H * (I // PER))
+    scale_ptr = down_scale_ptr + expert * ((H + ROW_BLOCK - 1) // ROW_BLOCK * SCALES)
+    rest = row_scale(scale_ptr, rows, H, KIND, GROUP)
+    for start in tl.static_range(0, I, BLOCK_K):
+        i = start // PER + tl.arange(0, BLOCK_K // PER)
+        offsets = rows[:, None] * (I // PER) + i[None, :]
+        mask = (rows < H)[:, None] & (i < I // PER)[None, :]
+        part = tl.load(matrix + offsets, mask=mask, other=0, eviction_policy="evict_first")
+        scale = part
+        if GROUP > 0:
+            scale = load_scale(scale_ptr, rows, H, start, SCALES, BLOCK_K, STEP, GROUP, ROW_BLOCK)
+        total = _add_down(
+            total, part, scale, rest, topk_weight, intermediate_ptr + slot * I, start, I, BLOCK_K, KIND, GROUP, SPAN
+        )
     return total
 
 
@@ -222,7 +263,7 @@ def _down_gemv_kernel(
     launch_dependents(PDL)
     PER: tl.constexpr = 8 if KIND == INT4 else 1
     SPAN: tl.constexpr = 1 if KIND == PLAIN else 16
-    SCALES: tl.constexpr = 1 if GROUP == 0 else (I + GROUP - 1) // GROUP
+    STEP: tl.constexpr = 8 if KIND == INT4 else SPAN
     SHARED_SCALES: tl.constexpr = 1 if GROUP == 0 else (S + GROUP - 1) // GROUP
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     held_rows = (rows < H)[:, None]
@@ -231,7 +272,7 @@ def _down_gemv_kernel(
     # The shared experts come first: their weights, up to some registers full, are on the way before the wait.
     ahead: tl.constexpr = min(S, AHEAD * BLOCK_K)
     parts = load_rows(shared_down_ptr, rows, H, S, ahead, BLOCK_K, PER)
-    scales = load_scales(shared_down_scale_ptr, rows, H, S, ahead, BLOCK_K, KIND, GROUP, ROW_BLOCK)
+    scales = load_scales(shared_down_scale_ptr, rows, H, S, ahead, BLOCK_K, STEP, GROUP, ROW_BLOCK)
     rest = row_scale(shared_down_scale_ptr, rows, H, KIND, GROUP)
     grid_wait(PDL)
     shared_ptr = intermediate_ptr + TOP_K * I
@@ -240,32 +281,39 @@ def _down_gemv_kernel(
         total = _add_down(
             total, parts[index], scale, rest, 1.0, shared_ptr, index * BLOCK_K, S, BLOCK_K, KIND, GROUP, SPAN
         )
-    for start in tl.static_range(AHEAD * BLOCK_K, S, BLOCK_K):
-        s = start // PER + step
-        offsets = rows[:, None] * (S // PER) + s[None, :]
-        mask = held_rows & (s < S // PER)[None, :]
-        part = tl.load(shared_down_ptr + offsets, mask=mask, other=0, eviction_policy="evict_first")
-        scale = part
-        if GROUP > 0:
-            scale = load_scale(shared_down_scale_ptr, rows, H, start, SHARED_SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK)
-        total = _add_down(total, part, scale, rest, 1.0, shared_ptr, start, S, BLOCK_K, KIND, GROUP, SPAN)
-    for slot in tl.static_range(TOP_K):
-        expert = tl.load(ids_ptr + slot).to(tl.int64)
-        topk_weight = tl.load(weights_ptr + slot)
-        matrix = down_ptr + expert * (H * (I // PER))
-        scale_ptr = down_scale_ptr + expert * ((H + ROW_BLOCK - 1) // ROW_BLOCK * SCALES)
-        rest = row_scale(scale_ptr, rows, H, KIND, GROUP)
-        for start in tl.static_range(0, I, BLOCK_K):
-            i = start // PER + step
-            offsets = rows[:, None] * (I // PER) + i[None, :]
-            mask = held_rows & (i < I // PER)[None, :]
-            part = tl.load(matrix + offsets, mask=mask, other=0, eviction_policy="evict_first")
+    if KIND == PLAIN:
+        for start in tl.static_range(AHEAD * BLOCK_K, S, BLOCK_K):
+            s = start + step
+            offsets = rows[:, None] * S + s[None, :]
+            mask = held_rows & (s < S)[None, :]
+            part = tl.load(shared_down_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+            total = _add_down(total, part, part, rest, 1.0, shared_ptr, start, S, BLOCK_K, KIND, GROUP, SPAN)
+    elif S > AHEAD * BLOCK_K:
+        # Not unrolled: the compiler would bring forward more loads than there are registers for.
+        for index in tl.range(AHEAD, (S + BLOCK_K - 1) // BLOCK_K):
+            s = index * (BLOCK_K // PER) + step
+            offsets = rows[:, None] * (S // PER) + s[None, :]
+            mask = held_rows & (s < S // PER)[None, :]
+            part = tl.load(shared_down_ptr + offsets, mask=mask, other=0, eviction_policy="evict_first")
+            start = index * BLOCK_K
             scale = part
             if GROUP > 0:
-                scale = load_scale(scale_ptr, rows, H, start, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK)
-            total = _add_down(
-                total, part, scale, rest, topk_weight, intermediate_ptr + slot * I, start, I, BLOCK_K, KIND, GROUP, SPAN
-            )
+                scale = load_scale(
+                    shared_down_scale_ptr, rows, H, start, SHARED_SCALES, BLOCK_K, STEP, GROUP, ROW_BLOCK
+                )
+            total = _add_down(total, part, scale, rest, 1.0, shared_ptr, start, S, BLOCK_K, KIND, GROUP, SPAN)
+    if KIND == PLAIN:
+        for slot in tl.static_range(TOP_K):
+            total = _add_expert(
+                total, slot, rows, intermediate_ptr, ids_ptr, weights_ptr, down_ptr, down_scale_ptr, H, I, BLOCK_K,
+                KIND, GROUP, ROW_BLOCK,
+            )  # fmt: skip
+    elif TOP_K > 0:
+        for slot in tl.range(TOP_K):
+            total = _add_expert(
+                total, slot, rows, intermediate_ptr, ids_ptr, weights_ptr, down_ptr, down_scale_ptr, H, I, BLOCK_K,
+                KIND, GROUP, ROW_BLOCK,
+            )  # fmt: skip
     out = tl.sum(total, axis=1) + tl.load(residual_ptr + rows, mask=rows < H, other=0.0).to(tl.float32)
     tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty), mask=rows < H)
 

@@ -19,15 +19,14 @@ from .weights import (
     PLAIN,
     Weight,
     check_weights,
-    fold,
     format_of,
     load_scales,
     numbers_of,
     of_one_format,
     packed_blocks,
+    partial_dot,
     row_scale,
     scale_of,
-    unpack,
 )
 
 MAX_WEIGHTS = 3
@@ -81,6 +80,7 @@ def _gemv_kernel(
     launch_dependents(PDL)
     PER: tl.constexpr = 8 if KIND == INT4 else 1
     SPAN: tl.constexpr = 1 if KIND == PLAIN else 16
+    STEP: tl.constexpr = 8 if KIND == INT4 else SPAN
     program = tl.program_id(0)
     blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
     blocks2: tl.constexpr = (N2 + BLOCK_N - 1) // BLOCK_N
@@ -100,7 +100,7 @@ def _gemv_kernel(
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     # All loads of the weight are on their way before the row is waited for.
     parts = load_rows(weight_ptr, rows, size, K, K, BLOCK_K, PER)
-    scales = load_scales(scale_ptr, rows, size, K, K, BLOCK_K, KIND, GROUP, ROW_BLOCK)
+    scales = load_scales(scale_ptr, rows, size, K, K, BLOCK_K, STEP, GROUP, ROW_BLOCK)
     rest = row_scale(scale_ptr, rows, size, KIND, GROUP)
     if NORMED:
         norms = load_row(norm_ptr, K, BLOCK_K)
@@ -115,7 +115,7 @@ def _gemv_kernel(
             squares += x * x
             x *= norms[part].to(tl.float32)
         scale = scales[part] if GROUP > 0 else parts[part]
-        total += fold(unpack(parts[part], scale, KIND, GROUP) * x[None, :], SPAN)
+        total += partial_dot(parts[part], scale, x, KIND, GROUP, SPAN)
     out = tl.sum(total, axis=1)
     if KIND != PLAIN:
         out *= rest

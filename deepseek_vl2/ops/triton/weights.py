@@ -117,8 +117,6 @@ def packed_blocks(columns: int, fmt: dict[str, int], parts_a_thread: int, warps:
     while width > 256 and -(-columns // width) * width > MOST_PADDING * columns:
         width //= 2
     width = min(width, triton.next_power_of_2(max(columns, 32)))
-    if fmt["KIND"] > 1 and fmt["GROUP"]:
-        width = min(width, fmt["GROUP"])
     rows_a_thread = max(parts_a_thread // triton.cdiv(columns, width), 1)
     rows = 32 * warps * each * (1 << (rows_a_thread.bit_length() - 1)) // width
     rows = min(max(rows, 1), 32)
@@ -198,15 +196,14 @@ def load_scale(
     start: tl.tensor,
     count: tl.tensor,
     BLOCK_K: tl.constexpr,
-    KIND: tl.constexpr,
+    STEP: tl.constexpr,
     GROUP: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """Return the scale of each word of int4, [rows, BLOCK_K / 8]; of other kinds that of all columns, [rows, 1].
+    """Return the scale of each STEP columns, [rows, BLOCK_K / STEP], of a row that has ``count`` of them.
 
-    The former has the words' own layout, so that no number has to change threads. ``count``: scales of a row.
+    Those of int4's words, of 8 columns, have the words' own layout: no number has to change threads for them.
     """
-    STEP: tl.constexpr = 8 if KIND == INT4 else BLOCK_K
     group = (start + tl.arange(0, BLOCK_K // STEP) * STEP) // GROUP
     places = (rows // ROW_BLOCK).to(tl.int64)[:, None] * count + group[None, :]
     return tl.load(scale_ptr + places, mask=(rows < size)[:, None] & (group < count)[None, :], other=0.0)
@@ -220,7 +217,7 @@ def load_scales(
     K: tl.constexpr,
     READ: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    KIND: tl.constexpr,
+    STEP: tl.constexpr,
     GROUP: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
 ) -> Any:
@@ -229,7 +226,7 @@ def load_scales(
     if GROUP > 0:
         COUNT: tl.constexpr = (K + GROUP - 1) // GROUP
         for start in tl.static_range(0, READ, BLOCK_K):
-            scale = load_scale(scale_ptr, rows, size, start, COUNT, BLOCK_K, KIND, GROUP, ROW_BLOCK)
+            scale = load_scale(scale_ptr, rows, size, start, COUNT, BLOCK_K, STEP, GROUP, ROW_BLOCK)
             parts += (scale,)  # type: ignore[assignment]
     return parts
 
@@ -257,6 +254,23 @@ def fold(products: tl.tensor, SPAN: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def partial_dot(
+    part: tl.tensor, scale: tl.tensor, x: tl.tensor, KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr
+) -> tl.tensor:
+    """Return products of some rows of a weight with a row, [rows, columns / SPAN]: each SPAN of them is summed.
+
+    Scales of whole rows are still to be applied; others are given for each word of int4, and for each SPAN otherwise.
+    """
+    if KIND == INT4:
+        sums = fold(unpack(part, scale, KIND, GROUP) * x[None, :], SPAN)
+    else:
+        sums = fold(unpack(part, scale, KIND, 0) * x[None, :], SPAN)
+        if GROUP > 0:
+            sums *= scale.to(tl.float32)
+    return sums
+
+
+@triton.jit
 def load_tile(
     packed_ptr: tl.tensor,
     scale_ptr: tl.tensor,
@@ -280,7 +294,8 @@ def load_tile(
     held = (rows < size)[:, None] & (columns < width)[None, :]
     part = tl.load(packed_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=held, other=0)
     if GROUP > 0:
-        scale = load_scale(scale_ptr, rows, size, start, count, BLOCK_K, KIND, GROUP, ROW_BLOCK)
+        STEP: tl.constexpr = 8 if KIND == INT4 else BLOCK_K
+        scale = load_scale(scale_ptr, rows, size, start, count, BLOCK_K, STEP, GROUP, ROW_BLOCK)
         tile = unpack(part, scale, KIND, GROUP)
     else:
         tile = unpack(part, part, KIND, GROUP)
