@@ -51,6 +51,7 @@ from deepseek_vl2.engine.scheduler import EngineOptions
 from deepseek_vl2.engine.triton_runner import CapturedStep, TritonRunner
 from deepseek_vl2.models import DeepseekVLV2Processor
 from deepseek_vl2.models.cache import new_cache
+from deepseek_vl2.ops.triton.weights import Weight
 from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
 
 HERE = Path(__file__).resolve().parent
@@ -500,8 +501,8 @@ class Bench:
 def bytes_read(runner: TritonRunner, tokens: int, hit: list[int]) -> int:
     """Return the bytes that a step must read: weights, of experts only those hit, and the cache of so many tokens."""
 
-    def size(*parts: torch.Tensor | None) -> int:
-        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+    def size(*parts: Weight | None) -> int:
+        return sum(part.nbytes for part in parts if part is not None)
 
     weights, hits = runner.weights, iter(hit)
     total = size(weights.head) + tokens * runner.kv_cache.bytes_per_token

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from deepseek_vl2.engine.decode import DecoderWeights, LayerWeights
+from deepseek_vl2.engine.self_check import unpacked
 from deepseek_vl2.ops.triton import (
     decode_experts,
     decode_experts_gemm,
@@ -23,6 +24,7 @@ from deepseek_vl2.ops.triton import (
 )
 from deepseek_vl2.ops.triton.common import multiprocessors
 from deepseek_vl2.ops.triton.decode_experts import ExpertWeights
+from deepseek_vl2.ops.triton.weights import Weight
 
 TOLERANCE = 1.2e-2  # bfloat16: half a step is 2^-9, and a chain of kernels rounds some five times
 POSITION = 1450
@@ -41,7 +43,7 @@ class KernelChecks:
     def __init__(self, weights: DecoderWeights, rows: int) -> None:
         self.weights, self.rows = weights, rows
         self.layer: LayerWeights = next(layer for layer in weights.layers if layer.routing is not None)
-        self.dtype, self.device = weights.head.dtype, weights.head.device
+        self.dtype, self.device = weights.embedding.dtype, weights.head.device
         self.hidden = weights.head.shape[1]
 
     def draw(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -52,7 +54,7 @@ class KernelChecks:
         """Return memory full of NaN."""
         return torch.full(shape, float("nan"), device=self.device, dtype=dtype or self.dtype)
 
-    def linear(self, weights: tuple[torch.Tensor, ...], normed: bool, residual: bool, float_out: bool) -> float:
+    def linear(self, weights: tuple[Weight, ...], normed: bool, residual: bool, float_out: bool) -> float:
         """Check a product of the rows with weights side by side."""
         width = sum(weight.shape[0] for weight in weights)
         x, norm_weight = self.draw(self.rows, weights[0].shape[1]), self.draw(weights[0].shape[1])
@@ -63,7 +65,7 @@ class KernelChecks:
             decode_gemv.linear_gemv(x[0], weights, out[0], fused, 1e-6, None if added is None else added[0])
         else:
             decode_gemm.linear_gemm(x, weights, out, added)
-        wide = [weight.float() for weight in weights]
+        wide = [exact for weight in weights if (exact := unpacked(weight)) is not None]
         plain_norm = None if fused is None else fused.float()
         plain = decode_gemv.norm_linear_plain(
             x.float(), wide, plain_norm, 1e-6, None if added is None else added.float()
@@ -74,7 +76,7 @@ class KernelChecks:
         """Check that the likeliest of one row is found; 0 or 1."""
         head = self.weights.head
         x, out = self.draw(self.hidden), self.poisoned(head.shape[0], dtype=torch.float32)
-        programs = -(-head.shape[0] // decode_gemv.gemv_blocks(self.hidden, head.shape[0])["BLOCK_N"])
+        programs = -(-head.shape[0] // decode_gemv.gemv_blocks(head, head.shape[0])["BLOCK_N"])
         best = (
             self.poisoned(programs, dtype=torch.float32),
             torch.zeros(programs, dtype=torch.int32, device=self.device),
@@ -167,7 +169,7 @@ class KernelChecks:
     def _wide(self) -> ExpertWeights:
         w = self.layer.experts
         parts = (w.gate_up, w.down, w.shared_gate, w.shared_up, w.shared_down)
-        return ExpertWeights(*(None if part is None else part.float() for part in parts))
+        return ExpertWeights(*map(unpacked, parts))
 
     def experts(self) -> float:
         """Check the experts, from the hidden state before the norm to their sum."""

@@ -35,16 +35,16 @@ def listed(names: str, *candidates: tuple[int, ...]) -> list[Blocks]:
 # Candidates of products, gate and up, and down: each must leave two programs or more on a multiprocessor.
 ONE_ROW = (
     listed("BLOCK_N BLOCK_K num_warps", (4, 512, 4), (4, 1024, 4), (2, 1024, 4), (4, 1024, 8), (8, 1024, 8)),
-    listed("BLOCK_N BLOCK_H num_warps", (2, 512, 4), (2, 1024, 4), (4, 512, 8), (4, 1024, 8), (8, 512, 8)),
+    listed("BLOCK_N BLOCK_K num_warps", (2, 512, 4), (2, 1024, 4), (4, 512, 8), (4, 1024, 8), (8, 512, 8)),
     listed(
-        "BLOCK_H BLOCK_I AHEAD num_warps", (4, 512, 6, 8), (2, 512, 6, 4), (2, 1024, 3, 4), (4, 256, 11, 4),
+        "BLOCK_N BLOCK_K AHEAD num_warps", (4, 512, 6, 8), (2, 512, 6, 4), (2, 1024, 3, 4), (4, 256, 11, 4),
         (2, 512, 6, 2), (8, 256, 11, 8), (1, 1024, 3, 4), (4, 512, 2, 4),
     ),
 )  # fmt: skip
 FEW_ROWS = (
     listed("BLOCK_N BLOCK_K STAGES num_warps", (16, 128, 4, 4), (32, 64, 4, 4), (32, 128, 3, 4), (16, 256, 3, 4)),
-    listed("BLOCK_N BLOCK_H STAGES num_warps", (32, 64, 4, 4), (32, 128, 3, 4), (64, 64, 3, 4), (64, 128, 2, 8)),
-    listed("BLOCK_N BLOCK_I STAGES num_warps", (32, 64, 4, 4), (32, 128, 3, 4), (64, 128, 3, 4), (128, 64, 3, 8)),
+    listed("BLOCK_N BLOCK_K STAGES num_warps", (32, 64, 4, 4), (32, 128, 3, 4), (64, 64, 3, 4), (64, 128, 2, 8)),
+    listed("BLOCK_N BLOCK_K STAGES num_warps", (32, 64, 4, 4), (32, 128, 3, 4), (64, 128, 3, 4), (128, 64, 3, 8)),
 )
 
 
@@ -72,7 +72,7 @@ class Tuner:
 
     def __init__(self, weights: DecoderWeights, rows: int) -> None:
         self.layers = [layer for layer in weights.layers if layer.routing is not None]
-        self.rows, like = rows, weights.head
+        self.rows, like = rows, weights.embedding
         first = self.layers[0]
         assert first.routing is not None
         e, a, routing, hidden = first.experts, first.attention, first.routing, like.shape[1]

@@ -245,7 +245,7 @@ def serve(args: argparse.Namespace) -> None:
     model.config.image_token_id = processor.image_token_id
     model.config.language_config.eos_token_id = processor.tokenizer.eos_token_id
     options = command.engine_options(given, model)
-    settings = command.server_settings(given, (), NAME, options.max_batch)
+    settings = command.server_settings(given, (), NAME, options.max_batch, "")
     settings = replace(settings, first_byte_seconds=float(REQUEST_SECONDS), request_seconds=float(REQUEST_SECONDS))
     server = Server(model, processor, settings, options)
     http_server(server, 10.0, host="127.0.0.1", port=args.port, log_level="warning").run()

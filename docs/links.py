@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from notebooks import notebook_of, page_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = "docs/"
@@ -23,12 +24,18 @@ LINK = re.compile(r"""(\]\(|\bsrc=["']|\bsrcset=["'])(?!https?:|#|mailto:|data:)
 
 def repository_path(page: str) -> str:
     """Return where a page of the site lies in the repository."""
-    return DOCS + page if (ROOT / DOCS / page).is_file() else page
+    return DOCS + page if (ROOT / DOCS / page).is_file() or notebook_of(DOCS + page) else page
+
+
+def text_of(path: str) -> str:
+    """Return the Markdown of a page by its path in the repository."""
+    notebook = notebook_of(path)
+    return page_of(notebook) if notebook else (ROOT / path).read_text(encoding="utf-8")
 
 
 def linked_files(path: str) -> Iterator[str]:
     """Return the repository's files that a Markdown file links to."""
-    for match in LINK.finditer((ROOT / path).read_text(encoding="utf-8")):
+    for match in LINK.finditer(text_of(path)):
         target = posixpath.normpath(posixpath.join(posixpath.dirname(path), match[2]))
         if (ROOT / target).is_file() and not target.startswith(".."):
             yield target
@@ -58,6 +65,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         if not (ROOT / target).is_file():
             return match[0]
         inside = target.removeprefix(DOCS)
+        if match[1] == "](" and posixpath.basename(target) != posixpath.basename(path).replace(".md", ".ipynb"):
+            inside = inside.replace(".ipynb", ".md")  # a notebook's page; its own page offers the file itself
         if match[1] == "](":
             return match[1] + posixpath.relpath(inside, posixpath.dirname(page.file.src_uri) or ".")
         # mkdocs leaves HTML as it is: relative to the page's own address

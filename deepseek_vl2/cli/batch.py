@@ -29,7 +29,7 @@ from deepseek_vl2.cli.batch_files import (
     record_line,
     write_answers,
 )
-from deepseek_vl2.cli.batch_lines import answer_lines
+from deepseek_vl2.cli.batch_window import answer_lines
 from deepseek_vl2.cli.options import (
     add_generation_arguments,
     add_model_arguments,
@@ -51,8 +51,11 @@ examples:
   deepseek-vl2 batch questions.jsonl answers.jsonl --model deepseek-ai/deepseek-vl2-tiny --batch_size 8
   deepseek-vl2 batch questions.jsonl answers.jsonl --processes 4
   accelerate launch -m deepseek_vl2.cli batch questions.jsonl answers.jsonl
+  deepseek-vl2 batch questions.jsonl answers.jsonl --ray --batch_size 64
+  deepseek-vl2 batch questions.jsonl answers.jsonl --ray_address 10.0.0.1:6379 --backend vllm
 
-Several processes take a GPU and a share of the lines. Images are named relative to the working directory.
+Several processes take a GPU and a share of the lines; with --ray they may be on several machines, take lines as they
+have room, and are replaced when they die. Images are named relative to the working directory.
 """
 
 LAUNCHED = "DEEPSEEK_VL2_BATCH_LAUNCHED"  # in the environment of processes that must not launch others
@@ -63,15 +66,41 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("input", metavar="INPUT", help="a JSON Lines file of questions")
     parser.add_argument("output", metavar="OUTPUT", help="where the answers go, as JSON Lines in the input's order")
     parser.add_argument("--batch_size", type=whole_number(1), default=1, help="lines at a time; default: 1")
-    parser.add_argument("--processes", type=whole_number(1), default=1, help="so many, through accelerate, a GPU each")
+    parser.add_argument(
+        "--processes", type=whole_number(1),
+        help="number of worker processes, one GPU each; default: 1, and with --ray one for each GPU of the cluster, or "
+        "for each node where there are none",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="begin anew, rather than go on with OUTPUT")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_ray_arguments(parser.add_argument_group("cluster"))
     add_model_arguments(parser)
     add_generation_arguments(parser)
 
 
+def add_ray_arguments(group: Any) -> None:
+    """Declare on which cluster, and by which engine."""
+    group.add_argument("--ray", action="store_true", help="workers of a Ray cluster answer the lines")
+    group.add_argument(
+        "--ray_address", metavar="ADDRESS",
+        help="HOST:PORT of that cluster, or auto for the one that runs here; default: RAY_ADDRESS of the environment, "
+        "else a cluster of this machine, started for this run",
+    )  # fmt: skip
+    group.add_argument(
+        "--backend", choices=("engine", "vllm"), default="engine",
+        help="what each worker answers with: our engine (default), or vLLM with this package's plugin; with --ray",
+    )  # fmt: skip
+
+
 def run(args: Namespace) -> int:
     """Answer this process's share of the lines; the first process gathers them all."""
+    if args.ray or args.ray_address is not None:
+        from deepseek_vl2.cli import batch_ray
+
+        return batch_ray.run(args, finish)
+    if args.backend == "vllm":
+        raise ValueError("--backend vllm needs --ray.")
+    args.processes = args.processes or 1
     questions, output = Path(args.input), Path(os.path.realpath(args.output))
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     shared = LAUNCHED in os.environ or rank > 0  # the lock is held by who launched this process, or by the first

@@ -10,10 +10,10 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 try:
     import fcntl
@@ -44,17 +44,41 @@ def read_jobs(path: Path) -> list[Job]:
     Raises:
         FileNotFoundError, ValueError: there is no such file, or none of its lines is text, or it holds nothing.
     """
+    jobs = list(iter_jobs(path))
+    check_input(path, len(jobs), any(job.text is not None for job in jobs))
+    return jobs
+
+
+def iter_jobs(path: Path) -> Iterator[Job]:
+    """Yield the lines that are not blank, while they are read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    # Not splitlines: JSON may hold separators such as U+2028 as they are, and they end no line.
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    lines = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-    jobs = [Job(number, line_key(line), decoded(line)) for number, line in enumerate(lines, 1) if line.strip()]
-    if not jobs:
+    with open(path, "rb") as file:
+        for number, line in enumerate(text_lines(file), 1):
+            if line.strip():
+                yield Job(number, line_key(line), decoded(line))
+
+
+def text_lines(file: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield lines as text files end them: by a line feed, a carriage return, or both.
+
+    Not splitlines: JSON may hold separators such as U+2028 as they are, and they end no line.
+    """
+    for number, line in enumerate(file):
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+        yield from line.removesuffix(b"\n").removesuffix(b"\r").split(b"\r")
+
+
+def check_input(path: Path, lines: int, any_text: bool) -> None:
+    """Raise ``ValueError`` for an input without lines, or without one that is text."""
+    if not lines:
         raise ValueError(f"{path} holds no questions.")
-    if all(job.text is None for job in jobs):
+    if not any_text:
         raise ValueError(f"{path} is not text in UTF-8.")
-    return jobs
 
 
 def line_key(line: bytes) -> str:
@@ -216,28 +240,56 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def gather(output: Path) -> dict[int, dict[str, Any]]:
-    """Return all records of this and earlier runs by line; an answer replaces an error, a later record an earlier."""
-    records: dict[int, dict[str, Any]] = {}
-    for file in (output, *part_files(output)):
-        for record in read_records(file):
-            if "error" not in record or "answer" not in records.get(record["line"], {}):
-                records[record["line"]] = record
-    return records
+class Place(NamedTuple):
+    """Where the record of a line is, so that records need not all be in memory.
+
+    Fields:
+        file, offset: the file, and its byte at which the record begins.
+        key: of the line that it answers.
+        answered: an answer, not an error.
+    """
+
+    file: Path
+    offset: int
+    key: str
+    answered: bool
 
 
-def check_answers(jobs: list[Job], records: dict[int, dict[str, Any]], output: Path) -> set[int]:
+def gather(output: Path) -> dict[int, Place]:
+    """Return where all records of this and earlier runs are, by line.
+
+    An answer replaces an error, a later record an earlier one.
+    """
+    places: dict[int, Place] = {}
+    for path in (output, *part_files(output)):
+        if not path.is_file():
+            continue
+        offset = 0
+        with open(path, "rb") as file:
+            for line in file:
+                record = parsed_record(line)
+                if record is not None:
+                    number, answered = record["line"], "error" not in record
+                    if answered or number not in places or not places[number].answered:
+                        places[number] = Place(path, offset, record["key"], answered)
+                offset += len(line)
+    return places
+
+
+def check_answers(jobs: Iterable[Job], places: dict[int, Place], output: Path) -> set[int]:
     """Return the lines that are answered.
 
     Raises:
         ValueError: the answers belong to another input.
     """
-    keys = {job.line: job.key for job in jobs}
-    answered = {line for line, record in records.items() if "answer" in record}
-    foreign = sorted(line for line in answered if records[line].get("key") != keys.get(line))
-    if foreign:
+    answered = {line for line, place in places.items() if place.answered}
+    unmatched = set(answered)
+    for job in jobs:
+        if job.line in answered and places[job.line].key == job.key:
+            unmatched.discard(job.line)
+    if unmatched:
         raise ValueError(
-            f"{output} answers another input: its line {foreign[0]} was another one. "
+            f"{output} answers another input: its line {min(unmatched)} was another one. "
             "Name another output, or begin anew with --overwrite."
         )
     return answered
@@ -251,16 +303,27 @@ def forget(output: Path) -> None:
 
 def write_answers(output: Path) -> None:
     """Gather all answers into the output, in the input's order, and all errors beside it."""
-    records = gather(output)
-    ordered = [records[line] for line in sorted(records)]
+    places = gather(output)
     parts = part_files(output)
-    for file, kept in ((output, "answer"), (errors_file(output), "error")):
-        chosen = [record_line(record) for record in ordered if kept in record]
-        if chosen or kept == "answer":
+    for file, answers in ((output, True), (errors_file(output), False)):
+        chosen = [places[line] for line in sorted(places) if places[line].answered == answers]
+        if chosen or answers:
             aside = new_file(file)
-            aside.write_text("".join(chosen), encoding="utf-8", newline="\n")
+            copy_records(chosen, aside)
             aside.replace(file)  # a kill half-way leaves the old file whole
         else:
             file.unlink(missing_ok=True)
     for part in parts:
         part.unlink()
+
+
+def copy_records(places: Iterable[Place], target: Path) -> None:
+    """Write records, one a line, into a file."""
+    with contextlib.ExitStack() as stack, open(target, "wb") as written:
+        opened: dict[Path, IO[bytes]] = {}
+        for place in places:
+            if place.file not in opened:
+                opened[place.file] = stack.enter_context(open(place.file, "rb"))
+            source = opened[place.file]
+            source.seek(place.offset)
+            written.write(source.readline().rstrip(b"\r\n") + b"\n")

@@ -4,74 +4,37 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from deepseek_vl2.cli.batch_files import Job, error_record, record_line
 from deepseek_vl2.cli.images import clean_path, download, open_image
-from deepseek_vl2.cli.options import Loaded, generation_options, is_out_of_memory, note
+from deepseek_vl2.cli.options import Loaded, generation_options, is_out_of_memory
 
 
 @dataclass
 class Question:
-    """A line that can be asked."""
+    """A line that can be asked.
+
+    Fields:
+        job: the line.
+        id: what the line calls itself, if anything.
+        sample: its prompt, as the processor gives it.
+        images: its images, as the processor took them.
+    """
 
     job: Job
     id: Any
     sample: Any
-    sizes: list[tuple[int, int]]
+    images: list[Any]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return width and height of each image, in pixels."""
+        return [image.size for image in self.images if hasattr(image, "size")]
 
 
-def answer_lines(loaded: Loaded, jobs: Iterable[Job], args: Namespace, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield a record for each line, in order: an answer, or an error; ``--batch_size`` lines are answered together."""
-    window: deque[Pending] = deque()
-    todo = iter(jobs)
-    try:
-        while True:
-            while window and window[0].done:  # before another is asked: what is done is written
-                if window[0].failure is not None and args.batch_size > 1:
-                    ask_alone(loaded, window, args, seed)
-                yield window.popleft().record()
-            while sum(not line.done for line in window) < args.batch_size and (job := next(todo, None)) is not None:
-                window.append(ask(loaded, job, args, seed))
-            if not window:
-                return
-            if not window[0].done:
-                wait_for_another(window)
-    finally:
-        for line in window:
-            line.cancel()
-
-
-def wait_for_another(window: Sequence[Pending]) -> None:
-    """Drive the engine until one more line is done, so that its place is filled though earlier ones go on."""
-    done = sum(line.done for line in window)
-    engine = next(line.engine for line in window if not line.done)
-    engine.run_until(lambda: sum(line.done for line in window) > done)
-
-
-def ask_alone(loaded: Loaded, window: deque[Pending], args: Namespace, seed: int) -> None:
-    """Ask the first line, which failed among others, once more when these are done.
-
-    Raises:
-        Exception: the device failed.
-    """
-    failed = window[0]
-    assert failed.failure is not None and failed.question is not None
-    if is_broken_device(failed.failure):
-        raise failed.failure
-    if is_out_of_memory(failed.failure):
-        note(f"Out of memory with {args.batch_size} lines at a time: lower --batch_size. A line is tried alone.")
-    while not all(line.done for line in window):
-        wait_for_another(window)
-    window[0] = submit_safely(loaded, failed.question, args, seed)
-    while not window[0].done:
-        wait_for_another(window)
-
-
-@dataclass
+@dataclass(eq=False)
 class Pending:
     """A line on its way.
 
@@ -138,14 +101,13 @@ def why_unanswered(error: Exception) -> str:
     return f"Out of memory: {error}" if memory else f"{type(error).__name__}: {error}"
 
 
-def ask(loaded: Loaded, job: Job, args: Namespace, seed: int) -> Pending:
-    """Hand a line to the engine; what is wrong with it becomes its error."""
+def prepare(loaded: Loaded, job: Job, system_prompt: str) -> Pending:
+    """Read a line, to be submitted; what is wrong with it becomes its error."""
     try:
-        question = read_question(loaded, job, args.system_prompt)
+        return Pending(job, read_question(loaded, job, system_prompt))
     except Exception as error:  # whatever a line says, the others are answered
         known = isinstance(error, (ValueError, OSError))
         return Pending(job, error=str(error) if known else f"The line has a wrong shape: {error}.")
-    return submit_safely(loaded, question, args, seed)
 
 
 def submit_safely(loaded: Loaded, question: Question, args: Namespace, seed: int) -> Pending:
@@ -203,8 +165,7 @@ def read_question(loaded: Loaded, job: Job, system_prompt: str) -> Question:
     length, most = len(sample["input_ids"]), most_tokens(loaded)
     if length >= most:
         raise ValueError(f"The prompt has {length:,} tokens; the model knows {most:,}, its answer's included.")
-    sizes = [image.size for image in shown if hasattr(image, "size")]
-    return Question(job, line.get("id"), sample, sizes)
+    return Question(job, line.get("id"), sample, shown)
 
 
 def read_line(job: Job) -> Any:

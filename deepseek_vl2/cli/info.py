@@ -11,8 +11,8 @@ from typing import Any
 
 from deepseek_vl2.cli.hub_cache import cached_checkpoint
 from deepseek_vl2.cli.options import DTYPES, check_reachable, note, whole_number
-from deepseek_vl2.cli.progress import Progress
 from deepseek_vl2.cli.releases import RELEASES, release_facts, release_sizes
+from deepseek_vl2.utils.progress import Progress
 
 DESCRIPTION = "Sizes of a model, memory that it needs, devices and versions. No weights are loaded."
 EXAMPLES = """\

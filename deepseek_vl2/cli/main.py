@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, TextIO
 
 from deepseek_vl2 import __version__
-from deepseek_vl2.cli.options import is_out_of_memory
+from deepseek_vl2.cli.options import fetch_missing, is_out_of_memory
 from deepseek_vl2.cli.parser import TRACEBACK, CommandParser, asks_for_traceback, suggestion
 from deepseek_vl2.utils.errors import UsageError
 
@@ -123,6 +123,11 @@ def run_program(parser: ArgumentParser, argv: list[str] | None, run: Callable[[N
     given = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(as_declared(given, parser._option_string_actions))
     return run_guarded(parser.prog, lambda: run(args), show_traceback=asks_for_traceback(given))
+
+
+def fetch_model(name: str) -> str:
+    """Return where a model is to be loaded from, downloaded where the cache lacks it: see `options.fetch_missing`."""
+    return fetch_missing(name)
 
 
 def run_command(name: str, argv: list[str]) -> int:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from deepseek_vl2.cli.parser import CommandParser
-from deepseek_vl2.cli.progress import Progress, weights_reported
+from deepseek_vl2.cli.parser import CommandParser, suggestion
+from deepseek_vl2.cli.releases import RELEASES
 from deepseek_vl2.utils.places import DEMO_NAME, NANO_IS_A_TOY, NANO_NAME, is_nano, nano_directory
+from deepseek_vl2.utils.progress import Progress, weights_reported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -259,6 +260,7 @@ def check_reachable(name: str) -> None:
     except OSError as error:
         raise FileNotFoundError(
             f"There is no directory {name}, and the hub ({host}) cannot be reached: {error.strerror or error}."
+            f"{suggestion(name, RELEASES)}"
         ) from error
 
 

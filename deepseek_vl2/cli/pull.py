@@ -15,9 +15,9 @@ from pathlib import Path
 from deepseek_vl2.cli.hub_cache import cache_directory, cached_checkpoint, readable_size, repository_folder
 from deepseek_vl2.cli.options import note
 from deepseek_vl2.cli.parser import suggestion
-from deepseek_vl2.cli.progress import Progress
 from deepseek_vl2.cli.releases import MODEL_TYPE, RELEASES
 from deepseek_vl2.utils.places import DEMO_NAME, NANO_NAME
+from deepseek_vl2.utils.progress import Progress
 
 DESCRIPTION = "Download a checkpoint into the Hugging Face hub's cache, where every command finds it."
 EXAMPLES = """\

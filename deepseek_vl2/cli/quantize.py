@@ -19,7 +19,7 @@ from deepseek_vl2.cli.options import (
     note,
     whole_number,
 )
-from deepseek_vl2.cli.progress import Progress
+from deepseek_vl2.utils.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable

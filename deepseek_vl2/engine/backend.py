@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..ops import SWITCH, turned_off
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -32,6 +32,8 @@ __all__ = [
     "run_experts",
     "run_packed_experts",
     "run_packed_linear",
+    "run_packed_mlp",
+    "run_packed_queries_keys_values",
     "scale",
     "unsupported_reason",
 ]
@@ -123,7 +125,7 @@ def scale(pictures: Pictures, device: torch.device) -> torch.Tensor | None:
 
 
 def find_row_kernels() -> RowKernels | None:
-    """Return what multiplies one row on a CPU; ``None`` where there is none. Called by `models.cpu`."""
+    """Return what multiplies few rows on a CPU; ``None`` where there is none. Called by `models.cpu`."""
     if turned_off():
         return None
     from ..ops.cpu import bindings
@@ -155,7 +157,7 @@ def run_experts(
 
 def run_packed_linear(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """Run a linear layer over packed weights; ``None`` where it is computed as written."""
-    if x.device.type != "cpu" or x.numel() != x.shape[-1] or turned_off():
+    if x.device.type != "cpu":
         return None
     from . import packed
 
@@ -166,8 +168,24 @@ def run_packed_experts(
     layer: Any, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
 ) -> torch.Tensor | None:
     """Run experts over packed weights; ``None`` where they are computed as written."""
-    if hidden_NH.device.type != "cpu" or len(hidden_NH) != 1 or turned_off():
+    if hidden_NH.device.type != "cpu":
         return None
     from . import packed
 
     return packed.run_packed_experts(layer, hidden_NH, ids_NK, weights_NK)
+
+
+def run_packed_mlp(layers: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
+    """Run a SwiGLU MLP of linear layers over packed weights; ``None`` where it is computed as written."""
+    from . import packed
+
+    return packed.run_packed_mlp(layers, x)
+
+
+def run_packed_queries_keys_values(
+    layers: Sequence[Any], hidden_BTH: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
+) -> Sequence[torch.Tensor] | None:
+    """Return queries, keys and values by linear layers over packed weights; ``None``: they are computed as written."""
+    from . import packed
+
+    return packed.run_packed_queries_keys_values(layers, hidden_BTH, rotation)

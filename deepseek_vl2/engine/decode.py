@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 
 from ..ops.triton import (
@@ -25,6 +24,7 @@ from ..ops.triton import (
     decode_gemv,
     decode_mha,
     decode_mla,
+    linear,
     norm,
     prefill_experts,
     router,
@@ -32,6 +32,7 @@ from ..ops.triton import (
 from ..ops.triton.common import multiprocessors, pdl_options, power_of_two
 from ..ops.triton.decode_experts import ExpertWeights
 from ..ops.triton.router import RouterConfig
+from ..ops.triton.weights import Weight
 from .rows import RowTensors
 
 # Up to this many rows, each row may read the heads' part of kv_b_proj for itself: it stays in the L2 cache.
@@ -57,8 +58,8 @@ class AttentionWeights:
         eps: its epsilon.
     """
 
-    projections: tuple[torch.Tensor, ...]
-    out: torch.Tensor
+    projections: tuple[Weight, ...]
+    out: Weight
     scaling: float
     heads: int
     key_heads: int
@@ -89,13 +90,16 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """The weights of a language model, as its modules hold them: nothing is copied."""
+    """The weights of a language model, plain or packed, as its modules hold them.
+
+    Nothing is copied but a packed kv_b_proj, which is unpacked: 4.2 MB a layer of small and 8.4 MB of base.
+    """
 
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
     eps: float
-    head: torch.Tensor
+    head: Weight
 
 
 LayerPool = tuple[torch.Tensor, ...]
@@ -146,7 +150,7 @@ def new_buffers(
     for one row, and for up to `MAX_PDL_ROWS` all but the experts' first products. For more rows it was slower.
     """
     device, count, (vocabulary, hidden) = rows.tokens.device, len(rows.tokens), weights.head.shape
-    dtype, ends_here = weights.head.dtype, weights.head.device == device
+    dtype, ends_here = weights.embedding.dtype, weights.head.device == device
     with torch.inference_mode(False):  # captured steps write them, in any mode
         return DecodeBuffers(
             rows=rows,
@@ -181,10 +185,8 @@ def project(
     elif buffers.count <= MAX_SMALL_BATCH:
         decode_gemm.linear_gemm(source, weights.projections, projected, **buffers.pdl)
     else:
-        first = 0
-        for weight in weights.projections:
-            projected[:, first : first + len(weight)] = F.linear(source, weight)
-            first += len(weight)
+        for weight, span in decode_gemv.side_by_side(weights.projections):
+            projected[:, span] = linear.linear(source, weight)
 
 
 def attend_mla(weights: AttentionWeights, buffers: DecodeBuffers, cache: torch.Tensor, mixed: torch.Tensor) -> None:
@@ -245,7 +247,7 @@ def attend(weights: AttentionWeights, buffers: DecodeBuffers, cache: LayerPool) 
     elif buffers.count <= MAX_SMALL_BATCH:
         decode_gemm.linear_gemm(mixed.flatten(1), [weights.out], hidden, hidden, **buffers.pdl)
     else:
-        torch.addmm(hidden, mixed.flatten(1), weights.out.mT, out=hidden)
+        linear.add_linear(mixed.flatten(1), weights.out, hidden)
 
 
 def mlp_gemv(layer: LayerWeights, buffers: DecodeBuffers) -> None:
@@ -307,8 +309,8 @@ def large_batch_mlp(
     if ids_BK is not None and weights.gate_up is not None and weights.down is not None:
         routed, row_map = prefill_experts.permuted_experts(normed_BH, weights.gate_up, weights.down, ids_BK)
     if weights.shared_gate is not None and weights.shared_up is not None and weights.shared_down is not None:
-        gate, up = F.linear(normed_BH, weights.shared_gate), F.linear(normed_BH, weights.shared_up)
-        shared = F.linear(prefill_experts.silu_and_mul(gate, up), weights.shared_down)
+        gate, up = linear.linear(normed_BH, weights.shared_gate), linear.linear(normed_BH, weights.shared_up)
+        shared = linear.linear(prefill_experts.silu_and_mul(gate, up), weights.shared_down)
     return routed, row_map, shared
 
 
@@ -318,7 +320,7 @@ def predict(weights: DecoderWeights, buffers: DecodeBuffers) -> None:
         if buffers.count <= MAX_SMALL_BATCH:
             decode_gemm.linear_gemm(buffers.normed, [weights.head], buffers.logits, rounded=True, **buffers.pdl)
         else:
-            buffers.logits.copy_(F.linear(buffers.normed, weights.head))
+            buffers.logits.copy_(linear.linear(buffers.normed, weights.head))
         parts = triton.cdiv(weights.head.shape[0], decode_gemv.ARGMAX_BLOCK)
         partials = (
             buffers.take("best", buffers.count, parts, dtype=torch.float32),
@@ -327,7 +329,7 @@ def predict(weights: DecoderWeights, buffers: DecodeBuffers) -> None:
         decode_gemv.partial_argmax(buffers.logits, partials, **buffers.pdl)
         decode_gemv.reduce_argmax(partials, buffers.rows.tokens, **buffers.pdl)
         return
-    block = decode_gemv.gemv_blocks(weights.head.shape[1], weights.head.shape[0])["BLOCK_N"]
+    block = decode_gemv.gemv_blocks(weights.head, weights.head.shape[0])["BLOCK_N"]
     programs = triton.cdiv(weights.head.shape[0], block)
     partials = (
         buffers.take("best", programs, dtype=torch.float32),

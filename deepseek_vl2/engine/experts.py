@@ -7,11 +7,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..models.moe import is_silu
+from ..models.quantized_layers import PackedExperts
 from ..ops.triton import prefill_experts
 
 
 def is_supported(experts: Any, hidden_NH: torch.Tensor) -> bool:
     """Whether a layer's experts and the rows for them are of a kind that the kernels are for."""
+    if isinstance(experts, PackedExperts):
+        return is_silu(experts.act_fn)  # else as `support` has accepted them
     weights = (experts.gate_up_proj, experts.down_proj)
     return (
         hasattr(F, "grouped_mm")

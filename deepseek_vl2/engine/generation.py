@@ -34,6 +34,7 @@ PROCESSORS: dict[type, tuple[str, str]] = {
     processors.MinPLogitsWarper: ("min_p", "min_p"),
     processors.RepetitionPenaltyLogitsProcessor: ("repetition_penalty", "penalty"),
     processors.MinNewTokensLengthLogitsProcessor: ("min_tokens", "min_new_tokens"),
+    processors.MinLengthLogitsProcessor: ("min_tokens", "min_length"),  # transformers sets both; it counts the prompt
 }
 # What a call may bring for the model beside its prompt.
 KNOWN = {
@@ -132,6 +133,8 @@ def sampling_params(call: SampleCall, rows: int) -> list[SamplingParams]:
     for processor in call.logits_processor:
         name, attribute = PROCESSORS[type(processor)]
         value = getattr(processor, attribute)
+        if name == "min_tokens":
+            value = max(value - (call.input_ids.shape[1] if attribute == "min_length" else 0), values.get(name, 0))
         if name != "temperature" or call.generation_config.do_sample:
             values[name] = value
     eos = {int(i) for c in call.stopping_criteria if type(c) is EosTokenCriteria for i in c.eos_token_id}

@@ -47,7 +47,7 @@ class Placement:
 
 
 def place(language: Any, kv_cache: KVCache, max_batch: int) -> Placement:
-    """Choose what runs a model, and try it; where kernels fail to compile, its own modules do."""
+    """Choose what runs a model, and try it; where kernels fail to compile, or compute wrongly, its own modules do."""
     devices = tuple(dict.fromkeys(shape.device for shape in kv_cache.shapes))
     weight = getattr(language.get_output_embeddings(), "weight", None)
     device = weight.device if isinstance(weight, torch.Tensor) and weight.device.type != "meta" else devices[-1]
@@ -67,9 +67,12 @@ def place(language: Any, kv_cache: KVCache, max_batch: int) -> Placement:
 
 
 def _triton_runner(language: Any, kv_cache: KVCache, max_batch: int) -> Runner:
+    from .self_check import check_packed
     from .triton_runner import TritonRunner
     from .weights import read_weights
 
-    runner = TritonRunner(language, read_weights(language), kv_cache, max_batch)
+    weights = read_weights(language)
+    runner = TritonRunner(language, weights, kv_cache, max_batch)
     runner.warm_up()
+    check_packed(weights)
     return runner

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from ..models.attention import DeepseekV2Attention
 from ..models.cache import Segment, causal_mask
 from ..models.moe import DeepseekV2MoE
-from ..ops.triton import norm, prefill_experts, rope, router
+from ..models.quantized_layers import PackedLinear
+from ..ops.triton import linear, norm, prefill_experts, rope, router
 from ..ops.triton.router import NOAUX_TC
 from . import experts
 from .decode import DecoderWeights
 from .rows import upload
-from .weights import read_router_config
+from .weights import read_experts, read_linear, read_router_config
 
 STEP = 128
 Pools = Sequence[tuple[torch.Tensor, ...]]
@@ -99,13 +100,21 @@ def static_inputs(weights: DecoderWeights, tables: tuple[torch.Tensor, torch.Ten
     """Return the buffers of a captured prefill of that many tokens."""
     head, (cos, sin) = weights.head, tables
     return PrefillInputs(
-        embeds_NH=head.new_zeros(length, head.shape[1]),
+        embeds_NH=torch.zeros(length, head.shape[1], dtype=weights.embedding.dtype, device=head.device),
         slots_N=torch.zeros(length, dtype=torch.long, device=head.device),
         cos_NP=cos[:length],
         sin_NP=sin[:length],
         last=torch.zeros(1, dtype=torch.long, device=head.device),
         logits_1V=torch.zeros(1, head.shape[0], device=head.device),
     )
+
+
+def run_linear(module: Any, x_NI: torch.Tensor) -> torch.Tensor:
+    """Return a linear layer's output, [N, O]: packed weights are read by kernels, others by the layer itself."""
+    if isinstance(module, PackedLinear):
+        return linear.linear(x_NI, read_linear(module))
+    out: torch.Tensor = module(x_NI)
+    return out
 
 
 # ---------------------------------------------------------------- attention
@@ -127,8 +136,7 @@ def attend(module: Any, normed_NH: torch.Tensor, tokens: PackedTokens, pool: tup
         attended = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=module.scaling, enable_gqa=grouped)
         out[first:end] = attended[0].transpose(0, 1)
         first, first_key = end, end_key
-    projected: torch.Tensor = module.o_proj(out.flatten(1))
-    return projected
+    return run_linear(module.o_proj, out.flatten(1))
 
 
 def latent_queries_keys_values(
@@ -136,16 +144,16 @@ def latent_queries_keys_values(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return rotated queries, [N, heads, size], and expanded keys and values of all segments, [K, heads, size]."""
     cos, sin = tokens.cos_NP, tokens.sin_NP
-    query = module.q_proj(normed_NH).view(-1, module.num_heads, module.qk_head_dim)
+    query = run_linear(module.q_proj, normed_NH).view(-1, module.num_heads, module.qk_head_dim)
     rope.rotate_heads_(query, cos, sin)
-    weights, compressed = module.kv_a_layernorm, module.kv_a_proj_with_mqa(normed_NH)
+    weights, compressed = module.kv_a_layernorm, run_linear(module.kv_a_proj_with_mqa, normed_NH)
     latent, key_rope = rope.cache_latents(
         compressed, weights.weight, weights.variance_epsilon, cos, sin, tokens.slots_N, pool_SC
     )
     if tokens.has_past:
         held = torch.cat([pool_SC[s.start : s.start + s.end] for s in tokens.segments])
         latent, key_rope = held[:, : module.kv_lora_rank], held[:, module.kv_lora_rank :].contiguous()
-    expanded = module.kv_b_proj(latent).view(len(latent), module.num_heads, -1)
+    expanded = run_linear(module.kv_b_proj, latent).view(len(latent), module.num_heads, -1)
     keys = rope.concat_keys(expanded, key_rope, module.qk_nope_head_dim)
     return query, keys, expanded[..., module.qk_nope_head_dim :]
 
@@ -155,7 +163,7 @@ def head_queries_keys_values(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return rotated queries, [N, heads, size], and keys and values of all segments, [K, key heads, size]."""
     projections = (module.q_proj, module.k_proj, module.v_proj)
-    query, key, value = (linear(normed_NH).view(len(normed_NH), -1, module.head_dim) for linear in projections)
+    query, key, value = (run_linear(p, normed_NH).view(len(normed_NH), -1, module.head_dim) for p in projections)
     for part in (query, key):
         rope.rotate_heads_(part, tokens.cos_NP, tokens.sin_NP, interleaved=False)
     for held, new in zip(pool, (key, value), strict=True):
@@ -170,8 +178,8 @@ def head_queries_keys_values(
 
 def run_mlp(mlp: Any, rows_NH: torch.Tensor) -> torch.Tensor:
     """Return what a dense MLP, of one layer or shared by all tokens, makes of rows, [N, H]."""
-    out: torch.Tensor = mlp.down_proj(prefill_experts.silu_and_mul(mlp.gate_proj(rows_NH), mlp.up_proj(rows_NH)))
-    return out
+    gate, up = run_linear(mlp.gate_proj, rows_NH), run_linear(mlp.up_proj, rows_NH)
+    return run_linear(mlp.down_proj, prefill_experts.silu_and_mul(gate, up))
 
 
 def prefill_layer(
@@ -204,7 +212,7 @@ def prefill_layer(
         return
     bias = mlp.gate.e_score_correction_bias if routing.method == NOAUX_TC else None
     ids, weights = router.route_tokens(normed_NH, mlp.gate.weight, bias, routing, tokens.last, len(normed_NH))
-    outputs, row_map = prefill_experts.permuted_experts(normed_NH, mlp.experts.gate_up_proj, mlp.experts.down_proj, ids)
+    outputs, row_map = prefill_experts.permuted_experts(normed_NH, *read_experts(mlp.experts), ids)
     shared = None if mlp.shared_experts is None else run_mlp(mlp.shared_experts, normed_NH)
     scale, eps = following.weight, following.variance_epsilon
     norm.fused_add_rms_norm(hidden_NH, outputs, weights, shared, scale, eps, hidden_NH, normed_NH, row_map_P=row_map)
@@ -227,7 +235,7 @@ def run_captured(language: Any, pools: Pools, given: PrefillInputs) -> None:
     norms = [layer.input_layernorm for layer in layers[1:]] + [language.model.norm]
     for layer, pool, following in zip(layers, pools, norms, strict=True):
         prefill_layer(layer, hidden, normed, tokens, pool, following)
-    given.logits_1V.copy_(language.lm_head(normed.index_select(0, given.last)))
+    given.logits_1V.copy_(run_linear(language.lm_head, normed.index_select(0, given.last)))
 
 
 def run_packed(
@@ -257,8 +265,7 @@ def run_packed(
         last += segment.new
         ends.append(last)
     kept = normed.index_select(0, upload([ends], normed.device)[0])
-    logits: torch.Tensor = language.lm_head(kept.to(language.lm_head.weight.device)).float()
-    return logits
+    return run_linear(language.lm_head, kept.to(read_linear(language.lm_head).device)).float()
 
 
 class MovedNorm:

@@ -13,6 +13,8 @@ from ..models.loss import OutputHead
 from ..models.modeling_deepseek import DeepseekV2DecoderLayer, DeepseekV2ForCausalLM
 from ..models.moe import EXPERTS_IMPLEMENTATION, DeepseekV2Experts, DeepseekV2MLP, DeepseekV2MoE
 from ..models.norm import DeepseekV2RMSNorm
+from ..models.quantization import BLOCK, SMALLEST_GROUP, WeightFormat
+from ..models.quantized_layers import PackedExperts, PackedLinear, PackedModule
 from ..models.router import MoEGate
 from ..ops import SWITCH, turned_off
 
@@ -36,14 +38,17 @@ OWN_MODULES = (
     DeepseekV2MultiHeadAttention,
     DeepseekV2RMSNorm,
     MoEGate,
+    PackedExperts,
+    PackedLinear,
 )
 
 
 def unsupported_reason(language: Any) -> str | None:
     """Return why the kernels do not run a language model, in a few words, or ``None``: they do."""
-    weight = getattr(getattr(language, "lm_head", None), "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        return "the output head is not a plain linear layer"
+    embeddings = getattr(getattr(language, "model", None), "embed_tokens", None)
+    weight, head = getattr(embeddings, "weight", None), getattr(language, "lm_head", None)
+    if not isinstance(weight, torch.Tensor) or not isinstance(head, (nn.Linear, PackedLinear)):
+        return "the output head is neither a plain linear layer nor a packed one"
     return (
         unsupported_here()
         or unsupported_device(weight)
@@ -102,12 +107,31 @@ def _unsupported_module(name: str, module: nn.Module) -> str | None:
         return f"{name}: {reason}"
     if type(module) not in OWN_MODULES and any(p is not None for p in module._parameters.values()):
         return f"{name} is a {type(module).__name__}: quantized, adapted or replaced"
-    if isinstance(module, nn.Linear):
-        return f"{name} has a bias" if module._parameters["bias"] is not None else None
-    if isinstance(module, DeepseekV2MLP | DeepseekV2Experts) and "silu" not in type(module.act_fn).__name__.lower():
+    if isinstance(module, nn.Linear | PackedLinear):
+        bias = module._parameters.get("bias")
+        return f"{name} has a bias" if bias is not None else _unsupported_format(name, module)
+    if isinstance(module, PackedExperts) and (reason := _unsupported_format(name, module)) is not None:
+        return reason
+    if (
+        isinstance(module, DeepseekV2MLP | DeepseekV2Experts | PackedExperts)
+        and "silu" not in type(module.act_fn).__name__.lower()
+    ):
         return f"{name} has another activation than SiLU"
     if isinstance(module, DeepseekV2Experts) and _experts_implementation(module) != EXPERTS_IMPLEMENTATION:
         return f"another experts implementation was chosen: {_experts_implementation(module)}"
+    return None
+
+
+def _unsupported_format(name: str, module: nn.Module) -> str | None:
+    """Return why the kernels do not read a module's packed weights."""
+    if not isinstance(module, PackedModule):
+        return None
+    for part, fmt in module.formats.items():
+        group = fmt.group_size
+        if group and (group & (group - 1) or group < SMALLEST_GROUP):
+            return f"{name} has groups of {group} columns"
+        if fmt.block and isinstance(module, PackedExperts) and module.intermediate_size % BLOCK:
+            return f"{name}.{part} has blocks across gates and ups"
     return None
 
 
@@ -139,7 +163,7 @@ def _unsupported_weights(language: Any) -> str | None:
     parameters = list(language.parameters())
     if {type(p) for p in parameters} != {nn.Parameter}:
         return "some weights are quantized or distributed tensors"
-    if len({p.dtype for p in parameters}) > 1 or {p.device.type for p in parameters} != {"cuda"}:
+    if len({p.dtype for p in _unpacked(language)}) > 1 or {p.device.type for p in parameters} != {"cuda"}:
         return "the weights are of several dtypes, or not all on GPUs"
     parts = (language.model.embed_tokens, language.model.norm, language.lm_head, *language.model.layers)
     if any(len({p.device for p in part.parameters()}) > 1 for part in parts):
@@ -149,9 +173,23 @@ def _unsupported_weights(language: Any) -> str | None:
     return None
 
 
+def _unpacked(language: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are no part of a packed weight."""
+    packed = [module for module in language.modules() if isinstance(module, PackedModule)]
+    held = {id(part) for module in packed for name in module.formats for part in module.packed(name)}
+    return [parameter for parameter in language.parameters() if id(parameter) not in held]
+
+
+def _format(layer: Any) -> WeightFormat | None:
+    return layer.format if isinstance(layer, PackedLinear) else None
+
+
 def _unsupported_shape(layer: Any) -> str | None:
     """Return why a layer is beyond the kernels."""
     attention, mlp = layer.self_attn, layer.mlp
+    shared = mlp.shared_experts if isinstance(mlp, DeepseekV2MoE) else mlp
+    if shared is not None and _format(shared.gate_proj) != _format(shared.up_proj):
+        return "gates and ups are of several formats"
     if isinstance(attention, DeepseekV2Attention):
         if attention.q_lora_rank is not None:
             return "queries have a low rank (q_lora_rank)"

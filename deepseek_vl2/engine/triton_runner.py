@@ -117,7 +117,7 @@ class TritonRunner:
         self.language = ref(language)
         self.weights = weights
         self.kv_cache = kv_cache
-        most = max_batch if weights.head.dtype == torch.bfloat16 else min(max_batch, MOST_HALF_ROWS)
+        most = max_batch if weights.embedding.dtype == torch.bfloat16 else min(max_batch, MOST_HALF_ROWS)
         self.max_batch = min(most, BUCKETS[-1])
         self.stages = stages_of(weights)
         devices = {stage.device for stage in self.stages}

@@ -15,11 +15,12 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .backend import backend
 from .cache import PackedCache, causal_mask
 from .configuration_deepseek import DeepseekV2Config
 from .cpu import is_bare, project, row_kernels
 from .norm import DeepseekV2RMSNorm
-from .quantized_layers import PackedLinear, dense_weight
+from .quantized_layers import PackedLinear, dense_weight, is_bare_packed
 from .rope import apply_rotary, split_interleaved_pairs, yarn_softmax_scale
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -127,10 +128,12 @@ class DeepseekV2MultiHeadAttention(nn.Module):
     def queries_keys_values(self, hidden_BTH: torch.Tensor, rotation: Rotation) -> Sequence[torch.Tensor]:
         """Return rotated queries, [B, N, T, D], rotated keys and values, [B, M, T, D]."""
         layers = (self.q_proj, self.k_proj, self.v_proj)
-        if (kernels := row_kernels()) is not None and all(is_bare(layer) and layer.bias is None for layer in layers):
-            out: Sequence[torch.Tensor] | None = kernels.queries_keys_values(
-                hidden_BTH, *(layer.weight for layer in layers), *rotation
-            )
+        if (kernels := row_kernels()) is not None:
+            out: Sequence[torch.Tensor] | None = None
+            if all(is_bare(layer) and layer.bias is None for layer in layers):
+                out = kernels.queries_keys_values(hidden_BTH, *(layer.weight for layer in layers), *rotation)
+            elif all(map(is_bare_packed, layers)) and (engine := backend()) is not None:
+                out = engine.run_packed_queries_keys_values(layers, hidden_BTH, rotation)
             if out is not None:
                 return out
         query, key, value = (self._heads(project(layer, hidden_BTH)) for layer in layers)
@@ -147,15 +150,29 @@ class DeepseekV2MultiHeadAttention(nn.Module):
         """Return the attention's output [B, T, H] and, from the eager implementation, its weights."""
         query, key, value = self.queries_keys_values(hidden_BTH, rotation)
         if isinstance(past_key_values, PackedCache):
-            outs = [
-                self._attend(query[:, :, tokens], keys, values, _segment_mask(self, tokens, keys), **kwargs)[0]
-                for tokens, keys, values in past_key_values.append(key, value, self.layer_idx)
-            ]
-            return project(self.o_proj, torch.cat(outs, dim=1).flatten(2)), None
+            out = self._attend_rows(query, key, value, past_key_values)
+            if out is None:
+                outs = [
+                    self._attend(query[:, :, tokens], keys, values, _segment_mask(self, tokens, keys), **kwargs)[0]
+                    for tokens, keys, values in past_key_values.append(key, value, self.layer_idx)
+                ]
+                out = torch.cat(outs, dim=1)
+            return project(self.o_proj, out.flatten(2)), None
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         out, weights = self._attend(query, key, value, attention_mask, **kwargs)
         return project(self.o_proj, out.flatten(2)), weights
+
+    def _attend_rows(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: PackedCache
+    ) -> torch.Tensor | None:
+        """Attend from a single token of each sequence in one call, [1, T, N, D]; ``None`` where there is none."""
+        kernels = row_kernels()
+        if kernels is None or not cache.is_decoding or self.config._attn_implementation != "sdpa":
+            return None
+        keys, values = cache.append_tokens(key, value, self.layer_idx)
+        out: torch.Tensor | None = kernels.attend_rows(query, keys, values, cache.starts, cache.lengths, self.scaling)
+        return out
 
     def _attend(
         self,
@@ -290,8 +307,7 @@ class DeepseekV2Attention(nn.Module):
         attention_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend to the latents; returns [B, T, N, v] and the weights [B, N, T, S]."""
-        weight = dense_weight(self.kv_b_proj, query_nope.dtype).view(self.num_heads, -1, self.kv_lora_rank)
-        into_latent, out_of_latent = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        into_latent, out_of_latent = self._absorbed_weights(query_nope.dtype)
         query_latent = self._through_heads(query_nope, into_latent)
         # All heads share the keys: heads times queries become the rows of one matrix product, and nothing is repeated.
         shape = (self.num_heads, query_rope.shape[2])
@@ -359,19 +375,49 @@ class DeepseekV2Attention(nn.Module):
         query_nope, query_rope = self.project_query(hidden_BTH, rotation)
         key_rope, latent = self.project_latent(hidden_BTH, rotation)
         if isinstance(past_key_values, PackedCache):
-            outs = [
-                self._attend(
-                    query_nope[:, :, tokens], query_rope[:, :, tokens], keys, latents,
-                    _segment_mask(self, tokens, keys), hidden_BTH[:, tokens], **kwargs,
-                )[0]
-                for tokens, keys, latents in past_key_values.append(key_rope, latent, self.layer_idx)
-            ]  # fmt: skip
-            return project(self.o_proj, torch.cat(outs, dim=1).flatten(2)), None
+            out = self._attend_rows(query_nope, query_rope, key_rope, latent, past_key_values, hidden_BTH)
+            if out is None:
+                outs = [
+                    self._attend(
+                        query_nope[:, :, tokens], query_rope[:, :, tokens], keys, latents,
+                        _segment_mask(self, tokens, keys), hidden_BTH[:, tokens], **kwargs,
+                    )[0]
+                    for tokens, keys, latents in past_key_values.append(key_rope, latent, self.layer_idx)
+                ]  # fmt: skip
+                out = torch.cat(outs, dim=1)
+            return project(self.o_proj, out.flatten(2)), None
         if past_key_values is not None:
             key_rope, latent = past_key_values.update(key_rope, latent, self.layer_idx)
         parts = (query_nope, query_rope, key_rope, latent)
         out, weights = self._attend(*parts, attention_mask, hidden_BTH, **kwargs)
         return project(self.o_proj, out.flatten(2)), weights
+
+    def _attend_rows(
+        self,
+        query_nope: torch.Tensor,
+        query_rope: torch.Tensor,
+        key_rope: torch.Tensor,
+        latent: torch.Tensor,
+        cache: PackedCache,
+        hidden_BTH: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Attend from a single token of each sequence in one call, [1, T, N, v]; ``None`` where there is none."""
+        kernels = row_kernels()
+        if kernels is None or not cache.is_decoding or self.config._attn_implementation != "sdpa":
+            return None
+        if not self.can_absorb(hidden_BTH):
+            return None
+        keys, latents = cache.append_tokens(key_rope, latent, self.layer_idx)
+        into_latent, out_of_latent = self._absorbed_weights(query_nope.dtype)
+        query_latent = torch.matmul(query_nope, into_latent)
+        spans = (cache.starts, cache.lengths)
+        mixed = kernels.attend_latents(query_latent, query_rope, latents[:, 0], keys[:, 0], *spans, self.scaling)
+        return None if mixed is None else torch.matmul(mixed.transpose(1, 2), out_of_latent.mT).transpose(1, 2)
+
+    def _absorbed_weights(self, dtype: torch.dtype) -> Sequence[torch.Tensor]:
+        """Return what folds ``kv_b_proj`` into the queries, [N, nope, R], and into the outputs, [N, v, R]."""
+        weight = dense_weight(self.kv_b_proj, dtype).view(self.num_heads, -1, self.kv_lora_rank)
+        return weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
 
     def _attend(
         self,

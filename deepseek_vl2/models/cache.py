@@ -119,10 +119,26 @@ class PackedCache(Cache):
         super().__init__(layers=[])
         self.pools = pools
         self.segments = segments
+        self.starts = [segment.start for segment in segments]
+        self.lengths = [segment.end for segment in segments]
+        self.is_decoding = all(segment.new == 1 for segment in segments)
+        self._last: torch.Tensor | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0: positions are given, since each segment has its own."""
         return 0
+
+    def append_tokens(
+        self, keys_1MTD: torch.Tensor, values_1MTD: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a new token's key and value of each segment; return the layer's pool, [S, M, D] each."""
+        keys_SMD, values_SMD = self.pools[layer_idx]
+        if self._last is None or self._last.device != keys_SMD.device:
+            last = [segment.start + segment.past for segment in self.segments]
+            self._last = torch.tensor(last, device=keys_SMD.device)
+        keys_SMD.index_copy_(0, self._last, keys_1MTD[0].transpose(0, 1))
+        values_SMD.index_copy_(0, self._last, values_1MTD[0].transpose(0, 1))
+        return keys_SMD, values_SMD
 
     def append(
         self, keys_1MTD: torch.Tensor, values_1MTD: torch.Tensor, layer_idx: int

@@ -18,16 +18,19 @@ from .backend import backend
 
 # From this many rows on, widening a weight costs less than imitated products of bfloat16 (measured: 10 to 16 rows).
 MANY_ROWS = 16
+# Most rows that compiled kernels know: products of bfloat16 take a single one, those of packed weights
+# a few, and attention as many as a decoding step has.
+FEW_ROWS = 256
 # Numbers of a weight that are widened at a time: 128 MB.
 MOST_WIDENED = 1 << 25
 
 
-def is_single_cpu_row(x: torch.Tensor) -> bool:
-    """Whether [B, T, H] is one token in bfloat16 on a CPU, outside of training and compilation."""
+def is_few_cpu_rows(x: torch.Tensor) -> bool:
+    """Whether [B, T, H] is a token, or a few, in bfloat16 on a CPU, outside of training and compilation."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.bfloat16
-        and x.shape[0] * x.shape[1] == 1
+        and x.shape[0] * x.shape[1] <= FEW_ROWS
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
     )
@@ -100,11 +103,11 @@ def wide_products(wanted: bool) -> Iterator[None]:
 BARE_LAYERS: set[type[nn.Module]] = {nn.Linear}
 # Hooks that are called for every module: PyTorch's own dictionaries.
 _GLOBAL_HOOKS = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
-_ROWS: ContextVar[Any] = ContextVar("kernels of one row", default=None)
+_ROWS: ContextVar[Any] = ContextVar("kernels of few rows", default=None)
 
 
 def row_kernels() -> Any:
-    """Return the kernels of one row that are in use, `deepseek_vl2.ops.cpu.bindings.RowKernels`; ``None``: none are."""
+    """Return the kernels of few rows that are in use, `deepseek_vl2.ops.cpu.bindings.RowKernels`, or ``None``."""
     return None if torch.compiler.is_compiling() else _ROWS.get()
 
 
@@ -129,7 +132,7 @@ def _computes_as_written() -> bool:
 
 
 def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return ``layer(x)``, by the kernels of one row where they are in use and the layer is bare."""
+    """Return ``layer(x)``, by the kernels of few rows where they are in use and the layer is bare."""
     if (kernels := row_kernels()) is not None and is_bare(layer):
         out: torch.Tensor | None = kernels.linear(x, layer.weight, layer.bias)
         if out is not None:
@@ -139,7 +142,7 @@ def project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def row_products() -> Iterator[None]:
-    """Multiply one row of bfloat16 by compiled kernels, as fast as the memory gives weights, where there are any."""
+    """Multiply few rows of bfloat16 by compiled kernels, as fast as the memory gives weights, where there are any."""
     kernels = None
     if _computes_as_written():
         engine = backend()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from .attention import DeepseekV2Attention, DeepseekV2MultiHeadAttention, Rotati
 from .cache import CACHE_NAME, PackedCache, new_cache, one_cache
 from .checkpoint import conversion_rules
 from .configuration_deepseek import DeepseekV2Config
-from .cpu import is_single_cpu_row, project, row_products, wants_wide_products, wide_products
+from .cpu import is_few_cpu_rows, project, row_products, wants_wide_products, wide_products
 from .generation import ChunkedGenerationMixin, as_cache, set_generation_ids
 from .loading import CheckpointLoadingMixin
 from .loss import (
@@ -221,13 +222,17 @@ class DeepseekV2Model(DeepseekV2PreTrainedModel):
             return positions_from_mask(attention_mask, length)
         return (torch.arange(length, device=embeds.device) + past).expand(embeds.shape[0], -1)
 
-    def quick_products(self, hidden_states: torch.Tensor) -> AbstractContextManager[None]:
-        """Return what makes products on a CPU quicker; nothing under "eager", which keeps the original's arithmetic."""
+    @contextmanager
+    def quick_products(self, hidden_states: torch.Tensor) -> Iterator[None]:
+        """Make products on a CPU quicker; not under "eager", which keeps the original's arithmetic."""
         if self.config._attn_implementation == "eager":
-            return nullcontext()
-        if is_single_cpu_row(hidden_states):
-            return row_products()
-        return wide_products(wants_wide_products(hidden_states))
+            yield
+            return
+        with (
+            row_products() if is_few_cpu_rows(hidden_states) else nullcontext(),
+            wide_products(wants_wide_products(hidden_states)),
+        ):
+            yield
 
     @can_return_tuple
     def forward(

@@ -21,6 +21,7 @@ from .cpu import grouped_products, is_bare, is_untouched, project, row_kernels
 from .experts_autograd import SortRows, SumSortedRows, grouped_product, sum_weighted
 from .loss import compute_dtype
 from .parallel import holds_some_experts
+from .quantized_layers import is_bare_packed
 from .router import AddAuxiliaryLoss, MoEGate, RoutingContext
 
 SILU = type(ACT2FN["silu"])
@@ -49,8 +50,12 @@ class DeepseekV2MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the MLP's output."""
-        if (kernels := row_kernels()) is not None and self.is_plain():
-            out: torch.Tensor | None = kernels.mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        if (kernels := row_kernels()) is not None:
+            parts, out = (self.gate_proj, self.up_proj, self.down_proj), None
+            if self.is_plain():
+                out = kernels.mlp(x, *(part.weight for part in parts))
+            elif is_silu(self.act_fn) and all(map(is_bare_packed, parts)) and (engine := backend()) is not None:
+                out = engine.run_packed_mlp(parts, x)
             if out is not None:
                 return out
         return project(self.down_proj, self.act_fn(project(self.gate_proj, x)) * project(self.up_proj, x))
@@ -87,12 +92,6 @@ def one_token_experts_forward(
 
     A grouped product would visit the experts that were not chosen too, which costs as much as half of the work.
     """
-    if (kernels := row_kernels()) is not None and is_silu(experts.act_fn):
-        out: torch.Tensor | None = kernels.experts(
-            hidden_1H, experts.gate_up_proj, experts.down_proj, ids_1K, weights_1K
-        )
-        if out is not None:
-            return out
     chosen = ids_1K[0].tolist()
     rows = hidden_1H.to(experts.gate_up_proj.dtype)
     gate, up = torch.cat([F.linear(rows, experts.gate_up_proj[expert]) for expert in chosen]).chunk(2, dim=-1)
@@ -105,6 +104,12 @@ def cpu_experts_forward(
     experts: DeepseekV2Experts, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
 ) -> torch.Tensor:
     """Run the experts as two grouped matrix products over tokens sorted by expert; [N, H]."""
+    if (kernels := row_kernels()) is not None and is_silu(experts.act_fn):
+        out: torch.Tensor | None = kernels.experts(
+            hidden_NH, experts.gate_up_proj, experts.down_proj, ids_NK, weights_NK
+        )
+        if out is not None:
+            return out
     tokens, top_k = ids_NK.shape
     if tokens == 1:
         return one_token_experts_forward(experts, hidden_NH, ids_NK, weights_NK)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .backend import backend
+from .cpu import is_untouched
 from .quantization import PackedWeight, WeightFormat, dequantize, packed_linear, quantize
 
 
@@ -111,6 +112,11 @@ class PackedLinear(PackedModule):
     def extra_repr(self) -> str:
         """Return what is printed of the layer."""
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.format}"
+
+
+def is_bare_packed(layer: nn.Module) -> bool:
+    """Whether a layer is no more than a product with a packed weight: no bias, adapter or hook."""
+    return type(layer) is PackedLinear and layer.bias is None and is_untouched(layer)
 
 
 class PackedExperts(PackedModule):

@@ -26,7 +26,7 @@ from deepseek_vl2.cli.options import (
     loading_options,
     whole_number,
 )
-from deepseek_vl2.cli.progress import Progress, weights_reported
+from deepseek_vl2.utils.progress import Progress, weights_reported
 
 from .tasks import EVERY_TASK
 

@@ -23,7 +23,8 @@ import sys
 import warnings
 from argparse import ArgumentParser, Namespace
 
-from deepseek_vl2.cli.main import build_command_parser, run_program
+from deepseek_vl2.cli.main import build_command_parser, fetch_model, run_program
+from deepseek_vl2.utils.progress import Progress
 
 from .options import add_arguments, check_options
 
@@ -43,15 +44,16 @@ def run(args: Namespace) -> int:
         ValueError, OSError, ImportError: data, model or an extra is not there, or not as it must be.
     """
     check_options(args)
-    from transformers.utils import logging
+    with Progress(f"Loading {args.model}", terminal_only=True):
+        from transformers.utils import logging
 
-    from .finetune_run import run as train
-
+        from .finetune_run import run as train
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # what the libraries plan is not the user's concern
     logging.disable_progress_bar()  # those of loading and saving; the training's own stays
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are processes already
     try:
+        fetch_model(args.model)
         train(args)
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted; --resume goes on from the last checkpoint.\n")

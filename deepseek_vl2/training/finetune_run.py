@@ -11,6 +11,7 @@ import torch
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.quantizer import WeightOnlyConfig
 from deepseek_vl2.utils.io import resolve_model_path
+from deepseek_vl2.utils.progress import Progress
 
 from .collator import ConversationCollator
 from .data import ConversationDataset
@@ -184,7 +185,8 @@ def run(args: Namespace) -> None:
     if args.precision is None:
         on_gpu = torch.cuda.is_available() and not args.cpu
         args.precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
-    trainer = build_trainer(args)
+    with Progress(f"Loading {args.model} and the data"):
+        trainer = build_trainer(args)
     main_process = trainer.is_world_process_zero()
     if main_process:
         print(describe(trainer, args, checkpoint), flush=True)

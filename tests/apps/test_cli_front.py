@@ -72,7 +72,7 @@ def test_the_bare_command_shows_all_that_can_be_done(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["aks"], "there is no command 'aks'. Did you mean ask?"),
+        (["asks"], "there is no command 'asks'. Did you mean ask?"),
         (["fine-tune"], "Did you mean finetune?"),
         (["--traceback"], "the command is missing"),
         (["xyzzy"], "The commands are ask, chat"),

@@ -14,18 +14,19 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from deepseek_vl2.cli import options, progress
+from deepseek_vl2.cli import options
 from deepseek_vl2.cli.main import main
 from deepseek_vl2.cli.options import Loaded, load
-from deepseek_vl2.cli.progress import ERASE, Progress, weights_reported
 from deepseek_vl2.cli.stats import Stats
 from deepseek_vl2.serve.streaming import Answer
 from deepseek_vl2.synthetic import evaluate, fonts
 from deepseek_vl2.synthetic.samples import TASKS
 from deepseek_vl2.synthetic.tasks import TASK_NAMES
+from deepseek_vl2.utils import progress
 from deepseek_vl2.utils.demo import write_demo_checkpoint
 from deepseek_vl2.utils.io import load_pretrained_model
 from deepseek_vl2.utils.places import NANO_IS_A_TOY, is_nano, nano_directory
+from deepseek_vl2.utils.progress import ERASE, Progress, weights_reported
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = str(ROOT / "images" / "table.png")

@@ -189,6 +189,76 @@ def test_on_a_phone_nothing_sticks_out_and_nothing_is_asked_of_other_hosts(addre
             browser.quit()
 
 
+SCHEMES = pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False), (390, True)])
+# Stops of the keyboard that nobody sees, and visible ones that a finger misses.
+STOPS = """
+const reached = e => e.tabIndex >= 0 && !e.disabled && e.getClientRects().length;
+const stops = [...document.querySelectorAll("a[href], button, input, textarea, summary, [tabindex]")]
+  .filter(e => reached(e) && getComputedStyle(e).visibility != "hidden");
+const seen = e => { const r = e.getBoundingClientRect(); return r.width > 1 && r.right > 0 && r.left < innerWidth };
+const pressed = e => e.type == "radio" ? e.closest("label") : e;
+const small = e => { const r = pressed(e).getBoundingClientRect(); return r.width < 44 || r.height < 44 };
+const named = e => `${e.tagName} ${e.getAttribute("aria-label") || e.textContent}`;
+return [stops.filter(e => !seen(e)).map(named), stops.filter(e => seen(e) && small(e)).map(named)];
+"""
+
+
+def serious_findings(browser: Any) -> list[str]:
+    """Return what axe finds on the page as it stands, but for minor remarks."""
+    axe = pytest.importorskip("axe_selenium_python", reason="axe-selenium-python is not installed")
+    (script,) = Path(axe.__file__).parent.rglob("axe.min.js")
+    browser.execute_script(script.read_text(encoding="utf-8"))
+    run = "axe.run(document).then(arguments[0], error => arguments[0]({violations: [{id: String(error)}]}))"
+    found = browser.execute_async_script(run)["violations"]
+    return [f"{v['id']}: {v['nodes'][0]['html'][:200]}" for v in found if v.get("impact") != "minor"]
+
+
+@SCHEMES
+def test_the_page_can_be_used_by_ear_by_keyboard_and_by_finger(address: str, width: int, dark: bool) -> None:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        browser = open_browser(width, 844, folder, dark)
+        try:
+            page = DemoPage(browser, address)
+            page.until(lambda: page.all('#chat .examples[role="group"]'))
+            assert serious_findings(browser) == [] and browser.execute_script(STOPS) == [[], []]
+            page.upload(CAT, GIRAFFES)
+            page.until(lambda: len(page.all("#box .thumbnail-item")) == 2)
+            page.ask("Where is the giraffe?")
+            page.until(lambda: page.pictures("bot"))
+            page.until_idle()
+            page.until(lambda: len(page.all("#chat .copy-answer")) == len(page.all("#chat .download-link")) > 0)
+            assert serious_findings(browser) == [] and browser.execute_script(STOPS) == [[], []]
+            scheme = "return getComputedStyle(document.querySelector('#chat')).colorScheme"
+            assert browser.execute_script(scheme) == ("dark" if dark else "light")
+            page.all(".sidebar .toggle-button")[0].click()
+            page.until(lambda: page.all(".sidebar.open"))
+            browser.execute_async_script("setTimeout(arguments[0], 600)")  # for it to slide in
+            assert serious_findings(browser) == [] and browser.execute_script(STOPS)[1] == []
+        finally:
+            browser.quit()
+
+
+def test_find_and_with_boxes(browser: Any, address: str, backend: ScriptedBackend) -> None:
+    page = DemoPage(browser, address)
+    page.upload(GIRAFFES)
+    for number, (name, asked) in enumerate(
+        (("Find", "<image>\n<|ref|>the giraffe<|/ref|>."), ("With boxes", "<|grounding|>the giraffe"))
+    ):
+        page.all("#box textarea")[0].send_keys("the giraffe")
+        page.press(name)
+        page.until(lambda number=number: len(page.pictures("bot")) == number + 1)
+        page.until_idle()
+        assert backend.seen[-1][0][-1]["content"] == asked
+    browser.execute_script(
+        "window.copied = []; navigator.clipboard.writeText = async text => { window.copied.push(text) };"
+        "[...document.querySelectorAll('#chat .copy-answer')].at(-1).click()"
+    )
+    copied = page.until(lambda: browser.execute_script("return window.copied"))
+    assert copied == ["Here it is: The giraffe at the back. It looks to the left."]
+    page.press("Find")
+    assert "Write what to find first." in page.toast()
+
+
 def test_a_real_checkpoint(browser: Any, golden_checkpoint: Any, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "web_demo.py"), "--model_path", str(golden_checkpoint("tiny"))]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}

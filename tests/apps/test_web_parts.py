@@ -238,9 +238,32 @@ def test_loading_errors_are_shown(tmp_path: Path) -> None:
 def test_labels_take_the_place_of_tags() -> None:
     shown = rendering.answer_markdown(f"See {GIRAFFE} there.")
     assert shown.startswith(
-        'See <span class="ref" style="--box: rgb(230, 25, 75)">The giraffe at the back.</span> there.'
+        'See <span class="ref" style="--box: rgb(230, 25, 75); --wash: rgba(230, 25, 75, 0.16)">'
+        "The giraffe at the back.</span> there."
     )
     assert "704" not in shown
+
+
+@pytest.mark.parametrize(
+    ("way", "words", "asked"),
+    [
+        ("ask_to_find", " the giraffe ", "<|ref|>the giraffe<|/ref|>."),
+        ("ask_to_find", "<|ref|>the giraffe<|/ref|>", "<|ref|>the giraffe<|/ref|>"),
+        ("ask_for_boxes", "What is here?", "<|grounding|>What is here?"),
+    ],
+)
+def test_buttons_ask_for_boxes_in_the_forms_that_models_know(way: str, words: str, asked: str) -> None:
+    gr = pytest.importorskip("gradio")
+    from deepseek_vl2.serve.web.events import DemoEvents
+
+    backend = ScriptedBackend({"": "An answer."})
+    events = DemoEvents(backend, JobLine(backend, 4), Limits())
+    chat, request = Chat(), gr.Request(session_hash="one")
+    changed = getattr(events, way)({"text": words, "files": []}, chat, request)
+    assert chat.turns[-1].question == asked and changed[-1] == {"text": "", "files": []}
+    for nothing in ("", "  ", None, "<image> the giraffe"):
+        assert getattr(events, way)({"text": nothing, "files": []}, chat, request) == (gr.skip(),) * 3
+    assert len(chat.turns) == 1
 
 
 @pytest.mark.parametrize("length", range(1, len(GIRAFFE)))
@@ -316,7 +339,7 @@ def test_the_visitor_chooses_the_picture_that_boxes_are_drawn_on(
     for wrong in (0, 3, None):
         events.choose_picture(chat, wrong, request)
         assert turn.picture == (1, 2)
-    assert len(events.idle(chat, request)) == len(events.busy(Chat([Turn("hi")]))) == 5
+    assert len(events.idle(chat, request)) == len(events.busy(Chat([Turn("hi")]))) == 7
 
 
 def test_messages_show_questions_answers_and_what_went_wrong() -> None:

@@ -183,7 +183,7 @@ class DemoPage:
 
     def press(self, name: str) -> None:
         """Press one of the buttons below the input, once it can be pressed."""
-        button = next(button for button in self.all("#buttons button") if button.text == name)
+        button = next(button for button in self.all("#ways button, #buttons button") if button.text == name)
         self.until(button.is_enabled)
         button.click()
 

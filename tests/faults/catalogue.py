@@ -480,8 +480,8 @@ FAULTS = [
     Fault(
         "answers to another file of questions are taken over",
         "deepseek_vl2/cli/batch_files.py",
-        'foreign = sorted(line for line in answered if records[line].get("key") != keys.get(line))',
-        "foreign: list[int] = []",
+        "if job.line in answered and places[job.line].key == job.key:",
+        "if job.line in answered:",
         "tests/apps/test_cli_batch.py",
     ),
     Fault(
@@ -490,5 +490,33 @@ FAULTS = [
         "x1, y1, x2, y2 = (min(max(value, 0), COORDINATE_MAX) for value in values)",
         "x1, y1, x2, y2 = values",
         "tests/unit/test_grounding.py tests/unit/test_grounding_problems.py",
+    ),
+    Fault(
+        "the lines of a worker that died are lost",
+        "deepseek_vl2/integrations/ray/dispatch.py",
+        "                self.again.append(job)\n",
+        "                self.deaths[job.line] += 0\n",
+        "tests/unit/test_ray_dispatch.py",
+    ),
+    Fault(
+        "a line that kills its worker is asked among others for ever",
+        "deepseek_vl2/integrations/ray/dispatch.py",
+        "            elif self.deaths[job.line] >= ALONE_AFTER:\n",
+        "            elif self.deaths[job.line] < 0:\n",
+        "tests/unit/test_ray_dispatch.py",
+    ),
+    Fault(
+        "a worker that cannot be reached is left at work",
+        "deepseek_vl2/integrations/ray/dispatch.py",
+        "        self._kill(worker)\n        self.deaths_in_a_row += 1\n",
+        "        self.deaths_in_a_row += 1\n",
+        "tests/unit/test_ray_dispatch.py",
+    ),
+    Fault(
+        "the second question about a picture goes to another replica",
+        "deepseek_vl2/integrations/ray/affinity.py",
+        "        first = next(pictures(messages), None) or next((m for m in messages if not is_system(m)), None)\n",
+        "        first = next((m for m in messages if not is_system(m)), None)\n",
+        "tests/unit/test_ray_serving.py",
     ),
 ]

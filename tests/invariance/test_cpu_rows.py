@@ -20,8 +20,10 @@ from torch import nn
 
 from deepseek_vl2 import ops
 from deepseek_vl2.engine import backend
+from deepseek_vl2.engine.kv_cache import KVCache, layer_shapes
 from deepseek_vl2.models import cpu
 from deepseek_vl2.models.attention import one_query_attention_forward
+from deepseek_vl2.models.cache import CACHE_NAME, PackedCache, Segment
 from deepseek_vl2.models.configuration_deepseek import DeepseekV2Config
 from deepseek_vl2.models.moe import DeepseekV2Experts, DeepseekV2MLP, one_token_experts_forward
 from deepseek_vl2.models.norm import DeepseekV2RMSNorm
@@ -124,6 +126,8 @@ def test_rms_norm(row: bindings.RowKernels, width: int) -> None:
     x = 3 * some(1, 1, width)
     out = row.rms_norm(x, norm.weight, norm.variance_epsilon)
     assert out is not None
+    together = row.rms_norm(torch.cat((some(1, 2, width), x), dim=1), norm.weight, norm.variance_epsilon)
+    assert together is not None and torch.equal(together[:, 2:], out)
     torch.testing.assert_close(out, norm(x), rtol=2 * ROUNDING, atol=0)
     assert error(out, norm.double()(x.double())) < ROUNDING
 
@@ -155,6 +159,19 @@ def test_experts(row: bindings.RowKernels, inner: int, hidden: int, chosen: list
     assert error(out, exact) < 1.5 * error(plain, exact) + 1e-3
 
 
+def test_experts_of_several_rows_are_those_of_each_alone(row: bindings.RowKernels) -> None:
+    gate_up, down = some(5, 2 * 33, 40), some(5, 40, 33)
+    ids, weights = torch.tensor([[4, 1, 3], [1, 0, 4], [3, 1, 0], [1, 4, 3]]), torch.rand(4, 3)
+    x = some(4, 40)
+    out = row.experts(x, gate_up, down, ids, weights)
+    alone = [row.experts(x[n : n + 1], gate_up, down, ids[n : n + 1], weights[n : n + 1]) for n in range(4)]
+    assert out is not None and torch.equal(out, torch.cat([one for one in alone if one is not None]))
+    most = bindings.MOST_ROWS
+    many = some(most + 1, 40), gate_up, down, ids[:1].expand(most + 1, 3), weights[:1].expand(most + 1, 3)
+    assert row.experts(*many) is None
+    assert row.experts(many[0][:most], gate_up, down, many[3][:most], many[4][:most]) is not None
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize(("length", "size"), [(1, 16), (9, 80), (100, 64), (33, 128), (50, 7)])
 def test_attend(row: bindings.RowKernels, groups: int, length: int, size: int) -> None:
@@ -167,6 +184,38 @@ def test_attend(row: bindings.RowKernels, groups: int, length: int, size: int) -
     exact = one_query_attention_forward(query.double(), key.double(), value.double(), None, size**-0.5)
     torch.testing.assert_close(out, plain, **CHAIN)
     assert error(out, exact) < 1.5 * error(plain, exact) + 1e-3
+
+
+SPANS = [2, 9, 30], [5, 17, 1]  # where sequences begin in a pool, and how long they are
+
+
+def test_sequences_attend_as_each_alone(row: bindings.RowKernels) -> None:
+    query, keys, values = some(1, 6, 3, 20), some(31, 2, 20), some(31, 2, 20)
+    out = row.attend_rows(query, keys, values, *SPANS, 0.3)
+    assert out is not None and out.shape == (1, 3, 6, 20)
+    for index, (start, length) in enumerate(zip(*SPANS, strict=True)):
+        key, value = (pool[start : start + length].transpose(0, 1)[None] for pool in (keys, values))
+        alone = row.attend(query[:, :, index : index + 1], key, value, 0.3)
+        assert alone is not None and torch.equal(out[:, index], alone[:, 0])
+
+
+@pytest.mark.parametrize(("rank", "rope"), [(96, 16), (64, 8), (70, 6), (512, 64)])
+def test_sequences_attend_to_latents(row: bindings.RowKernels, rank: int, rope: int) -> None:
+    query, rotated, pool, scaling = some(1, 4, 3, rank), some(1, 4, 3, rope), some(31, rank + rope), rank**-0.5
+    out = row.attend_latents(query, rotated, pool[:, :rank], pool[:, rank:], *SPANS, scaling)
+    assert out is not None and out.shape == (1, 3, 4, rank)
+    for index, (start, length) in enumerate(zip(*SPANS, strict=True)):
+        held = pool[start : start + length].double()
+        scores = torch.cat((query, rotated), dim=-1)[0, :, index].double() @ held.mT * scaling
+        exact = scores.softmax(dim=-1) @ held[:, :rank]
+        assert error(out[0, index], exact) < 4 * ROUNDING
+
+
+def test_sequences_outside_of_the_pool_are_refused(row: bindings.RowKernels) -> None:
+    query, pool = some(1, 2, 1, 8), some(9, 2, 8)
+    for start, length in ((-1, 3), (0, 0), (7, 3)):
+        with pytest.raises(IndexError, match="do not lie within 9"):
+            row.attend_rows(query, pool, pool, [start], [length], 1.0)
 
 
 def test_attention_passes_nan_on(row: bindings.RowKernels) -> None:
@@ -210,7 +259,7 @@ def test_what_is_not_taken(row: bindings.RowKernels) -> None:
     assert row.linear(some(1, 16)[:, ::2], weight) is None
     assert row.linear(x, weight.to("meta")) is None
     assert row.linear(x, weight, torch.randn(6)) is None
-    assert row.rms_norm(some(2, 8), some(8), 1e-6) is None
+    assert row.rms_norm(some(65, 8), some(8), 1e-6) is None
     assert row.logits(some(2, 8), weight) is None
     assert row.mlp(some(2, 8), weight, weight, weight.T.contiguous()) is None
     assert row.attend(some(2, 2, 1, 8), some(2, 2, 3, 8), some(2, 2, 3, 8), 1.0) is None
@@ -290,6 +339,37 @@ def test_a_model_decodes_alike(kind: str, counted: list[str], monkeypatch: pytes
     assert ("attend" in counted) == ("queries_keys_values" in counted) == (kind == "tiny")
     monkeypatch.setattr(cpu, "backend", lambda: None)
     assert error(got, exact) < 1.5 * error(logits(), exact)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "small"])
+def test_rows_of_a_step_attend_in_one_call(kind: str, counted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.use_deterministic_algorithms(False)
+    language = mini_model(kind).to(torch.bfloat16).language
+    kv_cache = KVCache(layer_shapes(language), 64)
+    pools = [tuple(part.normal_() for part in kv_cache.keys_and_values(layer)) for layer in range(len(kv_cache.pools))]
+    held = [[part.clone() for part in pool] for pool in pools]
+    segments = [Segment(3, 6, 1), Segment(20, 11, 1), Segment(40, 0, 1)]
+    positions = torch.tensor([[segment.past for segment in segments]])
+
+    def step() -> torch.Tensor:
+        for pool, parts in zip(pools, held, strict=True):
+            for part, kept in zip(pool, parts, strict=True):
+                part.copy_(kept)
+        cache = {CACHE_NAME: PackedCache(pools, segments)}
+        logits: torch.Tensor = language(
+            torch.tensor([[5, 6, 7]]), position_ids=positions, use_cache=True, **cache
+        ).logits
+        return logits
+
+    got = step()
+    written = [part.clone() for pool in pools for part in pool]
+    name = "attend_rows" if kind == "tiny" else "attend_latents"
+    assert counted.count(name) == len(pools) and "experts" in counted
+    monkeypatch.setattr(cpu, "backend", lambda: None)
+    plain = step()
+    assert error(got, plain) < 0.02
+    for one, other in zip(written, (part for pool in pools for part in pool), strict=True):
+        assert error(one, other) < 0.01
 
 
 def test_only_single_rows_without_gradients_are_taken(counted: list[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed_support import pack
 from support import RELEASES, mini_language
 
 pytest.importorskip("triton")
@@ -30,6 +31,7 @@ from deepseek_vl2.engine.triton_runner import TritonRunner
 from deepseek_vl2.engine.weights import rotary_tables
 from deepseek_vl2.models.cache import Segment
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2Config, DeepseekV2ForCausalLM
+from deepseek_vl2.models.quantizer import WeightOnlyConfig
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -40,10 +42,21 @@ TOLERANCE = 2e-4
 AS_GOOD = 1.25
 KINDS = ("tiny", "small", "base")
 # What the GPU has rows enough for, and the interpreter the time: there three rows are a padded bucket of four.
+PACKED: dict[str, dict[str, Any]] = {
+    "tiny, int4": {"weights": "int4", "group_size": 32},
+    "small, int4": {"weights": "int4", "group_size": 32, "head": "int8"},
+    "small, int8": {"weights": "int8", "head": "int8"},
+    "base, fp8": {"weights": "fp8", "head": "fp8"},
+    "base, fp8 in blocks": {"weights": "fp8", "block": True},
+}
 CASES = (
-    [(kind, batch) for kind in KINDS for batch in (1, 2, 5, 20, 64, 70, 200, 256)]
+    [(kind, batch) for kind in (*KINDS, *PACKED) for batch in (1, 2, 5, 20, 64, 70, 200, 256)]
     if GPU
-    else [("tiny", 1), ("small", 1), ("tiny, grouped keys", 3), ("small, no shared experts", 3), ("base, groups", 3)]
+    else [
+        *((kind, 1) for kind in ("tiny", "small", "tiny, int4", "small, int8", "base, fp8")),
+        *((kind, 3) for kind in ("tiny, grouped keys", "small, no shared experts", "base, groups")),
+        *((kind, 3) for kind in ("small, int4", "base, fp8 in blocks")),
+    ]
 )
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "mscale": 0.7, "mscale_all_dim": 0.7}
 CHANGES: dict[str, dict[str, Any]] = {
@@ -66,6 +79,8 @@ def kernels_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def language_model(kind: str) -> DeepseekV2ForCausalLM:
+    if kind in PACKED:
+        return pack(language_model(kind.split(",")[0]), WeightOnlyConfig(**PACKED[kind]))
     if not GPU:
         # One layer is dense, one has experts.
         return mini_language(kind.split(",")[0], num_hidden_layers=2, vocab_size=64, **CHANGES.get(kind, {}))

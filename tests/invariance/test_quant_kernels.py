@@ -12,10 +12,12 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from deepseek_vl2.models.quantization import PackedWeight, WeightFormat, dequantize, quantize
-from deepseek_vl2.ops.triton.quant_common import QuantWeight
-from deepseek_vl2.ops.triton.quant_experts import QuantExperts, quant_down, quant_inner
-from deepseek_vl2.ops.triton.quant_gemm import quant_gemm
-from deepseek_vl2.ops.triton.quant_gemv import quant_gemv
+from deepseek_vl2.ops.triton.decode_experts import ExpertWeights, down_plain, gate_up_plain
+from deepseek_vl2.ops.triton.decode_experts_gemm import down_gemm, gate_up_gemm
+from deepseek_vl2.ops.triton.decode_experts_gemv import down_gemv, gate_up_gemv
+from deepseek_vl2.ops.triton.decode_gemm import linear_gemm
+from deepseek_vl2.ops.triton.decode_gemv import linear_gemv
+from deepseek_vl2.ops.triton.weights import QuantWeight, packed_blocks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMATS = {
@@ -24,6 +26,7 @@ FORMATS = {
     "int4-64": WeightFormat("int4", 64),
     "int4-128": WeightFormat("int4", 128),
     "int8": WeightFormat("int8"),
+    "int8-64": WeightFormat("int8", 64),
     "fp8": WeightFormat("fp8"),
     "fp8-block": WeightFormat("fp8", block=True),
 }
@@ -65,7 +68,7 @@ def test_one_row(name: str, sizes: tuple[int, ...], width: int, normed: bool) ->
     x, residual = draw(width), draw(sum(sizes))
     norm = 1 + 0.1 * draw(width) if normed else None
     out = poisoned(sum(sizes))
-    quant_gemv(x, [weight for weight, _ in pairs], out, norm, 1e-6, residual)
+    linear_gemv(x, [weight for weight, _ in pairs], out, norm, 1e-6, residual)
     given = x if norm is None else rms(x, norm)
     check(out, residual + torch.cat([F.linear(given, exact) for _, exact in pairs]))
 
@@ -75,78 +78,154 @@ def test_one_row_in_bfloat16_with_a_residual_in_place(name: str) -> None:
     weight, exact = packed(FORMATS[name], 96, 256)
     x, residual = draw(256, dtype=torch.bfloat16), draw(96, dtype=torch.bfloat16)
     expected = residual.float() + F.linear(x.float(), exact)
-    quant_gemv(x, [weight], residual, residual_N=residual)
+    linear_gemv(x, [weight], residual, residual_N=residual)
     check(residual, expected)
+
+
+def test_all_numbers_of_fp8_and_int4_are_read_exactly() -> None:
+    """Bytes and nibbles become floats by their bits: none may be off, subnormal ones included."""
+    numbers = torch.arange(256, dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+    numbers = numbers[~numbers.float().isnan()].repeat(2)[:256].view(256, 1).repeat(1, 16).contiguous()
+    one = torch.ones(256, 1, device=DEVICE)
+    out = poisoned(256)
+    linear_gemv(F.one_hot(torch.tensor(3), 16).float().to(DEVICE), [QuantWeight(numbers, one)], out)
+    assert torch.equal(out, numbers[:, 0].float())
+    words = torch.arange(16, dtype=torch.int64, device=DEVICE)
+    words = sum(((words + place) % 16) << (4 * place) for place in range(8))
+    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)[:, None].repeat(1, 2).contiguous()
+    for column in range(16):
+        out = poisoned(16)
+        x = F.one_hot(torch.tensor(column), 16).float().to(DEVICE)
+        linear_gemv(x, [QuantWeight(words, torch.ones(16, 1, device=DEVICE), 16)], out)
+        assert out.tolist() == [(row + column % 8) % 16 - 8 for row in range(16)]
 
 
 def test_the_largest_output_of_each_program_is_noted() -> None:
     weight, exact = packed(FORMATS["int8"], 37, 64)
     x, out = draw(64), poisoned(37)
     best = (poisoned(10), torch.full((10,), -1, device=DEVICE, dtype=torch.int32))
-    quant_gemv(x, [weight], out, best=best)
+    linear_gemv(x, [weight], out, partials=best, BLOCK_N=4)
     check(out, F.linear(x, exact))
     parts = F.pad(out, (0, 3), value=float("-inf")).view(10, 4)
     assert torch.equal(best[0], parts.amax(dim=1))
     assert torch.equal(best[1].long(), parts.argmax(dim=1) + torch.arange(10, device=DEVICE) * 4)
 
 
-def experts_plain(x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.silu(gate) * up
+def layer(
+    routed: WeightFormat | None, shared: WeightFormat | None, sizes: tuple[int, int, int, int]
+) -> tuple[ExpertWeights, ExpertWeights]:
+    """Return a layer's packed experts, and the same unpacked; formats of a kind may differ."""
+    experts, hidden, inner, shared_inner = sizes
+    pairs: list[tuple[QuantWeight, torch.Tensor] | tuple[None, None]] = [(None, None)] * 5
+    if routed is not None:
+        pairs[:2] = packed(routed, experts, 2 * inner, hidden), packed(routed, experts, hidden, inner)
+    if shared is not None:
+        pairs[2:] = [packed(shared, *shape) for shape in ((shared_inner, hidden),) * 2 + ((hidden, shared_inner),)]
+    return ExpertWeights(*(weight for weight, _ in pairs)), ExpertWeights(*(exact for _, exact in pairs))
 
 
-@pytest.mark.parametrize(
-    ("name", "parts"), [*((name, "both") for name in FORMATS), ("int4-64", "routed"), ("int4-64", "shared")]
-)
-def test_experts_of_one_row(name: str, parts: str) -> None:
-    fmt, (experts, hidden, inner, shared_inner) = FORMATS[name], (5, 128, 128, 256)
-    gate_up, exact_gate_up = packed(fmt, experts, 2 * inner, hidden)
-    down, exact_down = packed(fmt, experts, hidden, inner)
-    pairs = [packed(fmt, *shape) for shape in ((shared_inner, hidden),) * 2 + ((hidden, shared_inner),)]
-    shared, exact = [weight for weight, _ in pairs], [weight for _, weight in pairs]
-    routed = parts != "shared"
-    weights = QuantExperts(*((gate_up, down) if routed else (None, None)), *(shared if parts != "routed" else ()))
-    ids = torch.tensor([3, 0, 4], device=DEVICE, dtype=torch.int32) if routed else None
-    shares = torch.tensor([0.5, 1.5, 0.25], device=DEVICE) if routed else None
-    x, norm, residual = draw(hidden), 1 + 0.1 * draw(hidden), draw(hidden)
-    middle = poisoned(3 * inner * routed + shared_inner * (parts != "routed"))
-    quant_inner(x, norm, 1e-6, weights, middle, ids, BLOCK_N=32)
-    given = rms(x, norm)
-    expected = [experts_plain(given, exact_gate_up[expert]) for expert in ([3, 0, 4] if routed else [])]
-    if parts != "routed":
-        expected.append(F.silu(F.linear(given, exact[0])) * F.linear(given, exact[1]))
-    check(middle, torch.cat(expected))
-    out = poisoned(hidden)
-    quant_down(middle, weights, residual, out, ids, shares, BLOCK_H=32)
+LAYERS = [
+    *((name, name) for name in FORMATS),
+    ("int4-64", None),
+    (None, "int4-64"),
+    ("fp8", "fp8-block"),
+    ("int4-32", "int8"),
+]
+
+
+@pytest.mark.parametrize(("routed", "shared"), LAYERS)
+def test_experts_of_one_row(routed: str | None, shared: str | None) -> None:
+    sizes = (5, 128, 128, 256)
+    weights, exact = layer(FORMATS.get(routed or ""), FORMATS.get(shared or ""), sizes)
+    ids = topk_weights = None
+    if routed:
+        ids = torch.tensor([3, 0, 4], device=DEVICE, dtype=torch.int32)
+        topk_weights = torch.tensor([0.5, 1.5, 0.25], device=DEVICE)
+    x, norm, residual = draw(128), 1 + 0.1 * draw(128), draw(128)
+    middle = poisoned((3 * 128 if routed else 0) + (256 if shared else 0))
+    gate_up_gemv(x, norm, 1e-6, weights, middle, ids)
+    parts = gate_up_plain(rms(x, norm)[None], exact, None if ids is None else ids[None])
+    check(middle, torch.cat([part.flatten() for part in parts if part is not None]))
+    out = poisoned(128)
+    down_gemv(middle, weights, residual, out, ids, topk_weights)
+    routed_out, shared_out = down_plain(parts[0], parts[1], exact, None if ids is None else ids[None])
     total = residual.clone()
-    if routed and shares is not None:
-        for slot, expert in enumerate([3, 0, 4]):
-            total += shares[slot] * F.linear(expected[slot], exact_down[expert])
-    if parts != "routed":
-        total += F.linear(expected[-1], exact[2])
-    check(out, total)
+    if routed_out is not None and topk_weights is not None:
+        total += (routed_out[0] * topk_weights[:, None]).sum(dim=0)
+    check(out, total if shared_out is None else total + shared_out[0])
+
+
+@pytest.mark.parametrize(("routed", "shared"), LAYERS)
+def test_experts_of_a_few_rows(routed: str | None, shared: str | None) -> None:
+    rows, sizes = 5, (4, 128, 128, 256)
+    weights, exact = layer(FORMATS.get(routed or ""), FORMATS.get(shared or ""), sizes)
+    x = draw(rows, 128)
+    ids = poisoned_routed = poisoned_shared = routed_out = shared_out = None
+    if routed:
+        ids = torch.tensor([[3, 0], [1, 3], [0, 2], [3, 1], [2, 0]], device=DEVICE, dtype=torch.int32)
+        poisoned_routed, routed_out = poisoned(rows, 2, 128), poisoned(rows, 2, 128)
+    if shared:
+        poisoned_shared, shared_out = poisoned(rows, 256), poisoned(rows, 128)
+    gate_up_gemm(x, weights, poisoned_routed, poisoned_shared, ids)
+    parts = gate_up_plain(x, exact, ids)
+    for got, want in zip((poisoned_routed, poisoned_shared), parts, strict=True):
+        assert (got is None) == (want is None)
+        if got is not None and want is not None:
+            check(got, want)
+    down_gemm(poisoned_routed, poisoned_shared, weights, routed_out, shared_out, ids)
+    for got, want in zip((routed_out, shared_out), down_plain(*parts, exact, ids), strict=True):
+        if got is not None and want is not None:
+            check(got, want)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("rows", "outputs", "width"), [(5, 40, 640), (33, 16, 256)])
-def test_a_few_rows(name: str, rows: int, outputs: int, width: int) -> None:
-    weight, exact = packed(FORMATS[name], outputs, width)
-    x, residual = draw(rows, width), draw(rows, outputs)
-    out = poisoned(rows, outputs)
-    quant_gemm(x, weight, out, residual)
+@pytest.mark.parametrize(("rows", "outputs", "width"), [(5, (40, 7), 640), (70, (16,), 256)])
+def test_a_few_rows(name: str, rows: int, outputs: tuple[int, ...], width: int) -> None:
+    pairs = [packed(FORMATS[name], size, width) for size in outputs]
+    x, residual = draw(rows, width), draw(rows, sum(outputs))
+    out = poisoned(rows, sum(outputs))
+    linear_gemm(x, [weight for weight, _ in pairs], out, residual)
+    check(out, residual + torch.cat([F.linear(x, exact) for _, exact in pairs], dim=1))
+
+
+def test_weights_of_several_formats_stand_side_by_side() -> None:
+    pairs = [packed(FORMATS["int8"], 8, 64), packed(FORMATS["int4-32"], 24, 64)]
+    plain = draw(5, 64)
+    weights, exact = [*(w for w, _ in pairs), plain], torch.cat([*(e for _, e in pairs), plain])
+    x, norm, residual = draw(3, 64), 1 + 0.1 * draw(64), draw(3, 37)
+    out = poisoned(3, 37)
+    linear_gemm(x, weights, out, residual)
     check(out, residual + F.linear(x, exact))
+    out = poisoned(37)
+    linear_gemv(x[0], weights, out, norm, 1e-6, residual[0])
+    check(out, residual[0] + F.linear(rms(x[0], norm), exact))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_blocks_fit_their_weights(name: str) -> None:
+    fmt = FORMATS[name]
+    given = {"KIND": {"int4": 1, "int8": 2, "fp8": 3}[fmt.kind], "GROUP": 128 if fmt.block else fmt.group_size}
+    for columns in (16, 64, 896, 1280, 1408, 1536, 2048, 2560, 2816, 4096, 10944, 12288):
+        cut = packed_blocks(columns, given, 6, 2)
+        assert cut["BLOCK_K"] & (cut["BLOCK_K"] - 1) == 0 and 1 <= cut["BLOCK_N"] <= 32
+        assert fmt.kind == "int4" or not given["GROUP"] or given["GROUP"] % cut["BLOCK_K"] == 0
 
 
 def test_what_the_kernels_do_not_read_is_refused() -> None:
     weight, _ = packed(FORMATS["int4-32"], 8, 64)
-    other, _ = packed(FORMATS["int8"], 8, 64)
-    with pytest.raises(ValueError, match="one format"):
-        quant_gemv(draw(64), [weight, other], poisoned(16))
     with pytest.raises(ValueError, match="one to 3"):
-        quant_gemv(draw(64), [weight] * 4, poisoned(32))
+        linear_gemv(draw(64), [weight] * 4, poisoned(32))
     with pytest.raises(ValueError, match="powers of two"):
-        quant_gemv(draw(64), [QuantWeight(weight.packed, weight.scale, 24)], poisoned(8))
+        linear_gemv(draw(64), [QuantWeight(weight.packed, weight.scale, 24)], poisoned(8))
     with pytest.raises(ValueError, match="contiguous"):
-        quant_gemv(draw(64), [QuantWeight(weight.packed[:, ::2], weight.scale, 32)], poisoned(8))
+        linear_gemv(draw(64), [QuantWeight(weight.packed[:, ::2], weight.scale, 32)], poisoned(8))
+    with pytest.raises(ValueError, match="int32, int8"):
+        linear_gemm(draw(2, 64), [QuantWeight(weight.packed.long(), weight.scale, 32)], poisoned(2, 8))
     with pytest.raises(ValueError, match="routed or shared"):
-        QuantExperts().first(None)
+        ExpertWeights().downs()
+    mixed = ExpertWeights(shared_gate=weight, shared_up=packed(FORMATS["int8"], 8, 64)[0])
+    with pytest.raises(ValueError, match="one format"):
+        mixed.check()
+    odd = ExpertWeights(packed(FORMATS["fp8-block"], 2, 128, 128)[0], packed(FORMATS["fp8"], 2, 128, 64)[0])
+    with pytest.raises(ValueError, match="do not divide"):
+        odd.check()

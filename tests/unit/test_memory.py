@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import torch
 from support import mini_config, mini_model
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM, quantized_checkpoint
+from deepseek_vl2.models.quantized_layers import packed_layers
 from deepseek_vl2.models.quantizer import WeightOnlyConfig
 from deepseek_vl2.utils import memory
 from deepseek_vl2.utils.demo import write_demo_checkpoint
@@ -50,6 +54,55 @@ def test_planned_bytes_are_those_of_the_loaded_model(kind: str, weights: Any, tm
     model.save_pretrained(tmp_path / "packed")
     stored = stored_sizes(model.config, tmp_path / "packed").weights["stored"]
     assert held < stored < held + 200_000  # names and shapes of the tensors
+
+
+class BytesAlive(TorchDispatchMode):
+    """Counts the bytes of all memory that operations read or write, as long as something holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def now(self) -> int:
+        """Return the bytes alive."""
+        self.held = {key: (ref, size) for key, (ref, size) in self.held.items() if not ref.expired()}
+        return sum(size for _, size in self.held.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.held[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.most = max(self.most, self.now())
+        return out
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp8"])
+def test_loading_holds_the_packed_model_and_one_layer(
+    weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nowhere on the way is there a second matrix in 16 bits, let alone the model."""
+    experts = {"n_routed_experts": 8, "moe_intermediate_size": 512, "num_hidden_layers": 4}
+    plain = mini_model("small", **experts).to(torch.bfloat16)
+    matrices = [p for p in plain.language.parameters() if p.dim() > 1]
+    layer = 2 * max(p.numel() for layer in plain.language.model.layers for p in layer.parameters())
+    plain.save_pretrained(tmp_path)
+    counter, pack = BytesAlive(), quantized_checkpoint._pack_slice
+
+    def counting(*args: Any) -> Any:
+        with counter:
+            return pack(*args)
+
+    monkeypatch.setattr(quantized_checkpoint, "_pack_slice", counting)
+    monkeypatch.setattr("deepseek_vl2.models.quantization.CHUNK", 1 << 14)  # numbers in float32 at a time: a few
+    config = WeightOnlyConfig(weights, group_size=32 if weights == "int4" else None)
+    model = DeepseekVLV2ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=config)
+    packed = sum(t.numel() * t.element_size() for _, held in packed_layers(model) for t in held.parameters())
+    assert counter.now() >= 0.9 * packed  # what was counted is the model
+    assert counter.most <= packed + layer, (counter.most, packed, layer)
+    assert counter.most < 0.8 * 2 * sum(p.numel() for p in matrices)
 
 
 def test_a_refusal_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:

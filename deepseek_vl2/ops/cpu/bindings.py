@@ -1,4 +1,4 @@
-"""Products of one row in bfloat16 on x86 CPUs: what a decoded token is made of.
+"""Products of one row, and experts and attention of a few, in bfloat16 on x86 CPUs: what a decoded token is made of.
 
 PyTorch and oneDNN multiply by such weights at half to two thirds of the speed at which memory gives them; `decode.c` at
 that speed, with few calls a layer. It is compiled at the first use by the C compiler of the system, as Triton does with
@@ -22,9 +22,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,10 +44,16 @@ ARGUMENTS: dict[str, list[type]] = {
     "linear": [POINTER] * 4 + [INTEGER] * 2 + [THREADS],
     "logits": [POINTER] * 3 + [INTEGER] * 2 + [THREADS],
     "queries_keys_values": [POINTER] * 7 + [INTEGER] * 4 + [THREADS],
-    "rms_norm": [POINTER] * 3 + [INTEGER, REAL],
-    "swiglu": [POINTER] * 6 + [INTEGER] * 3 + [THREADS],
-    "attend": [POINTER] * 4 + [INTEGER] * 8 + [REAL, THREADS],
+    "rms_norm": [POINTER] * 3 + [INTEGER] * 2 + [REAL],
+    "mlp": [POINTER] * 5 + [INTEGER] * 2 + [THREADS],
+    "experts": [POINTER] * 6 + [INTEGER] * 5 + [THREADS],
+    "attend": [POINTER] * 6 + [INTEGER] * 8 + [REAL, THREADS],
+    "attend_latents": [POINTER] * 7 + [INTEGER] * 6 + [REAL, THREADS],
 }
+
+# Most rows of norms and experts, as in the C file.
+MOST_ROWS = 64
+OK, NO_MEMORY = 0, 1
 
 
 class Unavailable(RuntimeError):
@@ -183,15 +190,29 @@ def threads_for(numbers: int) -> int:
     return max(1, min(torch.get_num_threads(), numbers // NUMBERS_A_THREAD))
 
 
+def spans_of(starts: Sequence[int], lengths: Sequence[int], tokens: int) -> tuple[list[ctypes.Array[Any]], int]:
+    """Return arrays of the starts and lengths of sequences within so many tokens, and the sum of the lengths.
+
+    Raises:
+        IndexError: a sequence has no token, or one outside.
+    """
+    for start, length in zip(starts, lengths, strict=True):
+        if start < 0 or length < 1 or start + length > tokens:
+            raise IndexError(f"{length} tokens from {start} on do not lie within {tokens}.")
+    return [(INTEGER * len(numbers))(*numbers) for numbers in (starts, lengths)], sum(lengths)
+
+
 class RowKernels:
     """The compiled functions. Each returns ``None`` where tensors are not plain ones (see `is_plain`)."""
 
     def __init__(self) -> None:
         self._library = load()
 
-    def _call(self, name: str, *arguments: object) -> None:
-        if getattr(self._library, name)(*arguments):
-            raise MemoryError(f"There is no memory for {name} of one row.")
+    def _call(self, name: str, *arguments: object) -> bool:
+        status = getattr(self._library, name)(*arguments)
+        if status == NO_MEMORY:
+            raise MemoryError(f"There is no memory for {name} of few rows.")
+        return bool(status == OK)
 
     def linear(
         self, x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None
@@ -247,21 +268,13 @@ class RowKernels:
         return out.split([queries // size, keys // size, keys // size], dim=1)
 
     def rms_norm(self, x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor | None:
-        """Return the RMS norm of a single row, [..., H] in and out."""
-        if not is_plain(x, weight_H) or x.numel() != weight_H.numel() or x.shape[-1] != len(weight_H):
+        """Return the RMS norm of a few rows, [..., H] in and out."""
+        width = len(weight_H)
+        if not is_plain(x, weight_H) or x.shape[-1] != width or not 0 < x.numel() <= MOST_ROWS * width:
             return None
         out = torch.empty_like(x)
-        self._call("rms_norm", x.data_ptr(), weight_H.data_ptr(), out.data_ptr(), x.numel(), eps)
-        return out
-
-    def _swiglu(
-        self, x: torch.Tensor, pointers: list[list[int]], scales: torch.Tensor | None, inner: int
-    ) -> torch.Tensor:
-        out, count = torch.empty_like(x), len(pointers[0])
-        tables = [(POINTER * count)(*table) for table in pointers]
-        numbers = (count, inner, x.numel(), threads_for(3 * count * inner * x.numel()))
-        scale = None if scales is None else scales.data_ptr()
-        self._call("swiglu", x.data_ptr(), *tables, scale, out.data_ptr(), *numbers)
+        pointers = (x.data_ptr(), weight_H.data_ptr(), out.data_ptr())
+        self._call("rms_norm", *pointers, x.numel() // width, width, eps)
         return out
 
     def mlp(
@@ -273,44 +286,98 @@ class RowKernels:
             return None
         if up_IH.shape != (inner, hidden) or down_HI.shape != (hidden, inner):
             return None
-        return self._swiglu(x, [[gate_IH.data_ptr()], [up_IH.data_ptr()], [down_HI.data_ptr()]], None, inner)
+        out = torch.empty_like(x)
+        pointers = [tensor.data_ptr() for tensor in (x, gate_IH, up_IH, down_HI, out)]
+        self._call("mlp", *pointers, inner, hidden, threads_for(3 * inner * hidden))
+        return out
 
     def experts(
         self,
-        x: torch.Tensor,
+        x_NH: torch.Tensor,
         gate_up_E2IH: torch.Tensor,
         down_EHI: torch.Tensor,
-        ids_1K: torch.Tensor,
-        weights_1K: torch.Tensor,
+        ids_NK: torch.Tensor,
+        weights_NK: torch.Tensor,
     ) -> torch.Tensor | None:
-        """Return the weighted sum of the chosen experts of a single row, [1, H] in and out; weights are float32."""
-        count, hidden, inner = down_EHI.shape
-        if not is_plain(x, gate_up_E2IH, down_EHI) or x.shape != (1, hidden) or weights_1K.dtype != torch.float32:
+        """Return the weighted sum of the chosen experts of a few rows, [N, H] in and out; weights are float32."""
+        (count, hidden, inner), rows = down_EHI.shape, len(x_NH)
+        if not is_plain(x_NH, gate_up_E2IH, down_EHI) or x_NH.shape != (rows, hidden) or not 0 < rows <= MOST_ROWS:
             return None
-        if gate_up_E2IH.shape != (count, 2 * inner, hidden) or len(ids_1K) != 1 or weights_1K.shape != ids_1K.shape:
+        if gate_up_E2IH.shape != (count, 2 * inner, hidden) or weights_NK.shape != ids_NK.shape or len(ids_NK) != rows:
             return None
-        size, chosen = x.element_size() * hidden * inner, ids_1K[0].tolist()
-        if not all(0 <= expert < count for expert in chosen):
+        if weights_NK.dtype is not torch.float32 or ids_NK.dtype is not torch.int64 or not ids_NK.numel():
             return None
-        gates = [gate_up_E2IH.data_ptr() + 2 * size * expert for expert in chosen]
-        downs = [down_EHI.data_ptr() + size * expert for expert in chosen]
-        return self._swiglu(x, [gates, [gate + size for gate in gates], downs], weights_1K.contiguous(), inner)
+        ids, weights, out = ids_NK.contiguous(), weights_NK.contiguous(), torch.empty_like(x_NH)
+        pointers = [tensor.data_ptr() for tensor in (x_NH, gate_up_E2IH, down_EHI, ids, weights, out)]
+        threads = threads_for(3 * ids.numel() * inner * hidden)
+        return out if self._call("experts", *pointers, rows, ids.shape[1], count, inner, hidden, threads) else None
 
     def attend(
         self, query_1N1D: torch.Tensor, key_1MSD: torch.Tensor, value_1MSD: torch.Tensor, scaling: float
     ) -> torch.Tensor | None:
         """Return what one query attends to, [1, 1, N, D]; tokens and heads of the cache may lie any way apart."""
-        heads, (kv_heads, length, size) = query_1N1D.shape[1], key_1MSD.shape[1:]
-        if query_1N1D.shape != (1, heads, 1, size) or len(key_1MSD) != 1 or value_1MSD.shape != key_1MSD.shape:
+        if len(query_1N1D) != 1 or query_1N1D.shape[2] != 1 or len(key_1MSD) != 1 or len(value_1MSD) != 1:
             return None
-        rows = (key_1MSD[0, 0, 0], value_1MSD[0, 0, 0]) if length else ()
-        if heads % kv_heads or not is_plain(query_1N1D, *rows):
+        keys_SMD, values_SMD = key_1MSD[0].transpose(0, 1), value_1MSD[0].transpose(0, 1)
+        return self.attend_rows(query_1N1D, keys_SMD, values_SMD, [0], [len(keys_SMD)], scaling)
+
+    def attend_rows(
+        self,
+        query_1NTD: torch.Tensor,
+        keys_SMD: torch.Tensor,
+        values_SMD: torch.Tensor,
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        scaling: float,
+    ) -> torch.Tensor | None:
+        """Return what single queries of T sequences attend to, [1, T, N, D].
+
+        Args:
+            query_1NTD: a query of each sequence.
+            keys_SMD: all sequences' keys; tokens and heads may lie any way apart.
+            values_SMD: likewise.
+            starts: the first token of each sequence, and
+            lengths: how many it has.
+            scaling: of the scores.
+        """
+        heads, rows, size = query_1NTD.shape[1:]
+        kv_heads = keys_SMD.shape[1]
+        if keys_SMD.shape[1:] != (kv_heads, size) or values_SMD.shape != keys_SMD.shape or heads % kv_heads:
             return None
-        out = query_1N1D.new_empty(1, 1, heads, size)
-        pointers = [tensor.data_ptr() for tensor in (query_1N1D, key_1MSD, value_1MSD, out)]
-        steps = (key_1MSD.stride(1), value_1MSD.stride(1), key_1MSD.stride(2), value_1MSD.stride(2))
-        numbers = (heads, kv_heads, length, size, *steps, scaling, threads_for(heads * length * size))
-        self._call("attend", *pointers, *numbers)
+        query_1TND = query_1NTD.transpose(1, 2).contiguous()
+        if not is_plain(query_1TND, keys_SMD[:1, 0], values_SMD[:1, 0]):
+            return None
+        spans, total = spans_of(starts, lengths, len(keys_SMD))
+        out = torch.empty_like(query_1TND)
+        pointers = [tensor.data_ptr() for tensor in (query_1TND, keys_SMD, values_SMD)]
+        steps = (keys_SMD.stride(1), values_SMD.stride(1), keys_SMD.stride(0), values_SMD.stride(0))
+        numbers = (rows, heads, kv_heads, size, *steps, scaling, threads_for(heads * total * size))
+        self._call("attend", *pointers, *spans, out.data_ptr(), *numbers)
+        return out
+
+    def attend_latents(
+        self,
+        query_1NTR: torch.Tensor,
+        rotated_1NTP: torch.Tensor,
+        latents_SR: torch.Tensor,
+        keys_SP: torch.Tensor,
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        scaling: float,
+    ) -> torch.Tensor | None:
+        """Return the latents that single queries of T sequences attend to, [1, T, N, R]; see `attend_rows`."""
+        heads, rows, rank = query_1NTR.shape[1:]
+        rope = rotated_1NTP.shape[-1]
+        if latents_SR.shape[1] != rank or keys_SP.shape != (len(latents_SR), rope) or rope % 2 or rank % 2:
+            return None
+        query, rotated = (part.transpose(1, 2).contiguous() for part in (query_1NTR, rotated_1NTP))
+        if not is_plain(query, rotated, latents_SR[:1], keys_SP[:1]):
+            return None
+        spans, total = spans_of(starts, lengths, len(latents_SR))
+        out = torch.empty_like(query)
+        pointers = [tensor.data_ptr() for tensor in (query, rotated, latents_SR, keys_SP)]
+        numbers = (rows, heads, rank, rope, latents_SR.stride(0), keys_SP.stride(0), scaling)
+        self._call("attend_latents", *pointers, *spans, out.data_ptr(), *numbers, threads_for(heads * total * rank))
         return out
 
 

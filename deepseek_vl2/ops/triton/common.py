@@ -61,15 +61,24 @@ def grid_wait(PDL: tl.constexpr) -> None:
 
 @triton.jit
 def load_rows(
-    matrix_ptr: tl.tensor, rows: tl.tensor, size: tl.tensor, K: tl.constexpr, READ: tl.constexpr, BLOCK_K: tl.constexpr
+    matrix_ptr: tl.tensor,
+    rows: tl.tensor,
+    size: tl.tensor,
+    K: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PER: tl.constexpr = 1,
 ) -> Any:
-    """Return the first READ columns of some rows of a weight [size, K], as a tuple of blocks, each read once."""
+    """Return the first READ columns of some rows of a weight [size, K], as a tuple of blocks, each read once.
+
+    A number of the matrix holds PER columns.
+    """
     parts = ()
     for start in tl.static_range(0, READ, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
-        mask = (rows < size)[:, None] & (columns < K)[None, :]
-        offsets = rows.to(tl.int64)[:, None] * K + columns[None, :]
-        part = tl.load(matrix_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+        columns = start // PER + tl.arange(0, BLOCK_K // PER)
+        mask = (rows < size)[:, None] & (columns < K // PER)[None, :]
+        offsets = rows.to(tl.int64)[:, None] * (K // PER) + columns[None, :]
+        part = tl.load(matrix_ptr + offsets, mask=mask, other=0, eviction_policy="evict_first")
         parts += (part,)  # type: ignore[assignment]
     return parts
 

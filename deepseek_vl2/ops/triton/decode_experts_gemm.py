@@ -17,6 +17,17 @@ import triton.language as tl
 
 from .common import check_rows, dot, grid_wait, launch_dependents, power_of_two
 from .decode_experts import ExpertWeights, silu_mul
+from .weights import (
+    INT4,
+    PLAIN,
+    format_of,
+    load_tile,
+    numbers_of,
+    of_one_format,
+    row_scale,
+    scale_of,
+    tile_columns,
+)
 
 
 @triton.jit
@@ -57,6 +68,9 @@ def _gate_up_gemm_kernel(
     gate_up_ptr: tl.tensor,
     shared_gate_ptr: tl.tensor,
     shared_up_ptr: tl.tensor,
+    gate_up_scale_ptr: tl.tensor,
+    shared_gate_scale_ptr: tl.tensor,
+    shared_up_scale_ptr: tl.tensor,
     routed_ptr: tl.tensor,
     shared_ptr: tl.tensor,
     rows: tl.tensor,
@@ -69,10 +83,15 @@ def _gate_up_gemm_kernel(
     BLOCK_B: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
     PDL_LAUNCH: tl.constexpr = False,
 ) -> None:
+    PER: tl.constexpr = 8 if KIND == INT4 else 1
+    SCALES: tl.constexpr = 1 if GROUP == 0 else (H + GROUP - 1) // GROUP
     program = tl.program_id(0) // ROW_BLOCKS
     row_block = tl.program_id(0) % ROW_BLOCKS
     shared_blocks: tl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
@@ -84,6 +103,8 @@ def _gate_up_gemm_kernel(
     block = program
     gate_ptr = shared_gate_ptr
     up_ptr = shared_up_ptr
+    gate_scale_ptr = shared_gate_scale_ptr
+    up_scale_ptr = shared_up_scale_ptr
     out_ptr = shared_ptr
     place = row
     if TOP_K > 0:
@@ -92,24 +113,38 @@ def _gate_up_gemm_kernel(
             block = (program - shared_blocks) % blocks
             row, slot, count = rows_of_expert(ids_ptr, expert, row_block, rows, TOP_K, TOP_K_PAD, ROWS_PAD, BLOCK_B)
             place = row * TOP_K + slot
-            gate_ptr = gate_up_ptr + expert.to(tl.int64) * (2 * I * H)
-            up_ptr = gate_ptr + I * H
+            gate_ptr = gate_up_ptr + expert.to(tl.int64) * (2 * I * (H // PER))
+            up_ptr = gate_ptr + I * (H // PER)
+            gate_scale_ptr = gate_up_scale_ptr + expert.to(tl.int64) * (2 * I // ROW_BLOCK * SCALES)
+            up_scale_ptr = gate_scale_ptr + I // ROW_BLOCK * SCALES
             out_ptr = routed_ptr
     if count > 0:
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)
         present = tl.arange(0, BLOCK_B) < count
         gate = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
         up = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-        for start in tl.range(0, H, BLOCK_H, num_stages=STAGES):
-            h = start + tl.arange(0, BLOCK_H)
-            offsets = n[:, None] * H + h[None, :]
-            mask = (n < size)[:, None] & (h < H)[None, :]
-            gate_weight = tl.load(gate_ptr + offsets, mask=mask, other=0.0)
-            up_weight = tl.load(up_ptr + offsets, mask=mask, other=0.0)
+        for start in tl.range(0, H, BLOCK_K, num_stages=STAGES):
+            h = start + tl.arange(0, BLOCK_K)
+            if KIND == PLAIN:
+                offsets = n[:, None] * H + h[None, :]
+                mask = (n < size)[:, None] & (h < H)[None, :]
+                gate_weight = tl.load(gate_ptr + offsets, mask=mask, other=0.0)
+                up_weight = tl.load(up_ptr + offsets, mask=mask, other=0.0)
+            else:
+                dtype = x_ptr.dtype.element_ty
+                gate_weight = load_tile(
+                    gate_ptr, gate_scale_ptr, n, size, start, H // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK
+                ).to(dtype)
+                up_weight = load_tile(
+                    up_ptr, up_scale_ptr, n, size, start, H // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK
+                ).to(dtype)
             x = tl.load(x_ptr + row[None, :] * H + h[:, None], mask=present[None, :] & (h < H)[:, None], other=0.0)
             gate = dot(gate_weight, x, gate)
             up = dot(up_weight, x, up)
         launch_dependents(PDL_LAUNCH)  # not before: programs of the next kernel would take the place of these
+        if KIND != PLAIN and GROUP == 0:
+            gate *= row_scale(gate_scale_ptr, n, size, KIND, GROUP)[:, None]
+            up *= row_scale(up_scale_ptr, n, size, KIND, GROUP)[:, None]
         dtype = x_ptr.dtype.element_ty
         out = silu_mul(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32))
         tl.store(
@@ -126,6 +161,8 @@ def _down_gemm_kernel(
     ids_ptr: tl.tensor,
     down_ptr: tl.tensor,
     shared_down_ptr: tl.tensor,
+    down_scale_ptr: tl.tensor,
+    shared_down_scale_ptr: tl.tensor,
     routed_ptr: tl.tensor,
     shared_ptr: tl.tensor,
     rows: tl.tensor,
@@ -138,10 +175,16 @@ def _down_gemm_kernel(
     BLOCK_B: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
     PDL: tl.constexpr = False,
 ) -> None:
+    PER: tl.constexpr = 8 if KIND == INT4 else 1
+    SCALES: tl.constexpr = 1 if GROUP == 0 else (I + GROUP - 1) // GROUP
+    SHARED_SCALES: tl.constexpr = 1 if GROUP == 0 else (S + GROUP - 1) // GROUP
     program = tl.program_id(0) // ROW_BLOCKS
     row_block = tl.program_id(0) % ROW_BLOCKS
     blocks: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
@@ -152,6 +195,7 @@ def _down_gemm_kernel(
     size = tl.where(routed, I, S)
     in_ptr = shared_intermediate_ptr
     matrix = shared_down_ptr
+    scale_ptr = shared_down_scale_ptr
     out_ptr = shared_ptr
     place = row
     if TOP_K > 0:
@@ -160,20 +204,29 @@ def _down_gemm_kernel(
             row, slot, count = rows_of_expert(ids_ptr, expert, row_block, rows, TOP_K, TOP_K_PAD, ROWS_PAD, BLOCK_B)
             place = row * TOP_K + slot
             in_ptr = routed_intermediate_ptr
-            matrix = down_ptr + expert.to(tl.int64) * (H * I)
+            matrix = down_ptr + expert.to(tl.int64) * (H * (I // PER))
+            scale_ptr = down_scale_ptr + expert.to(tl.int64) * ((H + ROW_BLOCK - 1) // ROW_BLOCK * SCALES)
             out_ptr = routed_ptr
     grid_wait(PDL)  # the ids are older: the kernel before this one starts when all before it have ended
     if count > 0:
         n = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
         present = tl.arange(0, BLOCK_B) < count
         total = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-        for start in tl.range(0, size, BLOCK_I, num_stages=STAGES):
-            i = start + tl.arange(0, BLOCK_I)
-            mask = (n < H)[:, None] & (i < size)[None, :]
-            weight = tl.load(matrix + n[:, None] * size + i[None, :], mask=mask, other=0.0)
+        for start in tl.range(0, size, BLOCK_K, num_stages=STAGES):
+            i = start + tl.arange(0, BLOCK_K)
+            if KIND == PLAIN:
+                mask = (n < H)[:, None] & (i < size)[None, :]
+                weight = tl.load(matrix + n[:, None] * size + i[None, :], mask=mask, other=0.0)
+            else:
+                width, count = tl.where(routed, I // PER, S // PER), tl.where(routed, SCALES, SHARED_SCALES)
+                weight = load_tile(matrix, scale_ptr, n, H, start, width, count, BLOCK_K, KIND, GROUP, ROW_BLOCK).to(
+                    in_ptr.dtype.element_ty
+                )
             x_mask = present[None, :] & (i < size)[:, None]
             x = tl.load(in_ptr + place[None, :] * size + i[:, None], mask=x_mask, other=0.0)
             total = dot(weight, x, total)
+        if KIND != PLAIN and GROUP == 0:
+            total *= row_scale(scale_ptr, n, H, KIND, GROUP)[:, None]
         tl.store(
             out_ptr + place[None, :] * H + n[:, None],
             total.to(out_ptr.dtype.element_ty),
@@ -208,10 +261,15 @@ def gate_up_gemm(
     """Write `gate_up_plain` of contiguous, normed rows; ids are int32, and an id of -1 stands for no expert."""
     check_rows(x_BH)
     weights.check()
-    rows, hidden = x_BH.shape
-    some = weights.any
-    stages = 3 if is_narrow(rows, hidden) else 4
-    sizes = {"BLOCK_N": 64, "BLOCK_H": min(power_of_two(hidden, 16), 64), "STAGES": stages, "num_warps": 4, **blocks}
+    parts = weights.gates_and_ups()
+    if not of_one_format(parts):
+        gate_up_gemm(x_BH, weights.routed_alone, routed_BKI, None, topk_ids_BK, **blocks)
+        gate_up_gemm(x_BH, weights.shared_alone, None, shared_BS, **blocks)
+        return
+    (rows, hidden), fmt = x_BH.shape, format_of(parts[0])
+    stages = 3 if fmt["KIND"] or is_narrow(rows, hidden) else 4
+    width = tile_columns(hidden, fmt, 128 if fmt["KIND"] else 64)
+    sizes = {"BLOCK_N": 64, "BLOCK_K": width, "STAGES": stages, "num_warps": 4, **blocks}
     sizes["BLOCK_N"] = min(
         sizes["BLOCK_N"], power_of_two(max(weights.intermediate_size, weights.shared_intermediate_size), 16)
     )
@@ -221,15 +279,15 @@ def gate_up_gemm(
     _gate_up_gemm_kernel[(programs * cut["ROW_BLOCKS"],)](
         x_BH,
         x_BH if topk_ids_BK is None else topk_ids_BK,
-        some if weights.gate_up is None else weights.gate_up,
-        some if weights.shared_gate is None else weights.shared_gate,
-        some if weights.shared_up is None else weights.shared_up,
+        *map(numbers_of, parts),
+        *map(scale_of, parts),
         x_BH if routed_BKI is None else routed_BKI,
         x_BH if shared_BS is None else shared_BS,
         rows,
         H=hidden,
         I=weights.intermediate_size,
         S=weights.shared_intermediate_size,
+        **fmt,
         **cut,
         **sizes,
     )
@@ -249,11 +307,16 @@ def down_gemm(
     out = shared_BH if routed_BKH is None else routed_BKH
     if out is None:
         raise ValueError("A layer needs routed or shared experts.")
-    some, rows, hidden = weights.any, out.shape[0], out.shape[-1]
-    widest = power_of_two(max(weights.intermediate_size, weights.shared_intermediate_size), 16)
-    cut_by = {"BLOCK_I": 128, "STAGES": 3} if is_narrow(rows, hidden) else {"BLOCK_I": 64, "STAGES": 4}
+    parts = weights.downs()
+    if not of_one_format(parts):
+        down_gemm(routed_BKI, None, weights.routed_alone, routed_BKH, None, topk_ids_BK, **blocks)
+        down_gemm(None, shared_BS, weights.shared_alone, None, shared_BH, **blocks)
+        return
+    rows, hidden, fmt = out.shape[0], out.shape[-1], format_of(parts[0])
+    widest = max(weights.intermediate_size, weights.shared_intermediate_size)
+    wide = bool(fmt["KIND"]) or is_narrow(rows, hidden)
+    cut_by = {"BLOCK_K": tile_columns(widest, fmt, 128 if wide else 64), "STAGES": 3 if wide else 4}
     sizes = {"BLOCK_N": 64, "num_warps": 4, **cut_by, **blocks}
-    sizes["BLOCK_I"] = min(sizes["BLOCK_I"], widest)
     sizes["BLOCK_N"] = min(sizes["BLOCK_N"], power_of_two(hidden, 16))
     cut = row_blocks(rows, 0 if topk_ids_BK is None else topk_ids_BK.shape[1])
     programs = (weights.num_experts + (weights.shared_intermediate_size > 0)) * triton.cdiv(hidden, sizes["BLOCK_N"])
@@ -261,14 +324,15 @@ def down_gemm(
         out if routed_BKI is None else routed_BKI,
         out if shared_BS is None else shared_BS,
         out if topk_ids_BK is None else topk_ids_BK,
-        some if weights.down is None else weights.down,
-        some if weights.shared_down is None else weights.shared_down,
+        *map(numbers_of, parts),
+        *map(scale_of, parts),
         out if routed_BKH is None else routed_BKH,
         out if shared_BH is None else shared_BH,
         rows,
         H=hidden,
         I=weights.intermediate_size,
         S=weights.shared_intermediate_size,
+        **fmt,
         **cut,
         **sizes,
     )

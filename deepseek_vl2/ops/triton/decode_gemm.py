@@ -13,7 +13,20 @@ import triton
 import triton.language as tl
 
 from .common import check_rows, dot, grid_wait, launch_dependents, multiprocessors, power_of_two
-from .decode_gemv import MAX_WEIGHTS
+from .decode_gemv import MAX_WEIGHTS, side_by_side
+from .weights import (
+    INT4,
+    PLAIN,
+    Weight,
+    check_weights,
+    format_of,
+    load_tile,
+    numbers_of,
+    of_one_format,
+    row_scale,
+    scale_of,
+    tile_columns,
+)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -22,6 +35,9 @@ def _gemm_kernel(
     first_ptr: tl.tensor,
     second_ptr: tl.tensor,
     third_ptr: tl.tensor,
+    first_scale_ptr: tl.tensor,
+    second_scale_ptr: tl.tensor,
+    third_scale_ptr: tl.tensor,
     residual_ptr: tl.tensor,
     out_ptr: tl.tensor,
     rows: tl.tensor,
@@ -40,12 +56,17 @@ def _gemm_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     STAGES: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROUNDED: tl.constexpr,
     PDL: tl.constexpr = False,
 ) -> None:
     launch_dependents(PDL)
     grid_wait(PDL)
+    PER: tl.constexpr = 8 if KIND == INT4 else 1
+    SCALES: tl.constexpr = 1 if GROUP == 0 else (K + GROUP - 1) // GROUP
     program = tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
     blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
@@ -53,10 +74,13 @@ def _gemm_kernel(
     in_second = program >= blocks1
     in_third = program >= blocks1 + blocks2
     matrix = first_ptr + group * w_group
+    scale_ptr = first_scale_ptr
     if in_third:
         matrix = third_ptr
+        scale_ptr = third_scale_ptr
     elif in_second:
         matrix = second_ptr
+        scale_ptr = second_scale_ptr
     block = program - tl.where(in_third, blocks1 + blocks2, tl.where(in_second, blocks1, 0))
     size = tl.where(in_third, N3, tl.where(in_second, N2, N1))
     shift = tl.where(in_third, N1 + N2, tl.where(in_second, N1, 0))
@@ -66,11 +90,17 @@ def _gemm_kernel(
     total = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
-        weight_offsets = n.to(tl.int64)[:, None] * W_N + k[None, :] * W_K
-        weight = tl.load(matrix + weight_offsets, mask=(n < size)[:, None] & (k < K)[None, :], other=0.0)
+        if KIND == PLAIN:
+            weight_offsets = n.to(tl.int64)[:, None] * W_N + k[None, :] * W_K
+            weight = tl.load(matrix + weight_offsets, mask=(n < size)[:, None] & (k < K)[None, :], other=0.0)
+        else:
+            tile = load_tile(matrix, scale_ptr, n, size, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK)
+            weight = tile.to(x_ptr.dtype.element_ty)
         x_offsets = group * x_group + b[None, :] * x_row + k[:, None]
         x = tl.load(x_ptr + x_offsets, mask=(b < rows)[None, :] & (k < K)[:, None], other=0.0)
         total = dot(weight, x, total)
+    if KIND != PLAIN and GROUP == 0:
+        total *= row_scale(scale_ptr, n, size, KIND, GROUP)[:, None]
     if ROUNDED:
         total = total.to(x_ptr.dtype.element_ty).to(tl.float32)
     held = (n < size)[:, None] & (b < rows)[None, :]
@@ -80,21 +110,21 @@ def _gemm_kernel(
     tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=held)
 
 
-def gemm_blocks(rows: int, outputs: int, inputs: int, programs: int) -> dict[str, int]:
+def gemm_blocks(rows: int, outputs: int, inputs: int, programs: int, fmt: dict[str, int]) -> dict[str, int]:
     """Return the block sizes of a GEMM: enough programs for that many multiprocessors, 64 rows at most."""
     block_n = 64 if outputs >= 64 * programs else 32 if outputs > 1280 or rows > 16 else 16
     return {
         "BLOCK_N": min(block_n, power_of_two(outputs, 16)),
-        "BLOCK_K": min(power_of_two(inputs, 16), 128),
+        "BLOCK_K": tile_columns(inputs, fmt),
         "BLOCK_B": min(power_of_two(rows, 16), 64),
-        "STAGES": 4,
+        "STAGES": 3 if fmt["KIND"] else 4,
         "num_warps": 4,
     }
 
 
 def linear_gemm(
     x_BK: torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[Weight],
     out_BN: torch.Tensor,
     residual_BN: torch.Tensor | None = None,
     rounded: bool = False,
@@ -104,7 +134,7 @@ def linear_gemm(
 
     Args:
         x_BK: the rows.
-        weights: matrices [N_i, K], contiguous.
+        weights: matrices [N_i, K], contiguous; those of several formats take a launch each.
         out_BN: of any floating dtype; may be the residual itself.
         residual_BN: added to the result; laid out like ``out_BN``.
         rounded: round the product to the dtype of ``x_BK`` although ``out_BN`` is wider.
@@ -112,12 +142,16 @@ def linear_gemm(
     """
     if not 1 <= len(weights) <= MAX_WEIGHTS:
         raise ValueError(f"linear_gemm takes one to {MAX_WEIGHTS} weights, got {len(weights)}.")
-    check_rows(*weights)
+    check_weights(weights)
     if residual_BN is not None and residual_BN.stride() != out_BN.stride():
         raise ValueError("linear_gemm needs a residual laid out like its output.")
-    grouped = [weight.unsqueeze(0) for weight in weights]
+    if not of_one_format(weights):
+        for weight, span in side_by_side(weights):
+            part = None if residual_BN is None else residual_BN[:, span]
+            linear_gemm(x_BK, [weight], out_BN[:, span], part, rounded, **blocks)
+        return
     residual = None if residual_BN is None else residual_BN.unsqueeze(1)
-    _launch_gemm(x_BK.unsqueeze(1), grouped, out_BN.unsqueeze(1), residual, rounded, blocks)
+    _launch_gemm(x_BK.unsqueeze(1), weights, out_BN.unsqueeze(1), residual, rounded, blocks)
 
 
 def batched_gemm(x_BGK: torch.Tensor, weight_GNK: torch.Tensor, out_BGN: torch.Tensor, **blocks: Any) -> None:
@@ -134,7 +168,7 @@ def batched_gemm(x_BGK: torch.Tensor, weight_GNK: torch.Tensor, out_BGN: torch.T
 
 def _launch_gemm(
     x_BGK: torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[Weight],
     out_BGN: torch.Tensor,
     residual_BGN: torch.Tensor | None,
     rounded: bool,
@@ -142,15 +176,17 @@ def _launch_gemm(
 ) -> None:
     check_rows(x_BGK, out_BGN)
     rows, groups, inputs = x_BGK.shape
-    outputs = [weight.shape[1] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
-    first, second, third = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
-    sizes = {**gemm_blocks(rows, groups * sum(outputs), inputs, multiprocessors(x_BGK.device)), **blocks}
+    outputs = [weight.shape[-2] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
+    filled = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
+    fmt = format_of(weights[0])
+    sizes = {**gemm_blocks(rows, groups * sum(outputs), inputs, multiprocessors(x_BGK.device), fmt), **blocks}
+    # Packed matrices are read without strides.
+    strides = weights[0].stride() if isinstance(weights[0], torch.Tensor) else (inputs, 1)
     programs = sum(triton.cdiv(size, sizes["BLOCK_N"]) for size in outputs)
     _gemm_kernel[(programs, groups, triton.cdiv(rows, sizes["BLOCK_B"]))](
         x_BGK,
-        first,
-        second,
-        third,
+        *map(numbers_of, filled),
+        *map(scale_of, filled),
         x_BGK if residual_BGN is None else residual_BGN,
         out_BGN,
         rows,
@@ -158,11 +194,11 @@ def _launch_gemm(
         x_BGK.stride(1),
         out_BGN.stride(0),
         out_BGN.stride(1),
-        first.stride(0),
-        first.stride(1),
-        first.stride(2),
+        strides[0] if groups > 1 else 0,
+        *strides[-2:],
         *outputs,
         K=inputs,
+        **fmt,
         RESIDUAL=residual_BGN is not None,
         ROUNDED=rounded,
         **sizes,

@@ -5,7 +5,7 @@ Shape suffixes: B rows, K inputs, N outputs, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,21 @@ import triton
 import triton.language as tl
 
 from .common import check_rows, grid_wait, launch_dependents, load_row, load_rows, power_of_two
+from .weights import (
+    INT4,
+    PLAIN,
+    Weight,
+    check_weights,
+    fold,
+    format_of,
+    load_scales,
+    numbers_of,
+    of_one_format,
+    packed_blocks,
+    row_scale,
+    scale_of,
+    unpack,
+)
 
 MAX_WEIGHTS = 3
 
@@ -40,6 +55,9 @@ def _gemv_kernel(
     first_ptr: tl.tensor,
     second_ptr: tl.tensor,
     third_ptr: tl.tensor,
+    first_scale_ptr: tl.tensor,
+    second_scale_ptr: tl.tensor,
+    third_scale_ptr: tl.tensor,
     residual_ptr: tl.tensor,
     out_ptr: tl.tensor,
     max_ptr: tl.tensor,
@@ -51,6 +69,9 @@ def _gemv_kernel(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
     NORMED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROUNDED: tl.constexpr,
@@ -58,26 +79,33 @@ def _gemv_kernel(
     PDL: tl.constexpr = False,
 ) -> None:
     launch_dependents(PDL)
+    PER: tl.constexpr = 8 if KIND == INT4 else 1
+    SPAN: tl.constexpr = 1 if KIND == PLAIN else 16
     program = tl.program_id(0)
     blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
     blocks2: tl.constexpr = (N2 + BLOCK_N - 1) // BLOCK_N
     in_second = program >= blocks1
     in_third = program >= blocks1 + blocks2
     weight_ptr = first_ptr
+    scale_ptr = first_scale_ptr
     if in_third:
         weight_ptr = third_ptr
+        scale_ptr = third_scale_ptr
     elif in_second:
         weight_ptr = second_ptr
+        scale_ptr = second_scale_ptr
     block = program - tl.where(in_third, blocks1 + blocks2, tl.where(in_second, blocks1, 0))
     size = tl.where(in_third, N3, tl.where(in_second, N2, N1))
     shift = tl.where(in_third, N1 + N2, tl.where(in_second, N1, 0))
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     # All loads of the weight are on their way before the row is waited for.
-    parts = load_rows(weight_ptr, rows, size, K, K, BLOCK_K)
+    parts = load_rows(weight_ptr, rows, size, K, K, BLOCK_K, PER)
+    scales = load_scales(scale_ptr, rows, size, K, K, BLOCK_K, KIND, GROUP, ROW_BLOCK)
+    rest = row_scale(scale_ptr, rows, size, KIND, GROUP)
     if NORMED:
         norms = load_row(norm_ptr, K, BLOCK_K)
     grid_wait(PDL)
-    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_K // SPAN], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
     for part in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
         columns = part * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -86,8 +114,11 @@ def _gemv_kernel(
         if NORMED:
             squares += x * x
             x *= norms[part].to(tl.float32)
-        total += parts[part].to(tl.float32) * x[None, :]
+        scale = scales[part] if GROUP > 0 else parts[part]
+        total += fold(unpack(parts[part], scale, KIND, GROUP) * x[None, :], SPAN)
     out = tl.sum(total, axis=1)
+    if KIND != PLAIN:
+        out *= rest
     if NORMED:
         out *= tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
     if ROUNDED:
@@ -102,19 +133,30 @@ def _gemv_kernel(
         tl.store(argmax_ptr + program, tl.min(tl.where((shown == partials) & (rows < size), rows, 2147483647), axis=0))
 
 
-def gemv_blocks(width: int, rows: int) -> dict[str, int]:
-    """Return rows a program, columns a step and warps for ``rows`` of weights that are ``width`` wide.
+def gemv_blocks(weight: Weight, rows: int) -> dict[str, int]:
+    """Return rows a program, columns a step and warps for ``rows`` of weights of that kind and width.
 
-    Measured on an H200 (benchmarks/gpu_tune.py).
+    Of plain ones measured on an H200 (benchmarks/gpu_tune.py).
     """
+    width, fmt = weight.shape[-1], format_of(weight)
+    if fmt["KIND"]:
+        return packed_blocks(width, fmt, parts_a_thread=6, warps=2)
     if width >= 2048 and rows <= 16384:
         return {"BLOCK_N": 4, "BLOCK_K": 1024, "num_warps": 4}
     return {"BLOCK_N": 8, "BLOCK_K": min(power_of_two(width, 16), 512), "num_warps": 4}
 
 
+def side_by_side(weights: Sequence[Weight]) -> Iterator[tuple[Weight, slice]]:
+    """Yield weights, and where the outputs of each stand among those of all."""
+    first = 0
+    for weight in weights:
+        yield weight, slice(first, first + weight.shape[0])
+        first += weight.shape[0]
+
+
 def linear_gemv(
     x_K: torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[Weight],
     out_N: torch.Tensor,
     norm_K: torch.Tensor | None = None,
     eps: float = 0.0,
@@ -129,7 +171,7 @@ def linear_gemv(
 
     Args:
         x_K: the row.
-        weights: one to three matrices [N_i, K].
+        weights: one to three matrices [N_i, K]; those of several formats take a launch each.
         out_N: of any floating dtype.
         norm_K: the weight of an RMS norm that is folded into the product.
         eps: the norm's epsilon.
@@ -138,18 +180,23 @@ def linear_gemv(
         partials: where to write each program's largest output, float32, and its index, int32 (one weight only).
         blocks: block sizes instead of those of `gemv_blocks`, and options of the launch (`pdl_options`).
     """
-    check_rows(x_K, out_N, *weights)
+    check_rows(x_K, out_N)
+    check_weights(weights)
     if not 1 <= len(weights) <= MAX_WEIGHTS or (partials is not None and len(weights) > 1):
         raise ValueError(f"linear_gemv takes one to {MAX_WEIGHTS} weights, and one where the argmax is asked for.")
+    if not of_one_format(weights):
+        for weight, span in side_by_side(weights):
+            residual = None if residual_N is None else residual_N[span]
+            linear_gemv(x_K, [weight], out_N[span], norm_K, eps, residual, rounded, **blocks)
+        return
     sizes = [weight.shape[0] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
-    first, second, third = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
-    cut = {**gemv_blocks(x_K.shape[-1], sum(sizes)), **blocks}
+    filled = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
+    cut = {**gemv_blocks(weights[0], sum(sizes)), **blocks}
     _gemv_kernel[(sum(triton.cdiv(size, cut["BLOCK_N"]) for size in sizes),)](
         x_K,
         x_K if norm_K is None else norm_K,
-        first,
-        second,
-        third,
+        *map(numbers_of, filled),
+        *map(scale_of, filled),
         x_K if residual_N is None else residual_N,
         out_N,
         *((out_N, out_N) if partials is None else partials),
@@ -160,6 +207,7 @@ def linear_gemv(
         RESIDUAL=residual_N is not None,
         ROUNDED=rounded,
         ARGMAX=partials is not None,
+        **format_of(weights[0]),
         **cut,
     )
 

@@ -35,7 +35,7 @@ def is_supported(weights: torch.Tensor, hidden: int, inner: int) -> bool:
 
 
 @triton.jit
-def _find_tile(
+def find_tile(
     ends_ptr: tl.tensor,
     number: tl.tensor,
     E: tl.constexpr,
@@ -73,7 +73,7 @@ def _gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    expert, column, first, end = _find_tile(ends_ptr, tl.program_id(0), E, E_PAD, I // BLOCK_N, BLOCK_P)
+    expert, column, first, end = find_tile(ends_ptr, tl.program_id(0), E, E_PAD, I // BLOCK_N, BLOCK_P)
     if first < end:
         dtype = out_ptr.dtype.element_ty
         gate = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
@@ -104,7 +104,7 @@ def _down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    expert, column, first, end = _find_tile(ends_ptr, tl.program_id(0), E, E_PAD, H // BLOCK_N, BLOCK_P)
+    expert, column, first, end = find_tile(ends_ptr, tl.program_id(0), E, E_PAD, H // BLOCK_N, BLOCK_P)
     if first < end:
         total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
         line = expert * H + column * BLOCK_N

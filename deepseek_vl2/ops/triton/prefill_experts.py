@@ -14,8 +14,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from . import grouped_gemm
+from . import grouped_gemm, packed_grouped_gemm
 from .common import check_rows, power_of_two, rounded
+from .weights import QuantWeight, Weight
 
 
 @triton.jit
@@ -174,12 +175,17 @@ def combine_tokens(rows_PH: torch.Tensor, row_map_P: torch.Tensor, topk_weights_
 
 
 def permuted_experts(
-    hidden_NH: torch.Tensor, gate_up_EJH: torch.Tensor, down_EHI: torch.Tensor, topk_ids_NK: torch.Tensor
+    hidden_NH: torch.Tensor, gate_up_EJH: Weight, down_EHI: Weight, topk_ids_NK: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the experts of all tokens; returns the outputs in the order of experts, [P, H], and the row map, [P]."""
     experts, hidden, intermediate_size = down_EHI.shape
     row_map, ends = moe_align(topk_ids_NK, experts)
     rows = permute_tokens(hidden_NH, row_map)
+    if isinstance(gate_up_EJH, QuantWeight) and isinstance(down_EHI, QuantWeight):
+        intermediate_PI = packed_grouped_gemm.grouped_gate_up(rows, gate_up_EJH, ends)
+        return packed_grouped_gemm.grouped_down(intermediate_PI, down_EHI, ends), row_map
+    if not isinstance(gate_up_EJH, torch.Tensor) or not isinstance(down_EHI, torch.Tensor):
+        raise ValueError("Both matrices of the experts must be packed, or none.")
     if grouped_gemm.is_supported(down_EHI, hidden, intermediate_size):
         intermediate_PI = grouped_gemm.grouped_gate_up(rows, gate_up_EJH, ends)
         return grouped_gemm.grouped_down(intermediate_PI, down_EHI, ends), row_map

@@ -27,14 +27,14 @@ from deepseek_vl2.engine.scheduler import EngineOptions
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 
 from .body import BodyReader
-from .chat import GenerationService, check_api_key
+from .chat import GenerationService
 from .chat_endpoint import ChatEndpoint
 from .completions import CompletionEndpoint, CompletionRequest
 from .errors import ApiError, error_response, handle_api_error
 from .generation import Generator
 from .grammar import GrammarCompiler
 from .grammar_process import GrammarService
-from .guard import Guard, RunningRequests
+from .guard import Guard, RunningRequests, check_api_key
 from .metrics import Metrics
 from .openapi import (
     OBJECT,
@@ -111,7 +111,9 @@ class Server:
         self.bodies = BodyReader(settings)
         self.service = GenerationService(self.engine, self.metrics, settings, self.bodies)
         self.generator = Generator(self.engine, token_bytes, builder, self.grammars, settings)
-        self.store = ResponseStore(settings.stored_responses, settings.stored_bytes, settings.stored_seconds)
+        self.store = ResponseStore(
+            settings.stored_responses, settings.stored_bytes, settings.stored_seconds, settings.replica
+        )
         self.app = self._application()
 
     def _application(self) -> FastAPI:

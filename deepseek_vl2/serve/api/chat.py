@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import secrets
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Protocol
 
@@ -157,16 +156,3 @@ class GenerationService:
         with anyio.move_on_after(self.settings.first_byte_seconds):
             return await answers.next()
         return None
-
-
-def check_api_key(request: Request, keys: tuple[str, ...]) -> None:
-    """Raise an `ApiError` for a request that bears none of the keys."""
-    if not keys:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    # Headers are bytes: some clients write other letters than ASCII in UTF-8, some in Latin-1.
-    forms = given.strip().encode("latin-1"), given.strip().encode()
-    # All of them are compared, each in constant time, so that the time tells nothing.
-    matches = [secrets.compare_digest(form, key.encode()) for key in keys for form in forms]
-    if scheme.lower() != "bearer" or not any(matches):
-        raise ApiError(401, "Give a valid API key: 'Authorization: Bearer KEY'.", code="invalid_api_key")

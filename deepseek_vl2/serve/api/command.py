@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 from deepseek_vl2.cli.main import run_guarded
 from deepseek_vl2.cli.options import add_memory_arguments, default_model
-from deepseek_vl2.cli.progress import Progress, weights_reported
+from deepseek_vl2.utils.progress import Progress, weights_reported
 
 PROGRAM = "deepseek-vl2 serve"
 DESCRIPTION = "Serve a model over HTTP, with OpenAI's chat completions API."
@@ -239,7 +239,9 @@ def room(wanted: int | None, positions: int) -> int:
     return min(MAX_LENGTH, positions) if wanted is None else wanted
 
 
-def server_settings(args: argparse.Namespace, keys: tuple[str, ...], name: str, slots: int) -> Settings:
+def server_settings(
+    args: argparse.Namespace, keys: tuple[str, ...], name: str, slots: int, replica: str = ""
+) -> Settings:
     """Return what the options say of the HTTP side."""
     from deepseek_vl2.serve.api.settings import MEBI, ConnectionLimits, ImageLimits, Settings
 
@@ -273,6 +275,7 @@ def server_settings(args: argparse.Namespace, keys: tuple[str, ...], name: str, 
         # A page of the web can reach what listens here, under its own name (DNS rebinding); a key keeps it out.
         allowed_hosts=None if keys or not is_local(args.host) else tuple(args.allowed_host),
         connections=connections,
+        replica=replica,
     )
 
 
@@ -309,8 +312,8 @@ def engine_options(args: argparse.Namespace, model: Any) -> EngineOptions:
     )
 
 
-def build_server(args: argparse.Namespace) -> Any:
-    """Load the model and return a `Server`.
+def build_server(args: argparse.Namespace, replica: str = "") -> Any:
+    """Load the model and return a `Server`; ``replica`` tells it from others behind one address.
 
     Raises:
         ValueError, OSError: see `load_pretrained_model`.
@@ -332,7 +335,7 @@ def build_server(args: argparse.Namespace) -> Any:
         _, processor, model = load_pretrained_model(source, dtype=getattr(torch, args.dtype), **loading_options(args))
     tell_toys(name)
     options = engine_options(args, model)
-    return Server(model, processor, server_settings(args, keys, name, options.max_batch), options)
+    return Server(model, processor, server_settings(args, keys, name, options.max_batch, replica), options)
 
 
 def run(args: argparse.Namespace) -> int:

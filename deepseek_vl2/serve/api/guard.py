@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import secrets
 from collections.abc import Callable
 
 import anyio
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, error_response
@@ -36,6 +38,19 @@ def is_local_name(host: str) -> bool:
     except ValueError:
         return "." not in host or host.endswith(LOCAL_SUFFIXES)
     return True
+
+
+def check_api_key(request: Request, keys: tuple[str, ...]) -> None:
+    """Raise an `ApiError` for a request that bears none of the keys."""
+    if not keys:
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    # Headers are bytes: some clients write other letters than ASCII in UTF-8, some in Latin-1.
+    forms = given.strip().encode("latin-1"), given.strip().encode()
+    # All of them are compared, each in constant time, so that the time tells nothing.
+    matches = [secrets.compare_digest(form, key.encode()) for key in keys for form in forms]
+    if scheme.lower() != "bearer" or not any(matches):
+        raise ApiError(401, "Give a valid API key: 'Authorization: Bearer KEY'.", code="invalid_api_key")
 
 
 class Guard:

@@ -15,7 +15,7 @@ from .answers import Answers
 from .errors import ApiError
 from .replies import StreamedReply, token_entry
 from .response_schemas import ResponsesRequest
-from .response_store import ResponseStore
+from .response_store import ResponseStore, new_id
 from .schemas import Message
 from .tool_schemas import CalledFunction, ToolCall
 from .tools import CallDelta, CallReader, ToolUse
@@ -55,7 +55,7 @@ class ResponsesReply(StreamedReply):
         self.token_bytes = token_bytes
         self.store = store
         self.reader = CallReader() if tools else None
-        self.id = f"resp_{uuid.uuid4().hex}"
+        self.id = new_id() if store is None else store.new_id()
         self.created = int(time.time())
         self.model_name = model_name
         self.items: list[dict[str, Any]] = []  # of the output, those at work included

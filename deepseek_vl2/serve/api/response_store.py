@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,17 @@ class StoredResponse:
     kept_until: float
 
 
+def new_id(replica: str = "") -> str:
+    """Return an id for a response, which names the server that keeps it where there are several."""
+    return f"resp_{replica}_{uuid.uuid4().hex}" if replica else f"resp_{uuid.uuid4().hex}"
+
+
+def replica_of(response_id: str) -> str | None:
+    """Return the server that an id names, or ``None``."""
+    parts = response_id.split("_")
+    return parts[1] if len(parts) == 3 and parts[0] == "resp" else None
+
+
 class ResponseStore:
     """Keeps the responses used last, for a time, up to a number and a size.
 
@@ -35,14 +47,20 @@ class ResponseStore:
         most: responses that are kept; 0 for none.
         most_bytes: of all of them together, images included.
         seconds: how long one is kept.
+        replica: of several servers behind one address, the one that keeps them.
     """
 
-    def __init__(self, most: int, most_bytes: int, seconds: float) -> None:
+    def __init__(self, most: int, most_bytes: int, seconds: float, replica: str = "") -> None:
         self.most = most
         self.most_bytes = most_bytes
         self.seconds = seconds
+        self.replica = replica
         self.bytes = 0
         self._kept: OrderedDict[str, StoredResponse] = OrderedDict()
+
+    def new_id(self) -> str:
+        """Return an id for a response that is to be kept."""
+        return new_id(self.replica)
 
     def __len__(self) -> int:
         return len(self._kept)

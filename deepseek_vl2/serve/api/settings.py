@@ -84,6 +84,7 @@ class Settings:
         stored_responses: responses that ``previous_response_id`` may name, at most; 0: none.
         stored_bytes: memory of all of them.
         stored_seconds: how long one is kept.
+        replica: what tells this server from others behind the same address; its responses' ids bear it.
         allowed_hosts: names that requests may be sent to, beside local ones; ``None``: any.
         connections: limits of connections.
         grammars: limits of grammars.
@@ -105,6 +106,7 @@ class Settings:
     stored_responses: int = 256
     stored_bytes: int = 128 * MEBI
     stored_seconds: float = 3600.0
+    replica: str = ""
     allowed_hosts: tuple[str, ...] | None = None
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     grammars: GrammarLimits = field(default_factory=GrammarLimits)

@@ -19,8 +19,8 @@ from deepseek_vl2.cli.options import (
     loading_options,
     whole_number,
 )
-from deepseek_vl2.cli.progress import Progress
 from deepseek_vl2.serve.web.limits import Limits
+from deepseek_vl2.utils.progress import Progress
 
 DESCRIPTION = "A web page to chat with the model about pictures. Only this machine reaches it unless told otherwise."
 EXAMPLES = """\

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import html
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import gradio as gr
@@ -13,12 +13,14 @@ from gradio.processing_utils import save_pil_to_cache
 from gradio.utils import get_upload_folder
 
 from deepseek_vl2.models.image_loading import load_image
+from deepseek_vl2.models.messages import GROUNDING_TOKENS
 from deepseek_vl2.serve.web import rendering
 from deepseek_vl2.serve.web.backend import Backend
 from deepseek_vl2.serve.web.examples import examples_for
 from deepseek_vl2.serve.web.jobs import Job, JobLine, Stage
 from deepseek_vl2.serve.web.limits import Limits
 from deepseek_vl2.serve.web.state import Chat, Settings, Turn
+from deepseek_vl2.utils.prompts import grounded_prompt, locate_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,29 @@ class DemoEvents:
             return gr.skip(), gr.skip(), gr.skip()
         return chat, rendering.chat_messages(chat, "Starting"), {"text": "", "files": []}
 
+    def ask_to_find(self, message: dict[str, Any], chat: Chat, request: gr.Request) -> tuple[Any, ...]:
+        """Ask where the thing is that the visitor wrote."""
+        return self._ask_as(locate_prompt, "Write what to find first.", message, chat, request)
+
+    def ask_for_boxes(self, message: dict[str, Any], chat: Chat, request: gr.Request) -> tuple[Any, ...]:
+        """Ask the visitor's question so that the answer points at what it speaks of."""
+        return self._ask_as(grounded_prompt, "Write a question first.", message, chat, request)
+
+    def _ask_as(
+        self, form: Callable[[str], str], empty: str, message: dict[str, Any], chat: Chat, request: gr.Request
+    ) -> tuple[Any, ...]:
+        """Bring the visitor's words into a form that asks for boxes; one that has tags already is sent as it is."""
+        text = (message["text"] or "").strip()
+        try:
+            if not text:
+                raise ValueError(empty)
+            if not any(tag in text for tag in GROUNDING_TOKENS):
+                text = form(text)
+        except ValueError as error:
+            refuse(error)
+            return gr.skip(), gr.skip(), gr.skip()
+        return self.ask({**message, "text": text}, chat, request)
+
     def ask_again(self, chat: Chat, request: gr.Request) -> tuple[Any, ...]:
         """Forget the last answer, to have it made again."""
         try:
@@ -76,8 +101,8 @@ class DemoEvents:
     def busy(chat: Chat) -> tuple[Any, ...]:
         """Show the controls as they are while an answer is made: a stop button, and nothing that changes the past."""
         if not chat.open:
-            return (gr.skip(),) * 5
-        controls = (gr.update(interactive=False) for _ in range(3))
+            return (gr.skip(),) * 7
+        controls = (gr.update(interactive=False) for _ in range(5))
         return gr.update(submit_btn=False, stop_btn=True), *controls, gr.update(visible=False)
 
     # ------------------------------------------------------------ the answer
@@ -187,8 +212,9 @@ class DemoEvents:
     def idle(self, chat: Chat, request: gr.Request) -> tuple[Any, ...]:
         """Show the controls as they are between answers."""
         if request.session_hash in self._running:
-            return (gr.skip(),) * 5
+            return (gr.skip(),) * 7
         controls = [gr.update(interactive=bool(chat.turns)) for _ in range(3)]
+        controls += [gr.update(interactive=True) for _ in range(2)]
         choices = rendering.picture_choices(chat)
         drawn = chat.turns[-1].picture if choices else None
         pictures = gr.update(visible=bool(choices), choices=choices, value=drawn[0] if drawn else None)

@@ -25,10 +25,10 @@ LATEX: list[dict[str, str | bool]] = [
     {"left": "\\(", "right": "\\)", "display": False},
 ]
 HELP = """\
-### How to ask
+## How to ask
 
-**For boxes**: put `<|ref|>` and `<|/ref|>` around what to find, or begin with `<|grounding|>` for an answer that points
-at what it speaks of. Boxes are drawn on the picture sent last; with several pictures you choose under the answer.
+**For boxes**: write what to find and press **Find**, or ask a question and press **With boxes** for an answer that
+points at what it speaks of. Boxes are drawn on the picture sent last; with several you choose under the answer.
 
 **About several pictures**: `<image>` marks where each stands in the text; without it they stand in front. Up to two are
 read in detail, more at 384 pixels each.
@@ -45,13 +45,15 @@ class Controls:
     regenerate: gr.Button
     remove: gr.Button
     anew: gr.Button
+    find: gr.Button
+    with_boxes: gr.Button
     picture: gr.Radio
     settings: list[gr.components.Component]
 
     @property
     def buttons(self) -> list[Any]:
         """What `DemoEvents.busy` and `DemoEvents.idle` switch."""
-        return [self.box, self.regenerate, self.remove, self.anew, self.picture]
+        return [self.box, self.regenerate, self.remove, self.anew, self.find, self.with_boxes, self.picture]
 
 
 def theme() -> gr.themes.Base:
@@ -63,6 +65,16 @@ def theme() -> gr.themes.Base:
         font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
         radius_size=gr.themes.sizes.radius_lg,
+    ).set(
+        # at least 4.5 to 1 on every background that text lies on
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_600",
     )
 
 
@@ -94,7 +106,7 @@ def _controls(limits: Limits, examples: Sequence[Example]) -> Controls:
     """Add the components."""
     chat = gr.State(Chat())
     with gr.Sidebar(position="right", open=False, width=340, elem_id="settings"):
-        gr.Markdown("### Settings")
+        gr.Markdown("## Settings")
         settings = _settings(limits)
         gr.Markdown(HELP)
     chatbot = gr.Chatbot(
@@ -110,7 +122,7 @@ def _controls(limits: Limits, examples: Sequence[Example]) -> Controls:
         feedback_options=None,
         latex_delimiters=LATEX,
         examples=_chat_examples(examples),
-        placeholder="### Ask about pictures\nAttach, paste or drop some, or begin with an example.",
+        placeholder="## Ask about pictures\nAttach, paste or drop some, or begin with an example.",
     )
     picture = gr.Radio(
         [], label="Boxes are drawn on", elem_id="picture", visible=False, interactive=True, container=True
@@ -127,20 +139,31 @@ def _controls(limits: Limits, examples: Sequence[Example]) -> Controls:
         max_plain_text_length=limits.characters + 1,  # beyond, pasted text would turn into a file
         autofocus=True,
     )
+    with gr.Row(elem_id="ways"):
+        find = gr.Button("Find", size="sm", variant="primary", min_width=80)
+        with_boxes = gr.Button("With boxes", size="sm", variant="primary", min_width=80)
+        gr.HTML("<span>find what you wrote, or answer with boxes</span>", elem_id="ways_hint", padding=False)
     with gr.Row(elem_id="buttons"):
         regenerate = gr.Button("Regenerate", size="sm", interactive=False, min_width=80)
         remove = gr.Button("Remove last turn", size="sm", interactive=False, min_width=80)
         anew = gr.Button("New conversation", size="sm", interactive=False, min_width=80)
-    return Controls(chat, chatbot, box, regenerate, remove, anew, picture, settings)
+    return Controls(chat, chatbot, box, regenerate, remove, anew, find, with_boxes, picture, settings)
 
 
 def _connect(controls: Controls, events: DemoEvents) -> None:
     """Tie the components to what they do."""
     chat, chatbot, box = controls.chat, controls.chatbot, controls.box
     quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    sent = box.submit(events.ask, [box, chat], [chat, chatbot, box], **quick)
+    sent = [
+        start(way, [box, chat], [chat, chatbot, box], **quick)
+        for start, way in (
+            (box.submit, events.ask),
+            (controls.find.click, events.ask_to_find),
+            (controls.with_boxes.click, events.ask_for_boxes),
+        )
+    ]
     again = controls.regenerate.click(events.ask_again, [chat], [chat, chatbot], **quick)
-    for begun in (sent, again):
+    for begun in (*sent, again):
         begun.then(events.busy, [chat], controls.buttons, **quick).then(
             events.answer, [chat, *controls.settings], [chat, chatbot], **quick
         ).then(events.idle, [chat], controls.buttons, **quick)

@@ -46,7 +46,8 @@ def answer_markdown(answer: str, writing: bool = False) -> str:
         red, green, blue = color_of(labels.index(found.label))
         label = html.escape(found.label or UNNAMED)
         shown += escape(answer[end:start])
-        shown += f'<span class="ref" style="--box: rgb({red}, {green}, {blue})">{label}</span>'
+        colour = f"{red}, {green}, {blue}"
+        shown += f'<span class="ref" style="--box: rgb({colour}); --wash: rgba({colour}, 0.16)">{label}</span>'
         end = stop
     rest = answer[end:]
     if writing:

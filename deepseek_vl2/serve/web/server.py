@@ -15,6 +15,7 @@ from deepseek_vl2.serve.web.layout import theme
 from deepseek_vl2.serve.web.limits import Limits
 
 STYLE = Path(__file__).with_name("style.css")
+SCRIPT = Path(__file__).with_name("page.js")
 # The browser itself sees to it that the page, and an answer that names a picture on the web, fetch nothing elsewhere.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -72,6 +73,7 @@ def launch(
         "app_kwargs": {"middleware": [Middleware(SecurityHeaders)]},
         "theme": theme(),
         "css_paths": STYLE,
+        "head": f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>",
         "favicon_path": LOGO,
     }
     # Each would listen, record or fetch more than the page needs, and some follow environment variables by default.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
-SLOW = 5.0  # seconds after which a log, which nobody watches, is told too
+SLOW = 10.0  # seconds after which a log, which nobody watches, is told too
 TICK = 0.5
 ERASE = "\r\x1b[K"
 
@@ -19,7 +20,8 @@ class Progress:
     """One line about slow work: ``with Progress("Loading nano") as line``.
 
     In a terminal the line is there at once, counts seconds or per cent, and is gone at the end. Elsewhere it is written
-    once, when the work has taken `SLOW` seconds; with ``terminal_only`` never.
+    once, when the work has taken `SLOW` seconds; with ``terminal_only`` never. Of several launched processes the first
+    speaks.
 
     Args:
         text: what is being done.
@@ -29,8 +31,9 @@ class Progress:
     def __init__(self, text: str, terminal_only: bool = False) -> None:
         self.text = text
         self.stream = sys.stderr
-        self.terminal = self.stream.isatty()
-        self.silent = terminal_only and not self.terminal
+        first = os.environ.get("RANK", "0") == "0"
+        self.terminal = first and self.stream.isatty()
+        self.silent = not first or (terminal_only and not self.terminal)
         self.fraction: float | None = None
         self.begun = 0.0
         self.ended = threading.Event()

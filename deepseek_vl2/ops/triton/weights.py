@@ -1,0 +1,287 @@
+"""How kernels read weights: plain matrices, or packed ones whose numbers are unpacked in registers.
+
+A kernel is compiled for the format of its weights (`format_of`), and is otherwise the same for all. Packed matrices are
+as `deepseek_vl2.models.quantization` says: rows are output channels, int4 has eight columns in a word.
+
+An activation is never rounded for a packed weight: numbers of fp8 become 16 or 32 bits wide, as those of int4 and int8
+do, rather than the activations eight. The tensor cores' own products of fp8 would need the latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+PLAIN, INT4, INT8, FP8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+KINDS = {torch.int32: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
+BLOCK = 128  # rows and columns of a block of fp8
+SMALLEST_GROUP = 16
+PER_WORD = 8
+# By how much the parts that a row is read in may exceed it: what lies behind its end is computed and dropped.
+MOST_PADDING = 1.2
+
+
+@dataclass(frozen=True)
+class QuantWeight:
+    """A packed matrix, or one for each expert.
+
+    Fields:
+        packed: int32 [..., O, I / 8], int8 or float8_e4m3fn [..., O, I].
+        scale: [..., O, I / group_size], [..., O, 1], or [..., ceil(O / 128), ceil(I / 128)].
+        group_size: columns that share a scale; 0: a whole row does.
+        block: scales are of 128 x 128 weights.
+    """
+
+    packed: torch.Tensor
+    scale: torch.Tensor
+    group_size: int = 0
+    block: bool = False
+
+    @property
+    def shape(self) -> torch.Size:
+        """The unpacked shape."""
+        *rows, columns = self.packed.shape
+        return torch.Size((*rows, columns * (PER_WORD if self.packed.dtype == torch.int32 else 1)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of numbers and scales."""
+        return int(self.packed.nbytes + self.scale.nbytes)
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for what the kernels do not read."""
+        if self.packed.dtype not in KINDS:
+            raise ValueError(f"Packed weights are int32, int8 or float8_e4m3fn, not {self.packed.dtype}.")
+        if not self.packed.is_contiguous() or not self.scale.is_contiguous():
+            raise ValueError("The kernels need contiguous packed weights and scales.")
+        group = self.group_size
+        if group and (group & (group - 1) or group < SMALLEST_GROUP or self.shape[-1] % group):
+            raise ValueError(f"The kernels know groups of powers of two that divide the columns, not {group}.")
+
+
+Weight = torch.Tensor | QuantWeight
+
+
+def numbers_of(weight: Weight) -> torch.Tensor:
+    """Return a weight's numbers as kernels take them: fp8 as bytes, which are taken apart by integer operations."""
+    if isinstance(weight, torch.Tensor):
+        return weight
+    return weight.packed.view(torch.int8) if weight.packed.dtype == torch.float8_e4m3fn else weight.packed
+
+
+def scale_of(weight: Weight) -> torch.Tensor:
+    """Return a weight's scales; of a plain one itself, which no kernel reads as such."""
+    return weight if isinstance(weight, torch.Tensor) else weight.scale
+
+
+def format_of(weight: Weight) -> dict[str, int]:
+    """Return what a kernel is compiled for: the kind of numbers, columns and rows that share a scale."""
+    if isinstance(weight, torch.Tensor):
+        return {"KIND": 0, "GROUP": 0, "ROW_BLOCK": 1}
+    group = BLOCK if weight.block else weight.group_size
+    return {"KIND": KINDS[weight.packed.dtype], "GROUP": group, "ROW_BLOCK": BLOCK if weight.block else 1}
+
+
+def of_one_format(weights: Sequence[Weight]) -> bool:
+    """Whether one launch can read all of them."""
+    return all(format_of(weight) == format_of(weights[0]) for weight in weights)
+
+
+def check_weights(weights: Sequence[Weight]) -> None:
+    """Raise ``ValueError`` for weights that the kernels do not read: rows must have no gaps."""
+    for weight in weights:
+        if isinstance(weight, QuantWeight):
+            weight.check()
+        elif weight.stride(-1) != 1:
+            raise ValueError(f"The kernels read rows without gaps; got shape {list(weight.shape)}, {weight.stride()}.")
+
+
+def packed_blocks(columns: int, fmt: dict[str, int], parts_a_thread: int, warps: int) -> dict[str, int]:
+    """Return rows and columns that a program reads at a time of a packed matrix, and its warps.
+
+    A thread reads 16 bytes of a row, and those of several rows, so that activations are loaded once for all; with
+    rows of several such parts it has fewer rows, or its registers would not do. Reckoned, not measured.
+    """
+    each = 16 if fmt["KIND"] > 1 else 32
+    width = 2048
+    while width > 256 and -(-columns // width) * width > MOST_PADDING * columns:
+        width //= 2
+    width = min(width, triton.next_power_of_2(max(columns, 32)))
+    if fmt["KIND"] > 1 and fmt["GROUP"]:
+        width = min(width, fmt["GROUP"])
+    rows_a_thread = max(parts_a_thread // triton.cdiv(columns, width), 1)
+    rows = 32 * warps * each * (1 << (rows_a_thread.bit_length() - 1)) // width
+    rows = min(max(rows, 1), 32)
+    return {"BLOCK_N": rows, "BLOCK_K": width, "num_warps": warps}
+
+
+def tile_columns(columns: int, fmt: dict[str, int], most: int = 128) -> int:
+    """Return how many columns of a packed matrix a step of a GEMM takes: a power of two, of one group if not int4."""
+    width = min(max(triton.next_power_of_2(columns), 16), most)
+    return min(width, fmt["GROUP"]) if fmt["KIND"] > 1 and fmt["GROUP"] else width
+
+
+# ---------------------------------------------------------------- inside of kernels
+
+
+@triton.jit
+def fp8_to_float(numbers: tl.tensor) -> tl.tensor:
+    """Return e4m3 numbers, given as int8, in float32; there is no number for e4m3's NaN."""
+    # Sign, exponent and fraction at float32's places are the number times 2^-120, subnormal ones included.
+    bits = (numbers.to(tl.int32) << 20) & -2014314496
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+
+
+@triton.jit
+def unpack_words(words: tl.tensor, factor: tl.tensor) -> tl.tensor:
+    """Return the numbers of int4 words times a factor for each word, [rows, 8 * words] in float32."""
+    shift = factor * 24.0
+    factor = factor * 16.0
+    planes = ()
+    for place in tl.static_range(8):
+        # As the highest bits of a float's fraction, a stored nibble n is 1 + n / 16: no slow conversion is needed.
+        if place < 5:
+            bits = words << (19 - 4 * place)
+        else:
+            bits = words >> (4 * place - 19)
+        number = ((bits & 0x780000) | 0x3F800000).to(tl.float32, bitcast=True)
+        planes += (number * factor - shift,)  # type: ignore[assignment]
+    # A thread's own numbers change places, and none leaves it.
+    a, b, c, d, e, f, g, h = planes  # type: ignore[misc]
+    even = tl.interleave(tl.interleave(a, e), tl.interleave(c, g))
+    odd = tl.interleave(tl.interleave(b, f), tl.interleave(d, h))
+    return tl.interleave(even, odd)
+
+
+@triton.jit
+def unpack(part: tl.tensor, scale: tl.tensor, KIND: tl.constexpr, GROUP: tl.constexpr) -> tl.tensor:
+    """Return some rows of a weight in float32, in the order of columns; scales of whole rows are still to be applied.
+
+    Args:
+        part: what `common.load_rows` read of it.
+        scale: what `load_scale` did; not looked at where groups of columns have none.
+        KIND: of the numbers.
+        GROUP: columns that share a scale.
+    """
+    if KIND == PLAIN:
+        numbers = part.to(tl.float32)
+    elif KIND == INT4:
+        if GROUP > 0:
+            numbers = unpack_words(part, scale.to(tl.float32))
+        else:
+            numbers = unpack_words(part, tl.full(part.shape, 1.0, tl.float32))
+    else:
+        if KIND == INT8:
+            numbers = part.to(tl.float32)
+        else:
+            numbers = fp8_to_float(part)
+        if GROUP > 0:
+            numbers = numbers * scale.to(tl.float32)
+    return numbers
+
+
+@triton.jit
+def load_scale(
+    scale_ptr: tl.tensor,
+    rows: tl.tensor,
+    size: tl.tensor,
+    start: tl.tensor,
+    count: tl.tensor,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """Return the scale of each word of int4, [rows, BLOCK_K / 8]; of other kinds that of all columns, [rows, 1].
+
+    The former has the words' own layout, so that no number has to change threads. ``count``: scales of a row.
+    """
+    STEP: tl.constexpr = 8 if KIND == INT4 else BLOCK_K
+    group = (start + tl.arange(0, BLOCK_K // STEP) * STEP) // GROUP
+    places = (rows // ROW_BLOCK).to(tl.int64)[:, None] * count + group[None, :]
+    return tl.load(scale_ptr + places, mask=(rows < size)[:, None] & (group < count)[None, :], other=0.0)
+
+
+@triton.jit
+def load_scales(
+    scale_ptr: tl.tensor,
+    rows: tl.tensor,
+    size: tl.tensor,
+    K: tl.constexpr,
+    READ: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+) -> Any:
+    """Return the scales of what `common.load_rows` reads, as a tuple of blocks; nothing where whole rows have one."""
+    parts = ()
+    if GROUP > 0:
+        COUNT: tl.constexpr = (K + GROUP - 1) // GROUP
+        for start in tl.static_range(0, READ, BLOCK_K):
+            scale = load_scale(scale_ptr, rows, size, start, COUNT, BLOCK_K, KIND, GROUP, ROW_BLOCK)
+            parts += (scale,)  # type: ignore[assignment]
+    return parts
+
+
+@triton.jit
+def row_scale(
+    scale_ptr: tl.tensor, rows: tl.tensor, size: tl.tensor, KIND: tl.constexpr, GROUP: tl.constexpr
+) -> tl.tensor:
+    """Return what is still to be applied to products with some rows: their scales, or 1."""
+    if KIND != PLAIN and GROUP == 0:
+        scale = tl.load(scale_ptr + rows, mask=rows < size, other=0.0).to(tl.float32)
+    else:
+        scale = 1.0
+    return scale
+
+
+@triton.jit
+def fold(products: tl.tensor, SPAN: tl.constexpr) -> tl.tensor:
+    """Return sums of SPAN neighbours, which are a thread's own."""
+    if SPAN == 1:
+        sums = products
+    else:
+        sums = tl.sum(tl.reshape(products, (products.shape[0], products.shape[1] // SPAN, SPAN)), axis=2)
+    return sums
+
+
+@triton.jit
+def load_tile(
+    packed_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    rows: tl.tensor,
+    size: tl.tensor,
+    start: tl.tensor,
+    width: tl.tensor,
+    count: tl.tensor,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """Return a tile of a packed weight, [rows, BLOCK_K] in float32; scales of whole rows are still to be applied.
+
+    A packed row has ``width`` numbers and ``count`` scales.
+    """
+    PER: tl.constexpr = 8 if KIND == INT4 else 1
+    # The compiler does not see what the quotient is a multiple of, and would read word by word.
+    columns = tl.multiple_of(start // PER, BLOCK_K // PER) + tl.arange(0, BLOCK_K // PER)
+    held = (rows < size)[:, None] & (columns < width)[None, :]
+    part = tl.load(packed_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=held, other=0)
+    if GROUP > 0:
+        scale = load_scale(scale_ptr, rows, size, start, count, BLOCK_K, KIND, GROUP, ROW_BLOCK)
+        tile = unpack(part, scale, KIND, GROUP)
+    else:
+        tile = unpack(part, part, KIND, GROUP)
+    return tile
