@@ -208,6 +208,12 @@ def test_the_tokens_of_answers_are_marked() -> None:
     assert int((batch.labels[0] != -100).sum()) == int((~batch.images_seq_mask[0]).sum())
 
 
+def test_the_space_in_front_of_a_printed_answer_has_no_token_and_no_mark() -> None:
+    printed = OTHER_TEMPLATE.replace("{% generation %}", "{% generation %}{{ ' ' }}")
+    dialogue = [user("hi"), assistant("A cat"), user("And?"), assistant("No")]
+    assert masked(dialogue, chat_template=printed) == masked(dialogue)
+
+
 def test_marks_are_cut_with_the_tokens() -> None:
     dialogue = [user("hi"), assistant("A long answer")]
     whole = masked(dialogue)
