@@ -106,7 +106,7 @@ def _controls(limits: Limits, examples: Sequence[Example]) -> Controls:
     """Add the components."""
     chat = gr.State(Chat())
     with gr.Sidebar(position="right", open=False, width=340, elem_id="settings"):
-        gr.Markdown("## Settings")
+        gr.Markdown("## Settings", elem_id="settings_title")
         settings = _settings(limits)
         gr.Markdown(HELP)
     chatbot = gr.Chatbot(
