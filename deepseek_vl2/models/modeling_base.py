@@ -72,7 +72,7 @@ class ModelBody(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's output with ``last_hidden_state``, [B, T, H], and without logits."""
-        return type(self.whole).forward(self.whole, *args, skip_logits=True, **kwargs)
+        return type(self.whole).forward(self.whole, *args, **{**kwargs, "skip_logits": True})
 
 
 class DeepseekVLV2PreTrainedModel(DeepseekV2PreTrainedModel):
