@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from PIL import Image
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
@@ -114,6 +116,8 @@ def test_sft_trains(
 def test_sft_learns_answers_alone(
     pictures: bool, model: DeepseekVLV2ForCausalLM, processor: DeepseekVLV2Processor, tmp_path: Path
 ) -> None:
+    if pictures and version.parse(transformers.__version__) < version.parse("5.18"):
+        pytest.skip("TRL asks for transformers 5.18 here")
     args = settings(trl.SFTConfig, tmp_path, assistant_only_loss=True)
     trainer = trl.SFTTrainer(model, args, train_dataset=conversations(pictures), processing_class=processor)
     batch = next(iter(trainer.get_train_dataloader()))
