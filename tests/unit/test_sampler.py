@@ -210,3 +210,11 @@ def test_log_probabilities_are_the_models() -> None:
         values, ids = expected[index].topk(4)
         assert [i for i, _ in top] == ids.tolist()
         assert [value for _, value in top] == pytest.approx(values.tolist())
+
+
+@pytest.mark.parametrize("first", [-1.0, 3.0])
+def test_a_repetition_penalty_weakens_logits_of_either_sign(first: float) -> None:
+    row = RowSampler(SamplingParams(max_tokens=1, temperature=0, repetition_penalty=2.0), [0], frozenset())
+    logits = torch.tensor([[first, first - 0.5, -9.0]])
+    found = SamplingBatch([row], 3, logits.device).sample(logits, torch.tensor([1]))
+    assert found.tokens_B.tolist() == [1]
