@@ -9,48 +9,24 @@ other experts, as they do in use. Prints milliseconds a token, the bytes read an
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from cpu_engine import build_tiny
 from torch import nn
 
-from deepseek_vl2.models.configuration_deepseek import DeepseekV2Config
-from deepseek_vl2.models.modeling_deepseek import DeepseekV2ForCausalLM
 from deepseek_vl2.models.moe import DeepseekV2Experts
 from deepseek_vl2.models.quantization import quantize
 from deepseek_vl2.models.quantized_layers import PackedModule, packed_layers
 from deepseek_vl2.models.quantizer import WeightOnlyConfig, plan_formats, replace_layers
 
-CONFIG = Path(__file__).parents[1] / "tests" / "golden" / "releases" / "tiny" / "config.json"
 KINDS: dict[str, WeightOnlyConfig | None] = {
     "bfloat16": None,
     "int8": WeightOnlyConfig("int8", head="int8"),
     "int4": WeightOnlyConfig("int4", head="int8"),
 }
-
-
-def build(layers: int) -> Any:
-    """Return so many of tiny's layers in bfloat16, the first one dense, with random weights."""
-    fields = json.loads(CONFIG.read_text(encoding="utf-8"))["language_config"]
-    with torch.device("meta"):
-        model = DeepseekV2ForCausalLM(DeepseekV2Config(**{**fields, "num_hidden_layers": layers}))
-    model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
-    pattern = torch.randn(1 << 20).bfloat16() * 0.03
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
-            flat = parameter.view(-1)
-            for start in range(0, len(flat), len(pattern)):
-                part = flat[start : start + len(pattern)]
-                part.copy_(pattern.roll(len(name) + start // len(pattern))[: len(part)])
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-    return model
 
 
 def pack(model: Any, config: WeightOnlyConfig) -> None:
@@ -105,7 +81,7 @@ def main() -> None:
     torch.manual_seed(0)
     models: dict[str, nn.Module] = {}
     for kind, config in KINDS.items():
-        models[kind] = build(args.layers)
+        models[kind] = build_tiny(args.layers)
         if config is not None:
             pack(models[kind], config)
         assert (config is None) == (not any(isinstance(m, PackedModule) for m in models[kind].modules()))
