@@ -71,10 +71,17 @@ def released_config(size: str) -> DeepseekVLV2Config:
     return DeepseekVLV2Config(**json.loads((CONFIGS / size / "config.json").read_text(encoding="utf-8")))
 
 
+def random_config(size: str) -> DeepseekVLV2Config:
+    """Return a release's config for a model that reads what `byte_tokenizer` writes."""
+    config = released_config(size)
+    config.image_token_id = byte_tokenizer().convert_tokens_to_ids("<image>")
+    return config
+
+
 def random_model(size: str, device: torch.device) -> DeepseekVLV2ForCausalLM:
     """Build a model on the device, its weights drawn from a normal distribution scaled to keep activations even."""
     with torch.device("meta"):
-        model = DeepseekVLV2ForCausalLM(released_config(size)).to(torch.bfloat16)
+        model = DeepseekVLV2ForCausalLM(random_config(size)).to(torch.bfloat16)
     model = model.to_empty(device=device).eval()
     fill_randomly(model, device)
     return model

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import triton
 from gpu import CONTEXT, EXTENT, GB, Bench, Report, bytes_read, give_memory_back
-from gpu_end_to_end import prompt, released_config
+from gpu_end_to_end import prompt, random_config
 from random_weights import fill_packed_randomly, fill_randomly, pack_shapes
 
 from deepseek_vl2.engine import backend, decode, prefill, support
@@ -104,7 +104,7 @@ def build(model: Any, weights: str, device: torch.device) -> Any:
 def whole_model(size: str, weights: str, device: torch.device) -> DeepseekVLV2ForCausalLM:
     """Return a release with random weights."""
     with torch.device("meta"):
-        model = DeepseekVLV2ForCausalLM(released_config(size)).to(torch.bfloat16)
+        model = DeepseekVLV2ForCausalLM(random_config(size)).to(torch.bfloat16)
     out: DeepseekVLV2ForCausalLM = build(model, weights, device)
     return out
 
@@ -114,7 +114,7 @@ def two_layers(size: str, weights: str, device: torch.device) -> DeepseekV2ForCa
 
     All experts that a token may have are chosen: where some are, roundings decide between two about as good.
     """
-    config = released_config(size).language_config
+    config = random_config(size).language_config
     config.num_hidden_layers = 2
     config.n_routed_experts = config.num_experts_per_tok
     config.n_group = config.topk_group = 1
@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="try the program on a CPU, on a small model")
     args = parser.parse_args()
     start, report = time.perf_counter(), Report(args.markdown)
-    device = dry_run() if args.dry_run else torch.device("cuda")
+    device = dry_run() if args.dry_run else torch.device("cuda", 0)
     name = "a dry run on a CPU" if args.dry_run else torch.cuda.get_device_name(device)
     report.add("# Packed weights on a GPU\n", f"{name}; torch {torch.__version__}, Triton {triton.__version__}.")
     bench = Bench(device, report, quick=True)

@@ -75,7 +75,6 @@ class Bench:
         self.processor = DeepseekVLV2Processor(
             byte_tokenizer(), candidate_resolutions(image_size), image_size=image_size
         )
-        self.model.config.image_token_id = self.processor.image_token_id
         self.images = [picture(number) for number in range(8)]
 
     def wait(self) -> float:

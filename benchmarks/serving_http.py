@@ -1,7 +1,8 @@
 """The HTTP server in a process of its own, asked by many clients: sections "http" and "steady" of `serving.py`.
 
-Random weights have no text worth a stream, so the server is told to begin a stream with the first token, not earlier:
-the first event of a stream is the first token. Gaps are between events; tokens without text make none.
+The server's tokenizer has a word for every id, so that an answer of random weights streams as many events as another;
+the server is told to begin a stream with the first token, not earlier: the first event of a stream is the first token.
+Gaps are between events.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ import numpy as np
 import torch
 from gpu_end_to_end import random_model
 from PIL import Image
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from deepseek_vl2.models import DeepseekVLV2Processor
-from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
+from deepseek_vl2.utils.demo import BOS, EOS, PAD, byte_tokenizer, candidate_resolutions
 
 NAME = "model"
 STARTUP_SECONDS = 400
@@ -46,6 +49,17 @@ class Times:
     events: list[float] = field(default_factory=list)
     end: float = 0.0
     tokens: int = 0
+
+
+def worded_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Return `byte_tokenizer` with words for the ids that it lacks; text is encoded as before."""
+    held = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    words = held["model"]["vocab"] | {token["content"]: token["id"] for token in held["added_tokens"]}
+    words |= {f"\u0120word{number}": number for number in range(len(words), vocabulary)}
+    held["model"]["vocab"] = words
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(held)), bos_token=BOS, eos_token=EOS, pad_token=PAD
+    )
 
 
 def picture_url(number: int) -> str:
@@ -241,8 +255,8 @@ def serve(args: argparse.Namespace) -> None:
     given = parser.parse_args(["--queue", str(args.queue), "--served_model_name", NAME, "--device", args.device])
     model = random_model(args.size, torch.device(args.device))
     side = model.config.vision_config.image_size
-    processor = DeepseekVLV2Processor(byte_tokenizer(), candidate_resolutions(side), image_size=side)
-    model.config.image_token_id = processor.image_token_id
+    tokenizer = worded_tokenizer(model.config.language_config.vocab_size)
+    processor = DeepseekVLV2Processor(tokenizer, candidate_resolutions(side), image_size=side)
     model.config.language_config.eos_token_id = processor.tokenizer.eos_token_id
     options = command.engine_options(given, model)
     settings = command.server_settings(given, (), NAME, options.max_batch, "")
