@@ -201,14 +201,19 @@ class Scheduler:
         self.prefixes.tokens_saved += tokens
 
     def next_pass(self) -> list[tuple[Answer, int]]:
-        """Return whose prompts are read in the next pass, and how many tokens of each."""
+        """Return whose prompts are read in the next pass, and how many tokens of each.
+
+        What fits whole into a later pass is not split: a pass of whole prompts can be replayed, and attention behind
+        cached tokens costs more. The first prompt is always read, at least a chunk of it, so none starves.
+        """
         budget, parts = self.options.prefill_tokens, []
         chunk = self.options.prefill_chunk if self.running else budget
         read = 0
         for answer in self.prefilling:
             budget = min(budget, answer.request.prefill_chunk or budget)
-            tokens = min(answer.length - answer.cached, chunk, budget - read)
-            if tokens <= 0:
+            rest, bound = answer.length - answer.cached, min(chunk, budget)
+            tokens = min(rest, bound, budget - read)
+            if tokens <= 0 or tokens < rest <= bound:
                 break
             parts.append((answer, tokens))
             read += tokens

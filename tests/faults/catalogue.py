@@ -221,6 +221,13 @@ FAULTS = [
         "tests/unit/test_scheduler.py",
     ),
     Fault(
+        "a prompt fills what is left of a pass, and is read in two",
+        ENGINE + "scheduler.py",
+        "if tokens <= 0 or tokens < rest <= bound:",
+        "if tokens <= 0:",
+        "tests/unit/test_scheduler.py",
+    ),
+    Fault(
         "an answer that moves to a larger extent leaves its cache behind",
         ENGINE + "scheduler.py",
         "            self.kv_cache.copy(extent, larger, answer.cached)\n",

@@ -21,10 +21,12 @@ def scheduler(tokens: int | None = None, max_batch: int = 8, **options: Any) -> 
     )
 
 
-def answer(prompt: int, new: int = 4, shared: bool = False, events: list[Event] | None = None) -> Answer:
+def answer(
+    prompt: int, new: int = 4, shared: bool = False, events: list[Event] | None = None, chunk: int | None = None
+) -> Answer:
     told = [] if events is None else events
-    ids = list(range(100, 100 + prompt))
-    return Answer(Request(Prompt(ids, shared=shared), SamplingParams(max_tokens=new), told.append), frozenset())
+    ids, params = list(range(100, 100 + prompt)), SamplingParams(max_tokens=new)
+    return Answer(Request(Prompt(ids, shared=shared), params, told.append, prefill_chunk=chunk), frozenset())
 
 
 def read_all(plan: Scheduler) -> list[list[int]]:
@@ -44,8 +46,35 @@ def begin(plan: Scheduler, *answers: Answer) -> None:
 
 def test_a_pass_takes_no_more_than_its_tokens() -> None:
     plan = scheduler(prefill_tokens=10, prefill_chunk=3)
-    begin(plan, answer(4), answer(4), answer(9))
-    assert read_all(plan) == [[4, 4, 2], [3], [3], [1]]  # two are being written meanwhile
+    begin(plan, answer(4), answer(4), answer(19))
+    assert read_all(plan) == [[4, 4, 2], [3], [3], [3], [3], [3], [2]]  # two are being written meanwhile
+
+
+def test_a_prompt_that_fits_a_later_pass_whole_is_not_split() -> None:
+    plan = scheduler(prefill_tokens=10, prefill_chunk=5)
+    begin(plan, answer(4), answer(4), answer(9), answer(1))
+    assert plan.next_pass() == [(plan.prefilling[0], 4), (plan.prefilling[1], 4)]  # nothing overtakes the third
+    plan = scheduler(prefill_tokens=10, prefill_chunk=5)
+    begin(plan, answer(1))
+    read_all(plan)
+    begin(plan, *(answer(4) for _ in range(5)))
+    assert read_all(plan) == [[4, 4], [4, 4], [4]]
+
+
+def test_the_rest_of_a_prompt_in_chunks_is_not_split_again() -> None:
+    plan = scheduler(prefill_tokens=10, prefill_chunk=6)
+    begin(plan, answer(1))
+    read_all(plan)
+    begin(plan, answer(5), answer(16))
+    assert read_all(plan) == [[5, 5], [6], [5]]
+    begin(plan, answer(6), answer(10))
+    assert read_all(plan) == [[6, 4], [6]]
+
+
+def test_a_prompt_with_a_chunk_of_its_own_goes_by_that() -> None:
+    plan = scheduler(prefill_tokens=10)
+    begin(plan, answer(8), answer(8, chunk=6), answer(2))
+    assert read_all(plan) == [[8], [6], [2, 2]]
 
 
 def test_a_long_prompt_delays_answers_under_way_by_a_chunk() -> None:
