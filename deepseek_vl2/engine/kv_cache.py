@@ -114,7 +114,7 @@ class KVCache:
     def __init__(self, shapes: list[LayerShape], tokens: int) -> None:
         self.shapes = shapes
         self.tokens = 0
-        self.pools: list[tuple[torch.Tensor, ...]] = []
+        self.pools = [new_pool(shape, 0) for shape in shapes]
         self._free: list[tuple[int, int]] = []  # start and size, in order
         self.grow(tokens)
 
@@ -128,17 +128,28 @@ class KVCache:
         """Tokens that no extent holds."""
         return sum(size for _, size in self._free)
 
+    @property
+    def free_at_end(self) -> int:
+        """Tokens of the pool's end that no extent holds: an enlarged pool joins them to the new ones."""
+        start, size = self._free[-1] if self._free else (0, 0)
+        return size if start + size == self.tokens else 0
+
     def grow(self, tokens: int) -> None:
-        """Enlarge the pool; extents stay where they are, but tensors are new: captured graphs must go."""
+        """Enlarge the pool; extents stay where they are, but tensors are new: captured graphs must go.
+
+        Layer by layer, so that the old pool and the new one are never held both. Where memory ends in between, some
+        layers have room that is not used.
+        """
         if tokens <= self.tokens:
             return
         with torch.inference_mode(False), torch.no_grad():
-            pools = [new_pool(shape, tokens) for shape in self.shapes]
-            for old, new in zip(self.pools, pools, strict=False):
-                for source, target in zip(old, new, strict=True):
-                    target[: self.tokens].copy_(source)
+            for layer, shape in enumerate(self.shapes):
+                new = new_pool(shape, tokens)
+                for source, target in zip(self.pools[layer], new, strict=True):
+                    target[: self.tokens].copy_(source[: self.tokens])
+                self.pools[layer] = new
         first = max(self.tokens, SCRATCH)
-        self.pools, self.tokens = pools, tokens
+        self.tokens = tokens
         self._release(first, tokens - first)
 
     def keys_and_values(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,8 @@ import logging
 from collections import deque
 from dataclasses import dataclass
 
+import torch
+
 from .kv_cache import Extent, KVCache, OutOfTokens
 from .prefix_cache import BLOCK, Prefix, PrefixCache
 from .request import Answer
@@ -14,8 +16,10 @@ logger = logging.getLogger(__name__)
 
 # Room for this many new tokens is taken at first; a longer answer moves to a larger extent.
 FIRST_TOKENS = 1024
-# A pool that may grow does so in these steps.
-GROWTH = 4096
+# A pool that may grow is of a multiple of this: one request takes hardly more memory than its own tokens.
+POOL_STEP = 256
+# Of this where prompts are shared: idle prefixes go before a pool grows, and a few are to stay.
+SHARED_POOL_STEP = 4096
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,24 @@ class Scheduler:
                 if evicted is not None:
                     self.kv_cache.free(evicted.extent)
                 elif self.options.kv_cache_tokens is None:
-                    size = self.kv_cache.tokens + max(tokens, GROWTH)
-                    self.kv_cache.grow(-(-size // GROWTH) * GROWTH)
-                    self.grew = True
+                    self._grow(tokens)
                 else:
                     return None
+
+    def _grow(self, tokens: int) -> None:
+        """Enlarge the pool until it has an extent of that size, and to twice its size where memory allows.
+
+        So growth is rare: each time all of the pool is copied, and what was captured is void.
+        """
+        held, self.grew = self.kv_cache.tokens, True
+        step = SHARED_POOL_STEP if self.options.share_prefixes else POOL_STEP
+        needed, doubled = (-(-size // step) * step for size in (held - self.kv_cache.free_at_end + tokens, 2 * held))
+        if doubled > needed:
+            try:
+                return self.kv_cache.grow(doubled)
+            except torch.OutOfMemoryError:
+                logger.info("The KV cache grows by no more than it must: there is no memory to double it.")
+        self.kv_cache.grow(needed)
 
     def _give_back(self, answer: Answer) -> None:
         """Free an answer's extent, or leave it to prompts to come."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
+from deepseek_vl2.engine import kv_cache
 from deepseek_vl2.engine.kv_cache import SCRATCH, KVCache, LayerShape
 from deepseek_vl2.engine.request import Answer, Event, Failure, Prompt, Request
 from deepseek_vl2.engine.sampling_params import SamplingParams
@@ -152,6 +154,91 @@ def test_all_room_is_free_again_at_the_end() -> None:
         plan.drop(each)
     assert plan.kv_cache.free_tokens == whole
     assert plan.kv_cache.allocate(whole).capacity == whole  # in one piece
+
+
+def pool_bytes(plan: Scheduler) -> int:
+    return sum(part.nbytes for pool in plan.kv_cache.pools for part in pool)
+
+
+def test_a_pool_that_grows_takes_what_the_first_request_needs() -> None:
+    plan = scheduler()
+    begin(plan, answer(1450, 128))
+    assert plan.grew and plan.kv_cache.tokens == 1792  # 64 + 1,578, rounded up
+    assert pool_bytes(plan) == 1792 * SHAPE.numbers * 4
+    plan.drop(plan.prefilling[0])
+    plan.grew = False
+    begin(plan, answer(1450, 128))  # the next one has the same room
+    assert not plan.grew and plan.kv_cache.tokens == 1792
+
+
+def test_a_pool_of_shared_prompts_has_room_for_prefixes() -> None:
+    plan = scheduler(share_prefixes=True)
+    for prompt in (answer(1450, 128, shared=True), answer(1500, 128)):
+        begin(plan, prompt)
+        read_all(plan)
+        plan.drop(prompt)
+    begin(plan, answer(1450, 128, shared=True))
+    assert plan.prefixes.hits == 1 and plan.kv_cache.tokens == 4096
+
+
+def test_growth_is_rare_and_leaves_what_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, sizes = scheduler(max_batch=64), list[int]()
+    grow = plan.kv_cache.grow
+    monkeypatch.setattr(plan.kv_cache, "grow", lambda tokens: sizes.append(tokens) or grow(tokens))
+    first = answer(300, 100)
+    begin(plan, first)
+    assert first.extent is not None
+    plan.kv_cache.pools[0][0][first.extent.start :][:300] = 7.0
+    begin(plan, *(answer(300, 100) for _ in range(40)))
+    assert sizes == [512, 1024, 2048, 4096, 8192, 16384, 32768][: len(sizes)] and len(sizes) == 7
+    assert bool((plan.kv_cache.pools[0][0][first.extent.start :][:300] == 7.0).all())
+    extents = sorted((a.extent.start, a.extent.capacity) for a in plan.prefilling if a.extent is not None)
+    assert all(start + size <= following for (start, size), (following, _) in pairwise(extents))
+    begin(plan, answer(40_000, 8))  # more than twice the pool holds
+    assert sizes[-1] >= 40_008 + 41 * 400 and plan.prefilling[-1].extent is not None
+
+
+def test_memory_that_does_not_double_grows_by_what_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, grow = scheduler(), KVCache.grow
+
+    def bounded(cache: KVCache, tokens: int) -> None:
+        if tokens > 3000:
+            raise torch.OutOfMemoryError("a test")
+        grow(cache, tokens)
+
+    monkeypatch.setattr(KVCache, "grow", bounded)
+    begin(plan, answer(1450, 128), answer(500, 100))
+    assert plan.kv_cache.tokens == 2304 and len(plan.prefilling) == 2
+    with pytest.raises(torch.OutOfMemoryError):
+        begin(plan, answer(1450, 128))
+
+
+def test_a_pool_is_replaced_layer_by_layer() -> None:
+    """Where memory ends in between, what is cached is still there, and the next attempt goes through."""
+    cache = KVCache([SHAPE] * 3, 100)
+    extent = cache.allocate(10)
+    for pool in cache.pools:
+        for part in pool:
+            part[extent.start : extent.start + 10] = 3.0
+    pool, layers = cache.pools[0][0], list[int]()
+    whole = kv_cache.new_pool
+
+    def failing(shape: LayerShape, tokens: int) -> tuple[torch.Tensor, ...]:
+        layers.append(tokens)
+        if len(layers) == 3:
+            raise torch.OutOfMemoryError("a test")
+        return whole(shape, tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_cache, "new_pool", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.grow(200)
+    assert cache.pools[0][0] is not pool and cache.tokens == 100 and cache.free_tokens == 26
+    cache.grow(150)
+    for layer in cache.pools:
+        for part in layer:
+            assert len(part) == 150 and bool((part[extent.start : extent.start + 10] == 3.0).all())
+    assert cache.free_tokens == 76
 
 
 def test_what_begins_alike_is_copied_but_for_its_last_token() -> None:
