@@ -1,9 +1,8 @@
 """Prompts through the language model: new tokens of several sequences, packed, attention segment by segment.
 
 Dense products and attention itself are PyTorch's; kernels take what lies between: norms and sums, rotations, the cache,
-the choice of experts and their products. A prompt that runs alone is padded on the right to the next multiple of `STEP`
-tokens, so that a captured pass can be replayed for it: causal attention hides padding there from every token, and its
-keys go to the pool's scratch tokens.
+the choice of experts and their products. Whole prompts that are padded to one length attend in one call; see
+`captured_prefill`.
 
 Shape suffixes: N tokens of all segments, H hidden size, P rotated part of a head, K keys of all segments, V vocabulary.
 """
@@ -25,33 +24,11 @@ from ..models.quantized_layers import PackedLinear
 from ..ops.triton import linear, norm, prefill_experts, rope, router
 from ..ops.triton.router import NOAUX_TC
 from . import experts
-from .decode import DecoderWeights
 from .rows import upload
 from .weights import read_experts, read_linear, read_router_config
 
-STEP = 128
 Pools = Sequence[tuple[torch.Tensor, ...]]
 Tables = dict[torch.device, tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass
-class PrefillInputs:
-    """What a captured prefill reads and writes.
-
-    Fields:
-        embeds_NH: the prompt's embeddings, behind them zeros.
-        slots_N: index in the pool of each token; a scratch token's for padding.
-        cos_NP: cosines of the positions, and ``sin_NP``.
-        last: index of the last token that is not padding, [1].
-        logits_1V: written: of that token, float32.
-    """
-
-    embeds_NH: torch.Tensor
-    slots_N: torch.Tensor
-    cos_NP: torch.Tensor
-    sin_NP: torch.Tensor
-    last: torch.Tensor
-    logits_1V: torch.Tensor
 
 
 @dataclass
@@ -62,7 +39,7 @@ class PackedTokens:
         segments: whose they are.
         slots_N: index in the pool of each.
         cos_NP: cosines of their positions, and ``sin_NP``.
-        last: as in `PrefillInputs`; ``None``: there is no padding.
+        last: of each segment, the index of the last token that is not padding; ``None``: there is no padding.
         masks: of the segments that have cached tokens before them; made once a pass.
     """
 
@@ -83,30 +60,10 @@ class PackedTokens:
         """Whether some segment has cached tokens before it."""
         return any(segment.past for segment in self.segments)
 
-
-def padded_length(tokens: int, most: int) -> int:
-    """Return the length that a prompt is padded to."""
-    return min(-(-tokens // STEP) * STEP, most)
-
-
-def slots_of_prompt(start: int, tokens: int, length: int, device: torch.device) -> torch.Tensor:
-    """Return the pool's index of each token of a prompt that begins at ``start``; padding goes to a scratch token."""
-    slots = torch.arange(start, start + length, device=device)
-    slots[tokens:] = 0
-    return slots
-
-
-def static_inputs(weights: DecoderWeights, tables: tuple[torch.Tensor, torch.Tensor], length: int) -> PrefillInputs:
-    """Return the buffers of a captured prefill of that many tokens."""
-    head, (cos, sin) = weights.head, tables
-    return PrefillInputs(
-        embeds_NH=torch.zeros(length, head.shape[1], dtype=weights.embedding.dtype, device=head.device),
-        slots_N=torch.zeros(length, dtype=torch.long, device=head.device),
-        cos_NP=cos[:length],
-        sin_NP=sin[:length],
-        last=torch.zeros(1, dtype=torch.long, device=head.device),
-        logits_1V=torch.zeros(1, head.shape[0], device=head.device),
-    )
+    @property
+    def alike(self) -> bool:
+        """Whether all segments are whole prompts of one length, padding included."""
+        return not self.has_past and len({segment.new for segment in self.segments}) == 1
 
 
 def run_linear(module: Any, x_NI: torch.Tensor) -> torch.Tensor:
@@ -126,6 +83,27 @@ def attend(module: Any, normed_NH: torch.Tensor, tokens: PackedTokens, pool: tup
         query, keys, values = latent_queries_keys_values(module, normed_NH, tokens, pool[0])
     else:
         query, keys, values = head_queries_keys_values(module, normed_NH, tokens, pool)
+    if tokens.alike:
+        out = attend_alike(query, keys, values, len(tokens.segments), module.scaling)
+    else:
+        out = attend_segments(query, keys, values, tokens, module.scaling)
+    return run_linear(module.o_proj, out.flatten(1))
+
+
+def attend_alike(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, prompts: int, scaling: float
+) -> torch.Tensor:
+    """Return the attention, [N, heads, size], of whole prompts of one length, in one call."""
+    q, k, v = (part.unflatten(0, (prompts, -1)).transpose(1, 2) for part in (query, keys, values))
+    grouped = q.shape[1] != k.shape[1]
+    attended = F.scaled_dot_product_attention(q, k, v, None, 0.0, True, scale=scaling, enable_gqa=grouped)
+    return attended.transpose(1, 2).flatten(0, 1)
+
+
+def attend_segments(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tokens: PackedTokens, scaling: float
+) -> torch.Tensor:
+    """Return the attention, [N, heads, size], of each segment over its own tokens."""
     out = query.new_empty(len(query), query.shape[1], values.shape[-1])
     first = first_key = 0
     for segment, mask in zip(tokens.segments, tokens.masks, strict=True):
@@ -133,10 +111,10 @@ def attend(module: Any, normed_NH: torch.Tensor, tokens: PackedTokens, pool: tup
         parts = (query[first:end], keys[first_key:end_key], values[first_key:end_key])
         q, k, v = (part.transpose(0, 1)[None] for part in parts)
         causal, grouped = mask is None and segment.new > 1, q.shape[1] != k.shape[1]
-        attended = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=module.scaling, enable_gqa=grouped)
+        attended = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scaling, enable_gqa=grouped)
         out[first:end] = attended[0].transpose(0, 1)
         first, first_key = end, end_key
-    return run_linear(module.o_proj, out.flatten(1))
+    return out
 
 
 def latent_queries_keys_values(
@@ -211,7 +189,7 @@ def prefill_layer(
         add_and_norm(mlp(normed_NH[None])[0], following)
         return
     bias = mlp.gate.e_score_correction_bias if routing.method == NOAUX_TC else None
-    ids, weights = router.route_tokens(normed_NH, mlp.gate.weight, bias, routing, tokens.last, len(normed_NH))
+    ids, weights = router.route_tokens(normed_NH, mlp.gate.weight, bias, routing, tokens.last, tokens.segments[0].new)
     outputs, row_map = prefill_experts.permuted_experts(normed_NH, *read_experts(mlp.experts), ids)
     shared = None if mlp.shared_experts is None else run_mlp(mlp.shared_experts, normed_NH)
     scale, eps = following.weight, following.variance_epsilon
@@ -224,18 +202,6 @@ def first_norm(weights: Any, embeds_NH: torch.Tensor) -> tuple[torch.Tensor, tor
     scale, eps = weights.weight, weights.variance_epsilon
     norm.fused_add_rms_norm(embeds_NH, None, None, None, scale, eps, hidden, normed)
     return hidden, normed
-
-
-def run_captured(language: Any, pools: Pools, given: PrefillInputs) -> None:
-    """Run one padded prompt over static buffers: its keys go to the pool, and the last token's logits are written."""
-    layers = language.model.layers
-    segment = Segment(0, 0, len(given.embeds_NH))
-    tokens = PackedTokens([segment], given.slots_N, given.cos_NP, given.sin_NP, given.last)
-    hidden, normed = first_norm(layers[0].input_layernorm, given.embeds_NH)
-    norms = [layer.input_layernorm for layer in layers[1:]] + [language.model.norm]
-    for layer, pool, following in zip(layers, pools, norms, strict=True):
-        prefill_layer(layer, hidden, normed, tokens, pool, following)
-    given.logits_1V.copy_(run_linear(language.lm_head, normed.index_select(0, given.last)))
 
 
 def run_packed(

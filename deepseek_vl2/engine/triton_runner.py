@@ -2,7 +2,7 @@
 
 A decoding step is captured for a few batch sizes, the buckets; rows of a bucket beyond those at work are padding. A
 short piece of a prompt, such as a question about a picture whose cache is held, runs as such a step too, its tokens as
-rows. A single prompt replays a captured prefill; several at once are packed and launched.
+rows. Whole prompts of about one length replay a captured prefill; what else comes is packed and launched.
 
 A model spread over several GPUs is a chain of stages, one for each run of layers on a device: each has its own graph,
 and the hidden states are copied in between.
@@ -10,7 +10,6 @@ and the hidden states are copied in between.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,25 +18,18 @@ from weakref import ref
 import torch
 
 from . import cuda_graphs, prefill
-from .cuda_graphs import CapturedGraph, GraphCache
+from .captured_prefill import PromptGraphs
 from .decode import DecodeBuffers, DecoderWeights, decode_stage, new_buffers
 from .kv_cache import KVCache
 from .rows import Rows, new_rows, upload
 from .runner import Part
 from .weights import rotary_tables
 
-logger = logging.getLogger(__name__)
-
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 # Experts of more rows run as in a prefill, by products that know bfloat16 alone.
 MOST_HALF_ROWS = 64
 # Up to this many tokens of prompts run as rows of a decoding step.
 SHORT = 64
-# Longer prompts take the device longer than the host needs to launch their kernels.
-MOST_CAPTURED = 4096
-MAX_PREFILL_GRAPHS = 8
-# Launching a packed pass takes the host longer than the device needs for fewer prompts than these, one by one.
-FEW = 3
 
 
 @dataclass(frozen=True)
@@ -126,7 +118,7 @@ class TritonRunner:
         self.tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._make_tables(language)
         self.steps: dict[tuple[Any, ...], CapturedStep] = {}
-        self.prefills = GraphCache(MAX_PREFILL_GRAPHS)
+        self.prompts = self._new_prompts()
         self.short: Rows | None = None
 
     @property
@@ -163,7 +155,12 @@ class TritonRunner:
     def pool_changed(self) -> None:
         """See `Runner.pool_changed`."""
         self.steps.clear()
-        self.prefills = GraphCache(MAX_PREFILL_GRAPHS)
+        self.prompts = self._new_prompts()
+
+    def _new_prompts(self) -> PromptGraphs:
+        # A graph is of one device: prompts of a model on several are launched.
+        capture = self.capture[self.device] if len(self.stages) == 1 else None
+        return PromptGraphs(self.language, self.weights, self.kv_cache, self.tables[self.device], capture)
 
     # ---------------------------------------------------------------- decoding
 
@@ -207,11 +204,19 @@ class TritonRunner:
         tokens = sum(part.segment.new for part in parts)
         if tokens <= min(SHORT, self.max_batch) and all(part.embeds_TH is None for part in parts):
             return self._prefill_as_rows(parts, tokens)
-        whole = all(part.segment.past == 0 and part.segment.new <= MOST_CAPTURED for part in parts)
-        if whole and len(parts) <= FEW and len(self.stages) == 1:
-            # Logits are static buffers of the graph: a copy of each, before the next one is replayed.
-            return torch.cat([self._prefill_captured(part) for part in parts])
-        return self._prefill_packed(parts)
+        groups, launched = self.prompts.split(parts)
+        if not groups:
+            return self._prefill_packed(parts)
+        members = [[parts[i] for i in group] for group in groups]
+        logits = [self.prompts.run(group, [self._embeds([part]) for part in group]) for group in members]
+        if launched:
+            logits.append(self._prefill_packed([parts[i] for i in launched]))
+        order = [i for group in (*groups, launched) for i in group]
+        together = torch.cat(logits)
+        if order == sorted(order):
+            return together
+        places = sorted(range(len(order)), key=order.__getitem__)
+        return together[upload([places], together.device)[0]]
 
     def _short_rows(self) -> Rows:
         """Return the rows that short pieces of prompts take."""
@@ -242,31 +247,6 @@ class TritonRunner:
             else:
                 given.append(part.embeds_TH.to(device=device, dtype=self.weights.embedding.dtype))
         return given[0] if len(given) == 1 else torch.cat(given)
-
-    def _prefill_captured(self, part: Part) -> torch.Tensor:
-        """Replay the captured prefill of a prompt of about that many tokens."""
-        tokens = part.segment.new
-        length = prefill.padded_length(tokens, self.positions)
-        language = self.language()
-        assert language is not None
-        graph = self.prefills.get((length, cuda_graphs.modes()), lambda: self._new_prefill(ref(language), length))
-        given: prefill.PrefillInputs = graph.buffers
-        given.embeds_NH[:tokens] = self._embeds([part])
-        given.embeds_NH[tokens:] = 0
-        given.slots_N.copy_(prefill.slots_of_prompt(part.segment.start, tokens, length, given.slots_N.device))
-        given.last.fill_(tokens - 1)
-        reason = graph(self.capture[self.device])
-        if reason is not None:
-            logger.warning("Prompts are launched, not replayed: %s", reason)
-            self.capture[self.device] = None
-        logits: torch.Tensor = given.logits_1V.clone()
-        return logits
-
-    def _new_prefill(self, language: ref[Any], length: int) -> CapturedGraph:
-        weights, pools, tables = self.weights, self.kv_cache.pools, self.tables[self.device]
-        with torch.inference_mode(False), torch.no_grad():  # later calls outside of inference mode write them too
-            given = prefill.static_inputs(weights, tables, length)
-        return CapturedGraph(given, lambda: prefill.run_captured(language(), pools, given))
 
     def _prefill_packed(self, parts: Sequence[Part]) -> torch.Tensor:
         language = self.language()

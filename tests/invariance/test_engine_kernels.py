@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from capture_support import Capture
 from packed_support import pack
 from support import RELEASES, mini_language
 
 pytest.importorskip("triton")
 
 from deepseek_vl2.engine import (
+    captured_prefill,
     decode,
     experts,
     holder,
@@ -85,7 +87,7 @@ def kernels_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(support, "_unsupported_weights", lambda language: None)
         monkeypatch.setattr(decode, "multiprocessors", lambda device: 3)  # run one after the other
         monkeypatch.setattr(triton_runner, "SHORT", 3)
-        monkeypatch.setattr(prefill, "STEP", 4)
+        monkeypatch.setattr(captured_prefill, "STEP", 4)
         for module in (prefix_cache, scheduler):
             monkeypatch.setattr(module, "BLOCK", 4)
 
@@ -234,7 +236,7 @@ def as_good(quick: list[torch.Tensor], plain: list[torch.Tensor], exact: list[to
 
 @pytest.mark.parametrize("kind", KINDS if GPU else ("tiny", "small"))
 def test_prompts_in_chunks_and_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long prompt alone is captured; in chunks it is packed with others, behind what is cached of it."""
+    """In chunks a prompt is packed with others, behind what is cached of it; on a GPU a prompt alone is captured."""
     model = made_model(kind)
     lengths, chunk = ((300, 900, 131, 170), 100) if GPU else ((9, 6), 4)
     prompts, options = prompts_of(model, lengths), EngineOptions(kv_cache_tokens=4096 if GPU else 256)
@@ -251,6 +253,85 @@ def test_prompts_in_chunks_and_alone(kind: str, monkeypatch: pytest.MonkeyPatch)
             as_good(quick, plain, exact)
         else:
             torch.testing.assert_close(quick[0], plain[0], rtol=0, atol=TOLERANCE * float(plain[0].abs().max()))
+
+
+GROUPED = (
+    (*KINDS, *PACKED)
+    if GPU
+    else ("tiny, grouped keys", "small", "base, groups", pytest.param("tiny, int4", marks=pytest.mark.slow))
+)
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_prompts_of_about_one_length_are_replayed_together(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded to one length, in one pass, with what the pool and the buffers held of others."""
+    model = made_model(kind)
+    lengths = (300, 900, 880, 384) if GPU else (3, 8, 7, 4)
+    prompts, options = prompts_of(model, lengths), EngineOptions(kv_cache_tokens=4096 if GPU else 256)
+    monkeypatch.setattr(captured_prefill, "LEAST_CAPTURED", 0)
+    plain = forced_logits(by_modules(model, options, monkeypatch), prompts, [])
+    exact = forced_logits(by_modules(copy.deepcopy(model).float(), options, monkeypatch), prompts, []) if GPU else plain
+    engine = by_kernels(model, options)
+    runner, capture = engine.runner, Capture()
+    assert isinstance(runner, TritonRunner)
+    runner.capture = {engine.device: capture}
+    runner.pool_changed()
+    # Launched; captured, the groups in another order than the prompts; replayed over what other prompts left.
+    for times in range(3):
+        if times == 2:
+            runner.prompts.embeds_NH.fill_(float("nan"))
+        quick = forced_logits(engine, prompts, [])
+        if GPU:
+            as_good(quick, plain, exact)
+        else:
+            torch.testing.assert_close(quick[0], plain[0], rtol=0, atol=TOLERANCE * float(plain[0].abs().max()))
+        assert capture.replays == times * len(runner.prompts.graphs.held)
+    shapes = sorted(key[:2] for key in runner.prompts.graphs.held if isinstance(key, tuple))
+    assert shapes == ([(2, 384), (2, 1024)] if GPU else [(2, 4), (2, 8)])
+
+
+def test_which_prompts_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a kind met before; short ones only where they are few, and no launched pass takes them."""
+    for name, value in {"STEP": 128, "LEAST_CAPTURED": 1024}.items():
+        monkeypatch.setattr(captured_prefill, name, value)
+    model = made_model("small")
+    engine = by_kernels(model, EngineOptions(kv_cache_tokens=256))
+    runner = engine.runner
+    assert isinstance(runner, TritonRunner)
+
+    def split(*tokens: int, past: int = 0) -> tuple[list[list[int]], list[int]]:
+        return graphs.split([Part(Segment(64, 0 if i else past, new)) for i, new in enumerate(tokens)])
+
+    def met(*tokens: int) -> None:
+        assert split(*tokens) == ([], list(range(len(tokens))))
+
+    graphs = runner.prompts
+    assert GPU or split(70, 70) == split(70, 70) == ([], [0, 1])  # nothing captures here
+    graphs.capture = Capture()
+    graphs.tables = (graphs.tables[0].new_zeros(4096, 4),) * 2
+    met(700, 700, 700, 200)
+    assert split(700, 200, 690, 660) == ([[0, 2, 3], [1]], [])
+    assert split(200, 700, 700, 700, past=64) == ([[1, 2, 3]], [0])  # the first has a past
+    assert split(200, 700, 700, 700, 1100) == ([[1, 2, 3], [0]], [4]) and split(1100) == ([[0]], [])
+    met(10, 250, 510, 770)  # four kinds of less than a pass is worth
+    met(10, 250, 510, 770)
+    assert len(graphs.graphs.held) == 3 and graphs.embeds_NH.shape[0] == 3 * 768
+
+
+def test_a_capture_that_fails_leaves_prompts_launched(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(run: Callable[[], None], before: Callable[[], None] | None = None) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted")
+
+    engine = by_kernels(made_model("small"), EngineOptions(kv_cache_tokens=512))
+    runner, prompts = engine.runner, prompts_of(made_model("small"), [90] if GPU else [5])
+    assert isinstance(runner, TritonRunner)
+    runner.capture = {engine.device: broken}
+    runner.pool_changed()
+    first, second, third = (forced_logits(engine, prompts, [])[0] for _ in range(3))
+    assert "launched, not replayed" in caplog.text and runner.prompts.capture is None
+    limit = (0.05 if GPU else TOLERANCE) * float(first.abs().max())
+    torch.testing.assert_close(second, first, rtol=0, atol=limit)
+    torch.testing.assert_close(third, first, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("kind", KINDS if GPU else ("small",))
@@ -328,7 +409,7 @@ def test_a_layer_with_experts_and_padding() -> None:
     (shape,) = {(pool.rank, pool.size) for pool in layer_shapes(model)}
     pool = torch.full((32, sum(map(int, shape))), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     given = torch.randn(tokens, model.config.hidden_size, generator=torch.Generator().manual_seed(2)).to(pool)
-    slots = prefill.slots_of_prompt(8, length, tokens, DEVICE)
+    slots = torch.tensor([8 + i if i < length else 0 for i in range(tokens)], device=DEVICE)
     last = torch.tensor([length - 1], device=DEVICE)
     packed = prefill.PackedTokens([Segment(8, 0, tokens)], slots, cos[:tokens], sin[:tokens], last)
     hidden, normed = given.clone(), layer.input_layernorm(given)

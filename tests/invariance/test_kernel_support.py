@@ -16,12 +16,12 @@ pytest.importorskip("triton")
 from deepseek_vl2 import ops
 from deepseek_vl2.engine import (
     backend,
+    captured_prefill,
     cuda_graphs,
     decode,
     experts,
     holder,
     placement,
-    prefill,
     support,
     triton_runner,
 )
@@ -153,11 +153,12 @@ def test_nothing_waits_for_the_device(kind: str, pretended: FakeTensorMode) -> N
             tuple(torch.empty(300, *shape, dtype=torch.bfloat16, device=device) for shape in pool_shapes(model))
             for _ in range(2)
         ]
-        given = prefill.static_inputs(weights, tables, 128)
+        embeds = torch.empty(128, weights.head.shape[1], dtype=torch.bfloat16, device=device)
+        given = captured_prefill.static_inputs(weights, tables, embeds, 2)
         steps = [decode.new_buffers(weights, new_rows(rows, device), *tables) for rows in (1, 4, 96)]
-        assert given.logits_1V.device.type == "cuda" and all(step.logits.device.type == "cuda" for step in steps)
+        assert given.logits_BV.device.type == "cuda" and all(step.logits.device.type == "cuda" for step in steps)
         with NoHost():
-            prefill.run_captured(model, pools, given)
+            captured_prefill.run_captured(model, pools, given)
             for step in steps:
                 decode.decode_stage(weights, step, pools, 0, 2)
 
@@ -211,6 +212,30 @@ def test_few_graphs_are_kept() -> None:
 
 
 def test_lengths_are_rounded_up() -> None:
-    padded = [prefill.padded_length(tokens, 1024) for tokens in (1, 127, 128, 129, 1000)]
+    padded = [captured_prefill.padded_length(tokens, 1024) for tokens in (1, 127, 128, 129, 1000)]
     assert padded == [128, 128, 128, 256, 1024]
-    assert prefill.padded_length(30, 64) == 64
+    assert captured_prefill.padded_length(30, 64) == 64
+
+
+def test_prompts_of_about_one_length_form_a_group() -> None:
+    def lengths_of(*lengths: int) -> list[list[int]]:
+        return [[lengths[i] for i in group] for group in captured_prefill.group_prompts(lengths, 4096)]
+
+    assert lengths_of(1434) == [[1434]]
+    assert lengths_of(*[1434] * 5) == [[1434] * 5]  # the sixth would pass what a scheduler reads at once
+    assert lengths_of(*[1434] * 6) == [[1434] * 5, [1434]]
+    assert lengths_of(1300, 700, 1434, 720) == [[1434, 1300], [720, 700]]
+    assert lengths_of(2000, 1000) == [[2000], [1000]]
+    assert lengths_of(*[100] * 9) == [[100] * 8, [100]]
+    for group in captured_prefill.group_prompts([100 + 97 * i % 1500 for i in range(60)], 4096):
+        assert len(group) <= captured_prefill.MOST_PROMPTS
+
+
+def test_a_group_takes_little_more_than_its_prompts_alone() -> None:
+    lengths = [1 + 389 * i % 4000 for i in range(80)]
+    groups = captured_prefill.group_prompts(lengths, 8192)
+    assert sorted(i for group in groups for i in group) == list(range(80)) and len(groups) < 40
+    for group in groups:
+        padded = [captured_prefill.padded_length(lengths[i], 8192) for i in group]
+        taken = len(group) * max(padded)
+        assert taken <= captured_prefill.MOST_CAPTURED and taken <= captured_prefill.MOST_WASTE * sum(padded)

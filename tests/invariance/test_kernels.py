@@ -432,9 +432,16 @@ def test_experts_of_many_rows(routing: RouterConfig, dtype: torch.dtype) -> None
     order, plain_order = ids.argsort(dim=1), plain_ids.argsort(dim=1)
     assert torch.equal(ids.long().gather(1, order), plain_ids.gather(1, plain_order))
     check(weights.gather(1, order), plain_weights.gather(1, plain_order), torch.float32)
-    padded, _ = router.route_tokens(x, weight, bias, routing, torch.tensor([4], device=DEVICE), positions=7)
-    padding = torch.arange(rows, device=DEVICE) % 7 > 4
+    tokens = torch.tensor([4, 7, 1, 6, 3], device=DEVICE)  # of five prompts of seven rows
+    last = tokens - 1 + 7 * torch.arange(5, device=DEVICE)
+    padded, _ = router.route_tokens(x, weight, bias, routing, last, positions=7)
+    padding = (torch.arange(7, device=DEVICE) >= tokens[:, None]).flatten()
     assert torch.equal(padded[~padding], ids[~padding]) and bool((padded[padding] == routing.num_experts).all())
+
+
+def test_prompts_that_are_not_the_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 prompts of 3 rows are not the 5 rows"):
+        router.route_tokens(draw(5, 16), draw(24, 16), None, RouterConfig(24, 4), torch.tensor([1, 4]), positions=3)
 
 
 def test_many_rows_without_groups_left_out() -> None:

@@ -184,7 +184,12 @@ def test_a_pool_of_shared_prompts_has_room_for_prefixes() -> None:
 def test_growth_is_rare_and_leaves_what_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, sizes = scheduler(max_batch=64), list[int]()
     grow = plan.kv_cache.grow
-    monkeypatch.setattr(plan.kv_cache, "grow", lambda tokens: sizes.append(tokens) or grow(tokens))
+
+    def noted(tokens: int) -> None:
+        sizes.append(tokens)
+        grow(tokens)
+
+    monkeypatch.setattr(plan.kv_cache, "grow", noted)
     first = answer(300, 100)
     begin(plan, first)
     assert first.extent is not None
@@ -220,7 +225,7 @@ def test_a_pool_is_replaced_layer_by_layer() -> None:
     for pool in cache.pools:
         for part in pool:
             part[extent.start : extent.start + 10] = 3.0
-    pool, layers = cache.pools[0][0], list[int]()
+    first, layers = cache.pools[0][0], list[int]()
     whole = kv_cache.new_pool
 
     def failing(shape: LayerShape, tokens: int) -> tuple[torch.Tensor, ...]:
@@ -233,10 +238,10 @@ def test_a_pool_is_replaced_layer_by_layer() -> None:
         patch.setattr(kv_cache, "new_pool", failing)
         with pytest.raises(torch.OutOfMemoryError):
             cache.grow(200)
-    assert cache.pools[0][0] is not pool and cache.tokens == 100 and cache.free_tokens == 26
+    assert cache.pools[0][0] is not first and cache.tokens == 100 and cache.free_tokens == 26
     cache.grow(150)
-    for layer in cache.pools:
-        for part in layer:
+    for pool in cache.pools:
+        for part in pool:
             assert len(part) == 150 and bool((part[extent.start : extent.start + 10] == 3.0).all())
     assert cache.free_tokens == 76
 

@@ -355,7 +355,8 @@ def _route_tokens_kernel(
     ids = tl.sum(tl.where(moved, ids[:, None, :], 0), axis=2)
     weights = tl.sum(tl.where(moved, weights[:, None, :], 0.0), axis=2)
     if PADDED:
-        ids = tl.where((n % positions > tl.load(last_ptr))[:, None], E, ids)
+        last = tl.load(last_ptr + n // positions, mask=n < rows, other=0)
+        ids = tl.where((n > last)[:, None], E, ids)
     places = n[:, None] * TOP_K + slots
     held = (n < rows)[:, None] & (slots < TOP_K)
     tl.store(ids_ptr + places, ids, mask=held)
@@ -379,8 +380,9 @@ def route_tokens(
         weight_EH: the gate's.
         bias_E: what a corrected choice adds to the scores.
         routing: how experts are selected; not from groups of which some are left out.
-        last: index of the last token that is not padding, [1]: those behind it get no expert, which is id E.
-        positions: how many rows a prompt takes.
+        last: of each prompt, the row of its last token that is not padding, [N / positions]: those behind it get no
+            expert, which is id E. ``None``: there is no padding.
+        positions: how many rows a prompt takes, its padding included.
 
     Returns:
         Ids, int32 [N, K], and weights, float32 [N, K]: by id, but for the least likely one, which is the last. So does
@@ -390,6 +392,8 @@ def route_tokens(
     if routing.group_limited:
         raise ValueError("Groups of experts that are left out need the plain form.")
     rows, hidden = x_NH.shape
+    if last is not None and len(last) * positions != rows:
+        raise ValueError(f"{len(last)} prompts of {positions} rows are not the {rows} rows given.")
     ids = torch.empty(rows, routing.top_k, dtype=torch.int32, device=x_NH.device)
     weights = torch.empty(rows, routing.top_k, dtype=torch.float32, device=x_NH.device)
     constants = routing.constants()
