@@ -5,7 +5,7 @@ Shape suffixes: T tokens, H hidden size, V tiles, L tokens of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -14,10 +14,6 @@ from .image_cache import ImageCache
 from .kv_cache import device_of
 from .request import Answer, PromptImages
 from .rows import upload
-
-# Up to this many tiles replay a captured graph; images of a few prompts that have more go one prompt after the other.
-CAPTURED_TILES = 10
-FEW = 3
 
 
 def encode_images(
@@ -52,15 +48,30 @@ def encode_tiles(prompts: Sequence[PromptImages], tiles_a_pass: int) -> list[tor
     tiles = [images.tiles(images.model.vision_device)[: images.views] for images in fresh]
     encoded: list[torch.Tensor] = []
     if tiles:
-        if len(tiles) <= FEW and sum(map(len, tiles)) > CAPTURED_TILES:
-            pieces = [piece for part in tiles for piece in part.split(tiles_a_pass)]
-        else:
-            pieces = list(torch.cat(tiles).split(tiles_a_pass))
-        parts = [fresh[0].model.encode_tiles(piece) for piece in pieces]
+        parts = [fresh[0].model.encode_tiles(piece) for piece in pieces_of(tiles, tiles_a_pass)]
         views = parts[0] if len(parts) == 1 else torch.cat(parts)
         encoded = list(views.split([images.views for images in fresh]))
     rest = iter(encoded)
     return [next(rest) if images.encoded is None else images.encoded() for images in prompts]
+
+
+def pieces_of(tiles: Sequence[torch.Tensor], most: int) -> Iterator[torch.Tensor]:
+    """Yield the tiles of several prompts in pieces that go through the tower together.
+
+    A piece is of whole prompts, so that their numbers of tiles come again and replay a captured graph; a prompt of more
+    tiles than go at once is split alone.
+    """
+    held: list[torch.Tensor] = []
+    for part in tiles:
+        if held and sum(map(len, held)) + len(part) > most:
+            yield torch.cat(held)
+            held = []
+        if len(part) > most:
+            yield from part.split(most)
+        else:
+            held.append(part)
+    if held:
+        yield held[0] if len(held) == 1 else torch.cat(held)
 
 
 def place_views(images: PromptImages, views_VLH: torch.Tensor) -> list[torch.Tensor | None]:

@@ -1,8 +1,9 @@
 """Tiles through the vision tower and the projector, captured and replayed for each number of tiles.
 
-A tile costs the device over a millisecond, so their number is not rounded up. Of few tiles the device is done sooner
-than the host has launched the tower's operations. The modules are the model's own, but for sums and norms in the tower,
-which are by a kernel where `vision_kernels.unsupported_reason` has nothing against it.
+A tile costs the device over a millisecond, so their number is not rounded up. The host is free meanwhile: a server
+decodes its next images, and a few tiles would be done before it had launched the tower's operations. The modules are the
+model's own, but for sums and norms in the tower, which are by a kernel where `vision_kernels.unsupported_reason` has
+nothing against it.
 
 Shape suffixes: V tiles, S side of a tile in pixels, L tokens of a tile, H width of the language model.
 """
@@ -28,9 +29,9 @@ from .support import unsupported_bypass
 
 logger = logging.getLogger(__name__)
 
-# Beyond this many tiles the device takes longer than the host needs to launch: one image has at most ten.
-MAX_TILES = 10
-MAX_GRAPHS = 4
+# As many as the engine lets through the tower at once: the graphs' memory grows with their number, and is held.
+MAX_TILES = 32
+MAX_GRAPHS = 16
 KNOWN = ("torch.nn.", "timm.", "deepseek_vl2.")
 
 
@@ -85,6 +86,9 @@ class Encoder:
         self.ended = torch.cuda.Event() if device.type == "cuda" else None
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.graphs = GraphCache(MAX_GRAPHS)
+        # Graphs share what they read and write: only one of them runs at a time.
+        self.pixels: torch.Tensor | None = None
+        self.embeddings: torch.Tensor | None = None
         self.model = weakref.ref(model)
         self.broken: str | None = None
         self.lock = threading.Lock()
@@ -96,11 +100,13 @@ class Encoder:
 
     def new_graph(self, tiles_V3SS: torch.Tensor) -> CapturedGraph:
         """Return the captured graph of that many tiles."""
+        count, model = len(tiles_V3SS), self.model
         with torch.inference_mode(False):
-            given, model = (
-                VisionBuffers(torch.empty_like(tiles_V3SS, memory_format=torch.contiguous_format)),
-                self.model,
-            )
+            held = self.pixels
+            if held is None or len(held) < count or held.shape[1:] != tiles_V3SS.shape[1:]:
+                self.pixels = held = torch.empty_like(tiles_V3SS, memory_format=torch.contiguous_format)
+                self.embeddings = None  # made at the first use, of as many tiles
+            given = VisionBuffers(held[:count], None if self.embeddings is None else self.embeddings[:count])
         return CapturedGraph(given, lambda: encode_into(model(), given))
 
     def is_captured(self, tiles_V3SS: torch.Tensor) -> bool:
@@ -136,6 +142,8 @@ class Encoder:
         one = self.graphs.get((tuple(tiles_V3SS.shape), cuda_graphs.modes()), lambda: self.new_graph(tiles_V3SS))
         one.buffers.pixels.copy_(tiles_V3SS)
         self.broken = one(self.capture)
+        if self.pixels is not None and self.embeddings is None and len(self.pixels) == len(tiles_V3SS):
+            self.embeddings = one.buffers.embeddings
         embeddings: torch.Tensor = one.buffers.embeddings.clone()
         if self.ended is not None:
             self.ended.record()
@@ -197,7 +205,7 @@ def encoder_of(model: Any) -> Encoder | None:
 def encode_tiles(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor | None:
     """Return the embeddings, [V, L, H], of tiles; ``None`` where they must go through the model's own call.
 
-    A few tiles replay a captured graph, unless another thread is at it; many take longer than their launches.
+    Up to `MAX_TILES` replay a captured graph, unless another thread is at it.
     """
     if (reason := unsupported_call(model, tiles_V3SS)) is not None:
         logger.debug("Tiles go through the model's own modules: %s.", reason)

@@ -13,7 +13,7 @@ from capture_support import DEVICE, ON_GPU, Capture, NoHost, NoLaunch, poison, p
 from support import GREEDY, mini_inputs, mini_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deepseek_vl2.engine import backend, cuda_graphs, vision, vision_kernels
+from deepseek_vl2.engine import backend, cuda_graphs, embedding, vision, vision_kernels
 from deepseek_vl2.engine.attached import attached
 from deepseek_vl2.ops.triton import norm
 
@@ -57,8 +57,36 @@ def test_embeddings_agree(capture: Capture) -> None:
             poison(one.buffers.pixels, one.buffers.embeddings)
     assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in kept)  # results are the caller's own
     assert (capture.captures, capture.replays) == (2, 3)
+    held = [one.buffers for one in encoder_of(model).graphs.held.values()]
+    for name in ("pixels", "embeddings"):  # graphs share their memory
+        assert len({getattr(one, name).untyped_storage().data_ptr() for one in held}) == 1
     backend.release(model)
     assert "encoder" not in attached(model).values
+
+
+@torch.no_grad()
+def test_more_tiles_than_before_leave_earlier_graphs_alone(capture: Capture) -> None:
+    model = mini_model("small").to(DEVICE)
+    for count in (1, 1, 4, 4, 2, 2, 1, 4):
+        given = pixels(count)
+        embeddings = vision.encode_tiles(model, given)
+        assert embeddings is not None and torch.allclose(embeddings, plain(model, given), atol=1e-6)
+    assert (capture.captures, capture.replays) == (3, 5)
+    storages = {one.buffers.pixels.untyped_storage().data_ptr() for one in encoder_of(model).graphs.held.values()}
+    assert len(storages) == 2  # of one tile, and of four
+
+
+def test_pieces_are_of_whole_prompts() -> None:
+    def pieces(*counts: int, most: int = 32) -> list[int]:
+        tiles = torch.arange(sum(counts)).float().view(-1, 1, 1, 1)
+        found = list(embedding.pieces_of(tiles.split(counts), most))
+        assert torch.equal(torch.cat(found), tiles)
+        return [len(piece) for piece in found]
+
+    assert pieces(7, 7, 7, 7, 7) == [28, 7]
+    assert pieces(7) == [7] and pieces(16, 16, 1) == [32, 1]
+    assert pieces(3, 40, 5, 27, 70) == [3, 32, 8, 32, 32, 32, 6]
+    assert pieces(2, 1, most=1) == [1, 1, 1]
 
 
 @pytest.mark.skipif(ON_GPU, reason="see test_on_a_gpu")
