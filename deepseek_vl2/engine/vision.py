@@ -1,9 +1,9 @@
 """Tiles through the vision tower and the projector, captured and replayed for each number of tiles.
 
 A tile costs the device over a millisecond, so their number is not rounded up. The host is free meanwhile: a server
-decodes its next images, and a few tiles would be done before it had launched the tower's operations. The modules are the
-model's own, but for sums and norms in the tower, which are by a kernel where `vision_kernels.unsupported_reason` has
-nothing against it.
+decodes its next images, and a few tiles would be done before it had launched the tower's operations. The modules are
+the model's own, but for sums and norms in the tower, which are by a kernel where `vision_kernels.unsupported_reason`
+has nothing against it.
 
 Shape suffixes: V tiles, S side of a tile in pixels, L tokens of a tile, H width of the language model.
 """
