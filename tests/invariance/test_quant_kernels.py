@@ -17,7 +17,7 @@ from deepseek_vl2.ops.triton.decode_experts_gemm import down_gemm, gate_up_gemm
 from deepseek_vl2.ops.triton.decode_experts_gemv import down_gemv, gate_up_gemv
 from deepseek_vl2.ops.triton.decode_gemm import linear_gemm
 from deepseek_vl2.ops.triton.decode_gemv import linear_gemv
-from deepseek_vl2.ops.triton.weights import QuantWeight, packed_blocks
+from deepseek_vl2.ops.triton.weights import QuantWeight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMATS = {
@@ -199,17 +199,6 @@ def test_weights_of_several_formats_stand_side_by_side() -> None:
     out = poisoned(37)
     linear_gemv(x[0], weights, out, norm, 1e-6, residual[0])
     check(out, residual[0] + F.linear(rms(x[0], norm), exact))
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_blocks_fit_their_weights(name: str) -> None:
-    fmt = FORMATS[name]
-    given = {"KIND": {"int4": 1, "int8": 2, "fp8": 3}[fmt.kind], "GROUP": 128 if fmt.block else fmt.group_size}
-    for columns in (16, 64, 896, 1280, 1408, 1536, 2048, 2560, 2816, 4096, 10944, 12288):
-        cut = packed_blocks(columns, given, 6, 2)
-        assert cut["BLOCK_K"] & (cut["BLOCK_K"] - 1) == 0 and 1 <= cut["BLOCK_N"] <= 32
-        padded = -(-columns // cut["BLOCK_K"]) * cut["BLOCK_K"]
-        assert columns < 256 or padded <= 1.2 * columns
 
 
 def test_what_the_kernels_do_not_read_is_refused() -> None:

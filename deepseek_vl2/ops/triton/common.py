@@ -67,17 +67,13 @@ def load_rows(
     K: tl.constexpr,
     READ: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PER: tl.constexpr = 1,
 ) -> Any:
-    """Return the first READ columns of some rows of a weight [size, K], as a tuple of blocks, each read once.
-
-    A number of the matrix holds PER columns.
-    """
+    """Return the first READ columns of some rows of a weight [size, K], as a tuple of blocks, each read once."""
     parts = ()
     for start in tl.static_range(0, READ, BLOCK_K):
-        columns = start // PER + tl.arange(0, BLOCK_K // PER)
-        mask = (rows < size)[:, None] & (columns < K // PER)[None, :]
-        offsets = rows.to(tl.int64)[:, None] * (K // PER) + columns[None, :]
+        columns = start + tl.arange(0, BLOCK_K)
+        mask = (rows < size)[:, None] & (columns < K)[None, :]
+        offsets = rows.to(tl.int64)[:, None] * K + columns[None, :]
         part = tl.load(matrix_ptr + offsets, mask=mask, other=0, eviction_policy="evict_first")
         parts += (part,)  # type: ignore[assignment]
     return parts

@@ -13,21 +13,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from . import packed_gemv
 from .common import check_rows, grid_wait, launch_dependents, load_row, load_rows, power_of_two
-from .weights import (
-    INT4,
-    PLAIN,
-    Weight,
-    check_weights,
-    format_of,
-    load_scales,
-    numbers_of,
-    of_one_format,
-    packed_blocks,
-    partial_dot,
-    row_scale,
-    scale_of,
-)
+from .weights import QuantWeight, Weight, check_weights, format_of, of_one_format
 
 MAX_WEIGHTS = 3
 
@@ -54,9 +42,6 @@ def _gemv_kernel(
     first_ptr: tl.tensor,
     second_ptr: tl.tensor,
     third_ptr: tl.tensor,
-    first_scale_ptr: tl.tensor,
-    second_scale_ptr: tl.tensor,
-    third_scale_ptr: tl.tensor,
     residual_ptr: tl.tensor,
     out_ptr: tl.tensor,
     max_ptr: tl.tensor,
@@ -68,9 +53,6 @@ def _gemv_kernel(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    KIND: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
     NORMED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROUNDED: tl.constexpr,
@@ -78,34 +60,26 @@ def _gemv_kernel(
     PDL: tl.constexpr = False,
 ) -> None:
     launch_dependents(PDL)
-    PER: tl.constexpr = 8 if KIND == INT4 else 1
-    SPAN: tl.constexpr = 1 if KIND == PLAIN else 16
-    STEP: tl.constexpr = 8 if KIND == INT4 else SPAN
     program = tl.program_id(0)
     blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
     blocks2: tl.constexpr = (N2 + BLOCK_N - 1) // BLOCK_N
     in_second = program >= blocks1
     in_third = program >= blocks1 + blocks2
     weight_ptr = first_ptr
-    scale_ptr = first_scale_ptr
     if in_third:
         weight_ptr = third_ptr
-        scale_ptr = third_scale_ptr
     elif in_second:
         weight_ptr = second_ptr
-        scale_ptr = second_scale_ptr
     block = program - tl.where(in_third, blocks1 + blocks2, tl.where(in_second, blocks1, 0))
     size = tl.where(in_third, N3, tl.where(in_second, N2, N1))
     shift = tl.where(in_third, N1 + N2, tl.where(in_second, N1, 0))
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     # All loads of the weight are on their way before the row is waited for.
-    parts = load_rows(weight_ptr, rows, size, K, K, BLOCK_K, PER)
-    scales = load_scales(scale_ptr, rows, size, K, K, BLOCK_K, STEP, GROUP, ROW_BLOCK)
-    rest = row_scale(scale_ptr, rows, size, KIND, GROUP)
+    parts = load_rows(weight_ptr, rows, size, K, K, BLOCK_K)
     if NORMED:
         norms = load_row(norm_ptr, K, BLOCK_K)
     grid_wait(PDL)
-    total = tl.zeros([BLOCK_N, BLOCK_K // SPAN], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
     for part in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
         columns = part * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -114,11 +88,8 @@ def _gemv_kernel(
         if NORMED:
             squares += x * x
             x *= norms[part].to(tl.float32)
-        scale = scales[part] if GROUP > 0 else parts[part]
-        total += partial_dot(parts[part], scale, x, KIND, GROUP, SPAN)
+        total += parts[part].to(tl.float32) * x[None, :]
     out = tl.sum(total, axis=1)
-    if KIND != PLAIN:
-        out *= rest
     if NORMED:
         out *= tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
     if ROUNDED:
@@ -138,9 +109,9 @@ def gemv_blocks(weight: Weight, rows: int) -> dict[str, int]:
 
     Of plain ones measured on an H200 (benchmarks/gpu_tune.py).
     """
-    width, fmt = weight.shape[-1], format_of(weight)
-    if fmt["KIND"]:
-        return packed_blocks(width, fmt, parts_a_thread=6, warps=2)
+    width = weight.shape[-1]
+    if isinstance(weight, QuantWeight):
+        return packed_gemv.gemv_blocks(width, rows, format_of(weight))
     if width >= 2048 and rows <= 16384:
         return {"BLOCK_N": 4, "BLOCK_K": 1024, "num_warps": 4}
     return {"BLOCK_N": 8, "BLOCK_K": min(power_of_two(width, 16), 512), "num_warps": 4}
@@ -192,22 +163,22 @@ def linear_gemv(
     sizes = [weight.shape[0] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
     filled = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
     cut = {**gemv_blocks(weights[0], sum(sizes)), **blocks}
-    _gemv_kernel[(sum(triton.cdiv(size, cut["BLOCK_N"]) for size in sizes),)](
+    common = {"NORMED": norm_K is not None, "RESIDUAL": residual_N is not None, "ROUNDED": rounded}
+    kernel, matrices = _gemv_kernel, filled
+    if isinstance(weights[0], QuantWeight):
+        kernel, matrices = packed_gemv.packed_gemv_kernel, packed_gemv.words_and_scales(filled)
+    kernel[(sum(triton.cdiv(size, cut["BLOCK_N"]) for size in sizes),)](
         x_K,
         x_K if norm_K is None else norm_K,
-        *map(numbers_of, filled),
-        *map(scale_of, filled),
+        *matrices,
         x_K if residual_N is None else residual_N,
         out_N,
         *((out_N, out_N) if partials is None else partials),
         eps,
         *sizes,
         K=x_K.shape[-1],
-        NORMED=norm_K is not None,
-        RESIDUAL=residual_N is not None,
-        ROUNDED=rounded,
         ARGMAX=partials is not None,
-        **format_of(weights[0]),
+        **common,
         **cut,
     )
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -22,8 +21,6 @@ KINDS = {torch.int32: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
 BLOCK = 128  # rows and columns of a block of fp8
 SMALLEST_GROUP = 16
 PER_WORD = 8
-# By how much the parts that a row is read in may exceed it: what lies behind its end is computed and dropped.
-MOST_PADDING = 1.2
 
 
 @dataclass(frozen=True)
@@ -104,23 +101,6 @@ def check_weights(weights: Sequence[Weight]) -> None:
             weight.check()
         elif weight.stride(-1) != 1:
             raise ValueError(f"The kernels read rows without gaps; got shape {list(weight.shape)}, {weight.stride()}.")
-
-
-def packed_blocks(columns: int, fmt: dict[str, int], parts_a_thread: int, warps: int) -> dict[str, int]:
-    """Return rows and columns that a program reads at a time of a packed matrix, and its warps.
-
-    A thread reads 16 bytes of a row, and those of several rows, so that activations are loaded once for all; with
-    rows of several such parts it has fewer rows, or its registers would not do. Reckoned, not measured.
-    """
-    each = 16 if fmt["KIND"] > 1 else 32
-    width = 2048
-    while width > 256 and -(-columns // width) * width > MOST_PADDING * columns:
-        width //= 2
-    width = min(width, triton.next_power_of_2(max(columns, 32)))
-    rows_a_thread = max(parts_a_thread // triton.cdiv(columns, width), 1)
-    rows = 32 * warps * each * (1 << (rows_a_thread.bit_length() - 1)) // width
-    rows = min(max(rows, 1), 32)
-    return {"BLOCK_N": rows, "BLOCK_K": width, "num_warps": warps}
 
 
 def tile_columns(columns: int, fmt: dict[str, int], most: int = 128) -> int:
@@ -210,28 +190,6 @@ def load_scale(
 
 
 @triton.jit
-def load_scales(
-    scale_ptr: tl.tensor,
-    rows: tl.tensor,
-    size: tl.tensor,
-    K: tl.constexpr,
-    READ: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STEP: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-) -> Any:
-    """Return the scales of what `common.load_rows` reads, as a tuple of blocks; nothing where whole rows have one."""
-    parts = ()
-    if GROUP > 0:
-        COUNT: tl.constexpr = (K + GROUP - 1) // GROUP
-        for start in tl.static_range(0, READ, BLOCK_K):
-            scale = load_scale(scale_ptr, rows, size, start, COUNT, BLOCK_K, STEP, GROUP, ROW_BLOCK)
-            parts += (scale,)  # type: ignore[assignment]
-    return parts
-
-
-@triton.jit
 def row_scale(
     scale_ptr: tl.tensor, rows: tl.tensor, size: tl.tensor, KIND: tl.constexpr, GROUP: tl.constexpr
 ) -> tl.tensor:
@@ -241,33 +199,6 @@ def row_scale(
     else:
         scale = 1.0
     return scale
-
-
-@triton.jit
-def fold(products: tl.tensor, SPAN: tl.constexpr) -> tl.tensor:
-    """Return sums of SPAN neighbours, which are a thread's own."""
-    if SPAN == 1:
-        sums = products
-    else:
-        sums = tl.sum(tl.reshape(products, (products.shape[0], products.shape[1] // SPAN, SPAN)), axis=2)
-    return sums
-
-
-@triton.jit
-def partial_dot(
-    part: tl.tensor, scale: tl.tensor, x: tl.tensor, KIND: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr
-) -> tl.tensor:
-    """Return products of some rows of a weight with a row, [rows, columns / SPAN]: each SPAN of them is summed.
-
-    Scales of whole rows are still to be applied; others are given for each word of int4, and for each SPAN otherwise.
-    """
-    if KIND == INT4:
-        sums = fold(unpack(part, scale, KIND, GROUP) * x[None, :], SPAN)
-    else:
-        sums = fold(unpack(part, scale, KIND, 0) * x[None, :], SPAN)
-        if GROUP > 0:
-            sums *= scale.to(tl.float32)
-    return sums
 
 
 @triton.jit
