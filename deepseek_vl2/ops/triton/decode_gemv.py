@@ -111,7 +111,7 @@ def gemv_blocks(weight: Weight, rows: int) -> dict[str, int]:
     """
     width = weight.shape[-1]
     if isinstance(weight, QuantWeight):
-        return packed_gemv.gemv_blocks(width, rows, format_of(weight))
+        return packed_gemv.gemv_blocks(width, format_of(weight))
     if width >= 2048 and rows <= 16384:
         return {"BLOCK_N": 4, "BLOCK_K": 1024, "num_warps": 4}
     return {"BLOCK_N": 8, "BLOCK_K": min(power_of_two(width, 16), 512), "num_warps": 4}

@@ -28,6 +28,31 @@ LARGE = tl.constexpr(2.0**100)
 SMALL = tl.constexpr(2.0**-49)
 
 
+def assembly(first: str, cuts: Sequence[str]) -> tl.constexpr:
+    """Return PTX that adds products of numbers with planes to the last operand, $0 being the result and $1 the word.
+
+    Args:
+        first: what is done to the word ``w`` before.
+        cuts: how each number is cut out into ``n``.
+    """
+    products = "".join(f"{cut} fma.rn.f32 t, n, ${2 + place}, t; " for place, cut in enumerate(cuts))
+    return tl.constexpr(
+        f"{{ .reg .b32 w, h, n; .reg .f32 t; mov.b32 w, $1; mov.f32 t, ${2 + len(cuts)}; {first} {products}"
+        "mov.f32 $0, t; }"
+    )
+
+
+DOT_INT4 = assembly(
+    "shr.u32 h, w, 8;",
+    [*(f"and.b32 n, w, {15 << 4 * place};" for place in range(6)), *(f"and.b32 n, h, {15 << k};" for k in (16, 20))],
+)
+DOT_INT8 = assembly(
+    f"xor.b32 w, w, {0x80808080}; shr.u32 h, w, 8;",
+    [*(f"and.b32 n, w, {255 << 8 * place};" for place in range(3)), f"and.b32 n, h, {255 << 16};"],
+)
+DOT_FP8 = assembly("", [f"shl.b32 h, w, {24 - 8 * k}; shr.s32 h, h, 4; and.b32 n, h, {0x87F00000};" for k in range(4)])
+
+
 # ---------------------------------------------------------------- inside of kernels
 
 
@@ -76,24 +101,38 @@ def dot_words(words: tl.tensor, planes: tl.tuple, start: tl.tensor, KIND: tl.con
 
     Bits below 2^24 are as a float the same number times 2^-149, exactly: a nibble or byte is cut out where it stands,
     and the columns are scaled for its place. What stored numbers have too much, 8 or 128, is in ``start``.
+
+    On a device it is one piece of assembly: of a compiler's passes over that many operations some take seconds.
     """
-    total = start
-    if KIND == INT4:
-        high = words >> 8
-        for place in tl.static_range(6):
-            total += (words & (15 << (4 * place))).to(tl.float32, bitcast=True) * planes[place]
-        total += (high & 0xF0000).to(tl.float32, bitcast=True) * planes[6]
-        total += (high & 0xF00000).to(tl.float32, bitcast=True) * planes[7]
-    elif KIND == INT8:
-        words = words ^ -2139062144  # 128 more, and so not negative
-        for place in tl.static_range(3):
-            total += (words & (255 << (8 * place))).to(tl.float32, bitcast=True) * planes[place]
-        total += ((words >> 8) & 0xFF0000).to(tl.float32, bitcast=True) * planes[3]
+    if INTERPRETED:
+        total = start
+        if KIND == INT4:
+            high = words >> 8
+            for place in tl.static_range(6):
+                total += (words & (15 << (4 * place))).to(tl.float32, bitcast=True) * planes[place]
+            total += (high & 0xF0000).to(tl.float32, bitcast=True) * planes[6]
+            total += (high & 0xF00000).to(tl.float32, bitcast=True) * planes[7]
+        elif KIND == INT8:
+            words = words ^ -2139062144  # 128 more, and so not negative
+            for place in tl.static_range(3):
+                total += (words & (255 << (8 * place))).to(tl.float32, bitcast=True) * planes[place]
+            total += ((words >> 8) & 0xFF0000).to(tl.float32, bitcast=True) * planes[3]
+        else:
+            for place in tl.static_range(4):
+                bits = ((words << (24 - 8 * place)) >> 4) & -2014314496
+                total += bits.to(tl.float32, bitcast=True) * planes[place]
+        return total
+    elif KIND == INT4:
+        return tl.inline_asm_elementwise(
+            DOT_INT4, "=f,r,f,f,f,f,f,f,f,f,f",
+            [words, planes[0], planes[1], planes[2], planes[3], planes[4], planes[5], planes[6], planes[7], start],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
     else:
-        for place in tl.static_range(4):
-            bits = ((words << (24 - 8 * place)) >> 4) & -2014314496
-            total += bits.to(tl.float32, bitcast=True) * planes[place]
-    return total
+        return tl.inline_asm_elementwise(
+            DOT_INT8 if KIND == INT8 else DOT_FP8, "=f,r,f,f,f,f,f",
+            [words, planes[0], planes[1], planes[2], planes[3], start], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -438,9 +477,9 @@ def word_blocks(columns: int, rows: int, warps: int, fmt: dict[str, int]) -> dic
     return {"BLOCK_N": rows, "WORDS": words, "num_warps": warps, **fmt}
 
 
-def gemv_blocks(columns: int, outputs: int, fmt: dict[str, int]) -> dict[str, int]:
-    """Return the blocks of `packed_gemv_kernel`: enough programs for all multiprocessors come first."""
-    return word_blocks(columns, 2 if outputs < 16384 else 4, 1, fmt)
+def gemv_blocks(columns: int, fmt: dict[str, int]) -> dict[str, int]:
+    """Return the blocks of `packed_gemv_kernel`, measured on an H200 (benchmarks/gpu_tune.py)."""
+    return word_blocks(columns, 4, 1, fmt)
 
 
 def gate_up_blocks(columns: int, fmt: dict[str, int]) -> dict[str, int]:
