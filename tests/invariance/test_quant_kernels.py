@@ -5,6 +5,9 @@ Outputs are poisoned before: what a kernel does not write stays NaN.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from deepseek_vl2.models.quantization import PackedWeight, WeightFormat, dequantize, quantize
+from deepseek_vl2.ops.triton import packed_gemv
 from deepseek_vl2.ops.triton.decode_experts import ExpertWeights, down_plain, gate_up_plain
 from deepseek_vl2.ops.triton.decode_experts_gemm import down_gemm, gate_up_gemm
 from deepseek_vl2.ops.triton.decode_experts_gemv import down_gemv, gate_up_gemv
@@ -98,6 +102,66 @@ def test_all_numbers_of_fp8_and_int4_are_read_exactly() -> None:
         x = F.one_hot(torch.tensor(column), 16).float().to(DEVICE)
         linear_gemv(x, [QuantWeight(words, torch.ones(16, 1, device=DEVICE), 16)], out)
         assert out.tolist() == [(row + column % 8) % 16 - 8 for row in range(16)]
+
+
+@pytest.mark.parametrize("name", ["int4-32", "int8", "fp8"])
+@pytest.mark.parametrize("scale", [1e-8, 1e4])
+def test_activations_of_any_usual_size(name: str, scale: float) -> None:
+    """Numbers are multiplied as very small floats: no product may vanish, and no scaled activation overflow."""
+    weight, exact = packed(FORMATS[name], 12, 256)
+    x, out = draw(256, scale=scale), poisoned(12)
+    linear_gemv(x, [weight], out)
+    check(out, F.linear(x, exact))
+
+
+@pytest.mark.parametrize(
+    ("name", "program", "places"),
+    [("int4-32", packed_gemv.DOT_INT4, 8), ("int8", packed_gemv.DOT_INT8, 4), ("fp8", packed_gemv.DOT_FP8, 4)],
+)
+def test_the_assembly_cuts_out_each_number(name: str, program: Any, places: int) -> None:
+    """What a GPU runs in place of the plain form, read line by line here; its scales are those of `split_row`."""
+    weight, exact = packed(FORMATS[name], 6, 8 * places)
+    words = packed_gemv.words_and_scales([weight])[0].cpu().numpy().view(np.uint32)
+    if name == "fp8":
+        numbers = weight.packed.float().cpu().numpy()
+    else:
+        numbers = (exact / weight.scale.repeat_interleave(weight.group_size or 8 * places, dim=1)).round().cpu().numpy()
+    powers = {8: (100, 96, 92, 88, 84, 80, 84, 80), 4: (100, 92, 84, 84)}[places] if name != "fp8" else (71,) * 4
+    extra = {"int4-32": 8, "int8": 128, "fp8": 0}[name]
+    for place in range(places):
+        planes = np.zeros(places, np.float32)
+        planes[place] = np.float32(2.0) ** powers[place]
+        start = np.float32(-extra * 2.0**-49)
+        got = run_assembly(program.value, words, planes, start)
+        assert np.array_equal(got * np.float32(2.0**49), numbers[:, place::places])
+
+
+def run_assembly(program: str, words: np.ndarray, planes: np.ndarray, start: np.float32) -> np.ndarray:
+    """Return what the few instructions of such a piece of assembly make of words, [rows, words]."""
+    values: dict[str, Any] = {"$1": words, f"${len(planes) + 2}": np.full(words.shape, start)}
+    values |= {f"${k + 2}": plane for k, plane in enumerate(planes)}
+
+    def value(name: str) -> Any:
+        return values[name] if name in values else np.uint32(int(name))
+
+    for line in program.strip("{} ").split(";"):
+        if not line.strip() or ".reg" in line:
+            continue
+        operation, rest = line.strip().split(" ", 1)
+        target, *given = (part.strip() for part in rest.split(","))
+        a = value(given[0])
+        if operation.startswith("mov"):
+            out = a
+        elif operation == "fma.rn.f32":
+            wide = a.view(np.float32).astype(np.float64) * value(given[1]) + value(given[2])
+            out = wide.astype(np.float32)
+        elif operation == "shr.s32":
+            out = (a.view(np.int32) >> int(given[1])).view(np.uint32)
+        else:
+            does = {"and.b32": np.bitwise_and, "xor.b32": np.bitwise_xor, "shl.b32": np.left_shift}
+            out = (does | {"shr.u32": np.right_shift})[operation](a, value(given[1]))
+        values[target] = out
+    return np.asarray(values["$0"])
 
 
 def test_the_largest_output_of_each_program_is_noted() -> None:

@@ -478,15 +478,15 @@ def word_blocks(columns: int, rows: int, warps: int, fmt: dict[str, int]) -> dic
 
 
 def gemv_blocks(columns: int, fmt: dict[str, int]) -> dict[str, int]:
-    """Return the blocks of `packed_gemv_kernel`, measured on an H200 (benchmarks/gpu_tune.py)."""
+    """Return the blocks of `packed_gemv_kernel`; measured on an H200 (benchmarks/gpu_tune.py), as are the others."""
     return word_blocks(columns, 4, 1, fmt)
 
 
 def gate_up_blocks(columns: int, fmt: dict[str, int]) -> dict[str, int]:
     """Return the blocks of `packed_gate_up_kernel`."""
-    return word_blocks(columns, 2, 1, fmt)
+    return word_blocks(columns, 4 if fmt["KIND"] == INT4.value else 2, 2, fmt)
 
 
 def down_blocks(columns: int, fmt: dict[str, int]) -> dict[str, int]:
     """Return the blocks of `packed_down_kernel`."""
-    return word_blocks(columns, 2, 2, fmt)
+    return word_blocks(columns, 2 if fmt["KIND"] == INT4.value else 4, 2, fmt)
