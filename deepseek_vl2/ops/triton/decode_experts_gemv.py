@@ -9,6 +9,7 @@ experts, N = K * I + S.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -110,6 +111,7 @@ def gate_up_gemv(
     check_rows(x_H, norm_H, intermediate_N)
     weights.check()
     top_k, parts = 0 if topk_ids_K is None else topk_ids_K.shape[-1], weights.gates_and_ups()
+    matrices: Sequence[Any]
     if not of_one_format(parts):
         gate_up_gemv(x_H, norm_H, eps, weights.routed_alone, intermediate_N, topk_ids_K, **blocks)
         rest_N = intermediate_N[top_k * weights.intermediate_size :]
@@ -120,7 +122,7 @@ def gate_up_gemv(
         kernel, matrices = packed_gemv.packed_gate_up_kernel, packed_gemv.words_and_scales(parts)
         sizes = {**packed_gemv.gate_up_blocks(hidden, format_of(parts[0])), **blocks}
     else:
-        kernel, matrices, sizes = _gate_up_gemv_kernel, list(parts), {**gate_up_blocks(hidden), **blocks}
+        kernel, matrices, sizes = _gate_up_gemv_kernel, parts, {**gate_up_blocks(hidden), **blocks}
     routed_blocks = top_k * triton.cdiv(weights.intermediate_size, sizes["BLOCK_N"])
     kernel[(triton.cdiv(weights.shared_intermediate_size, sizes["BLOCK_N"]) + routed_blocks,)](
         x_H,
@@ -237,6 +239,7 @@ def down_gemv(
     check_rows(intermediate_N, residual_H, out_H)
     weights.check()
     top_k, parts = 0 if topk_ids_K is None else topk_ids_K.shape[-1], weights.downs()
+    matrices: Sequence[Any]
     if not of_one_format(parts):
         down_gemv(intermediate_N, weights.routed_alone, residual_H, out_H, topk_ids_K, topk_weights_K, **blocks)
         rest_N = intermediate_N[top_k * weights.intermediate_size :]
@@ -248,7 +251,7 @@ def down_gemv(
         width = weights.intermediate_size or weights.shared_intermediate_size
         sizes = {**packed_gemv.down_blocks(width, format_of(parts[0])), **blocks}
     else:
-        kernel, matrices = _down_gemv_kernel, list(parts)
+        kernel, matrices = _down_gemv_kernel, parts
         sizes = {**down_blocks(weights, hidden, multiprocessors(out_H.device)), **blocks}
     kernel[(triton.cdiv(hidden, sizes["BLOCK_N"]),)](
         intermediate_N,

@@ -164,7 +164,8 @@ def linear_gemv(
     filled = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
     cut = {**gemv_blocks(weights[0], sum(sizes)), **blocks}
     common = {"NORMED": norm_K is not None, "RESIDUAL": residual_N is not None, "ROUNDED": rounded}
-    kernel, matrices = _gemv_kernel, filled
+    kernel: Any = _gemv_kernel
+    matrices: Sequence[Any] = filled
     if isinstance(weights[0], QuantWeight):
         kernel, matrices = packed_gemv.packed_gemv_kernel, packed_gemv.words_and_scales(filled)
     kernel[(sum(triton.cdiv(size, cut["BLOCK_N"]) for size in sizes),)](

@@ -452,7 +452,7 @@ def packed_down_kernel(
 # ---------------------------------------------------------------- launches
 
 
-def words_and_scales(weights: Sequence[Weight]) -> list[torch.Tensor]:
+def words_and_scales(weights: Sequence[Weight]) -> Sequence[Any]:
     """Return weights' numbers as words of 32 bits, and behind them their scales, as the kernels take them.
 
     Raises:
