@@ -27,7 +27,7 @@ from gpu import CONTEXT, EXTENT, GB, Bench, Report, bytes_read, give_memory_back
 from gpu_end_to_end import prompt, random_config
 from random_weights import fill_packed_randomly, fill_randomly, pack_shapes
 
-from deepseek_vl2.engine import backend, decode, prefill, support
+from deepseek_vl2.engine import backend, decode, support
 from deepseek_vl2.engine.decode import experts_hit
 from deepseek_vl2.engine.engine import Engine
 from deepseek_vl2.engine.holder import engine_of
@@ -287,7 +287,6 @@ def dry_run() -> torch.device:
     support.unsupported_device = lambda weight: None  # type: ignore[assignment]
     support._unsupported_weights = lambda language: None  # type: ignore[assignment]
     decode.multiprocessors = lambda device: 2  # type: ignore[assignment]  # run one after the other
-    prefill.STEP = 8
     return torch.device("cpu")
 
 

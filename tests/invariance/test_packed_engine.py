@@ -15,7 +15,7 @@ from support import mini_language
 
 pytest.importorskip("triton")
 
-from deepseek_vl2.engine import decode, prefill, self_check, support
+from deepseek_vl2.engine import decode, self_check, support
 from deepseek_vl2.engine.engine import Engine
 from deepseek_vl2.engine.runner import ModuleRunner
 from deepseek_vl2.engine.scheduler import EngineOptions
@@ -38,7 +38,6 @@ def kernels_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     if not GPU:
         monkeypatch.setattr(support, "unsupported_device", lambda weight: None)
         monkeypatch.setattr(decode, "multiprocessors", lambda device: 3)
-        monkeypatch.setattr(prefill, "STEP", 4)
 
 
 def packed_language(kind: str, name: str, **changes: Any) -> Any:
