@@ -477,9 +477,17 @@ def word_blocks(columns: int, rows: int, warps: int, fmt: dict[str, int]) -> dic
     return {"BLOCK_N": rows, "WORDS": words, "num_warps": warps, **fmt}
 
 
+def has_scales_of_bytes(fmt: dict[str, int]) -> bool:
+    """Whether numbers are of eight bits, and some columns share a scale."""
+    return fmt["KIND"] > INT4.value and fmt["GROUP"] > 0
+
+
 def gemv_blocks(columns: int, fmt: dict[str, int]) -> dict[str, int]:
-    """Return the blocks of `packed_gemv_kernel`; measured on an H200 (benchmarks/gpu_tune.py), as are the others."""
-    return word_blocks(columns, 4, 1, fmt)
+    """Return the blocks of `packed_gemv_kernel`; measured on an H200 (benchmarks/gpu_tune.py), as are the others.
+
+    Bytes with scales for some columns alone have half the rows: registers would spill.
+    """
+    return word_blocks(columns, 2 if has_scales_of_bytes(fmt) else 4, 1, fmt)
 
 
 def gate_up_blocks(columns: int, fmt: dict[str, int]) -> dict[str, int]:
@@ -489,4 +497,4 @@ def gate_up_blocks(columns: int, fmt: dict[str, int]) -> dict[str, int]:
 
 def down_blocks(columns: int, fmt: dict[str, int]) -> dict[str, int]:
     """Return the blocks of `packed_down_kernel`."""
-    return word_blocks(columns, 2 if fmt["KIND"] == INT4.value else 4, 2, fmt)
+    return word_blocks(columns, 2 if fmt["KIND"] == INT4.value or has_scales_of_bytes(fmt) else 4, 2, fmt)
