@@ -143,17 +143,15 @@ def unpack_words(words: tl.tensor, factor: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def unpack(part: tl.tensor, scale: tl.tensor, KIND: tl.constexpr, GROUP: tl.constexpr) -> tl.tensor:
-    """Return some rows of a weight in float32, in the order of columns; scales of whole rows are still to be applied.
+    """Return rows of a packed weight in float32, in the order of columns; scales of whole rows are still to be applied.
 
     Args:
-        part: what `common.load_rows` read of it.
-        scale: what `load_scale` did; not looked at where groups of columns have none.
+        part: the packed numbers.
+        scale: what `load_scale` read for them; not looked at where groups of columns have none.
         KIND: of the numbers.
         GROUP: columns that share a scale.
     """
-    if KIND == PLAIN:
-        numbers = part.to(tl.float32)
-    elif KIND == INT4:
+    if KIND == INT4:
         if GROUP > 0:
             numbers = unpack_words(part, scale.to(tl.float32))
         else:
