@@ -6,7 +6,8 @@
 Released shapes, random weights in bfloat16; each request one 1024x768 picture of noise and a question of its own, about
 1,434 prompt tokens, 65 new ones. Sections: ``decode`` (ms a step of the engine), ``generate`` (one batch of 64),
 ``engine`` (requests handed to the engine), ``http`` (the server in a process of its own, pictures as JPEG), ``steady``
-(Poisson arrivals at 70 % of the best rate), ``second`` (the second question about one picture), ``vllm``.
+(Poisson arrivals at 70 % of the best rate), ``second`` (the second question about one picture), ``vllm`` (its server
+with this package's plugin, asked the same; ``--tokenizer`` names a folder with the released tokenizer's files).
 With ``--device cpu --sizes demo`` the program can be tried anywhere.
 """
 
@@ -17,9 +18,10 @@ import gc
 import importlib.util
 import statistics
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ import torch
 import transformers
 from gpu_end_to_end import random_model
 from PIL import Image
-from serving_http import HttpBench
+from serving_http import HttpBench, our_server, picture_url
+from serving_vllm import vllm_environment, vllm_server
 
 from deepseek_vl2.engine.engine import Engine
 from deepseek_vl2.engine.holder import engine_of, release_model
@@ -36,10 +39,12 @@ from deepseek_vl2.engine.request import Delta, Event, Prompt, PromptImages, Requ
 from deepseek_vl2.engine.sampling_params import SamplingParams
 from deepseek_vl2.engine.scheduler import EngineOptions
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models.image_loading import load_image
 from deepseek_vl2.models.image_merge import real_grids
 from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
 
 NEW = 65
+INPUTS = ("input_ids", "attention_mask", "images", "images_seq_mask", "images_spatial_crop")
 QUESTION = "<image>\nWhat can be seen in picture number {}?"
 STEP_PROMPT = 1434
 
@@ -114,7 +119,7 @@ class Bench:
             "second": self.second,
         }
         failed = 0
-        over_http = [section for section in args.sections if section in ("http", "steady")]
+        over_http = [section for section in args.sections if section in ("http", "steady", "vllm")]
         for section in args.sections:
             if section in over_http:
                 continue
@@ -128,24 +133,36 @@ class Bench:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return failed + (self.over_http(over_http, args.requests) if over_http else 0)
+        return failed + (self.over_http(over_http, args) if over_http else 0)
 
-    def over_http(self, sections: list[str], counts: list[int]) -> int:
-        """Measure a server in a process of its own, which needs this one's memory; returns how many failed."""
+    def over_http(self, sections: list[str], args: argparse.Namespace) -> int:
+        """Measure servers in processes of their own, which need this one's memory; returns how many failed."""
         del self.model
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        try:
-            with HttpBench(self.size, str(self.device), NEW, 2 * max(counts)) as bench:
-                for row in bench.http(counts) if "http" in sections else ():
-                    self.report.add(row)
+        counts, failed = args.requests, 0
+
+        def ours() -> Iterator[str]:
+            with HttpBench(self.size, NEW, our_server(self.size, str(self.device), 2 * max(counts))) as bench:
+                yield from bench.http(counts) if "http" in sections else ()
                 if "steady" in sections:
-                    self.report.add(bench.steady(max(counts)))
-        except Exception:
-            self.report.add(f"\n{self.size}, http failed:\n\n```\n{traceback.format_exc()[-1500:]}```\n")
-            return 1
-        return 0
+                    yield bench.steady(max(counts))
+
+        def vllm() -> Iterator[str]:
+            with tempfile.TemporaryDirectory() as work:
+                command = vllm_server(self.size, Path(work), args.tokenizer, max(counts))
+                with HttpBench(self.size, NEW, command, vllm_environment(Path(work))) as bench:
+                    yield from bench.http([count for count in counts if count <= 64], "vLLM over http")
+
+        for name, rows, wanted in (("http", ours, sections != ["vllm"]), ("vllm", vllm, "vllm" in sections)):
+            try:
+                for row in rows() if wanted else ():
+                    self.report.add(row)
+            except Exception:
+                failed += 1
+                self.report.add(f"\n{self.size}, {name} failed:\n\n```\n{traceback.format_exc()[-1500:]}```\n")
+        return failed
 
     def decode(self, batches: list[int]) -> None:
         """Time the engine's steps over rows that all have some 1,434 tokens."""
@@ -180,8 +197,7 @@ class Bench:
         """Time `generate` of one batch."""
         for count in counts:
             inputs = self.batch(count).to(self.device)
-            names = ("input_ids", "attention_mask", "images", "images_seq_mask", "images_spatial_crop")
-            given = {name: inputs[name] for name in names}
+            given = {name: inputs[name] for name in INPUTS}
             times = {}
             for new in (1, NEW):
                 kept = []
@@ -197,6 +213,22 @@ class Bench:
                 f"first tokens {times[1]:.3f} s, {(times[NEW] - times[1]) / (NEW - 1) * 1e3:.3f} ms a step, "
                 f"peak {peak:.1f} GB |"
             )
+            if count == 1:
+                self.report.add(self.from_jpeg())
+
+    def from_jpeg(self) -> str:
+        """Return the row of a first token by `generate` from what a server is given: a JPEG in base64, and a text."""
+        times = []
+        for number in range(6):
+            url = picture_url(1000 + number)
+            start = self.wait()
+            image = load_image(url)
+            conversation = [{"role": "user", "content": QUESTION.format(number), "images": [image]}]
+            inputs = self.processor(conversations=conversation).to(self.device)
+            given = {name: inputs[name] for name in INPUTS}
+            self.model.generate(**given, max_new_tokens=1, do_sample=False, eos_token_id=None)
+            times.append(self.wait() - start)
+        return f"| {self.size} | generate from a JPEG | 1 | first token {statistics.median(times[2:]) * 1e3:.1f} ms | |"
 
     def engine(self, counts: list[int]) -> None:
         """Time requests that are handed to the engine at once."""
@@ -276,10 +308,14 @@ def main() -> int:
     """Measure the sizes asked for; returns how many sections failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"])
-    parser.add_argument("--sections", nargs="+", default=["decode", "generate", "engine", "second", "http", "steady"])
+    sections = ["decode", "generate", "engine", "second", "http", "steady"]
+    if importlib.util.find_spec("vllm") is not None:
+        sections.append("vllm")
+    parser.add_argument("--sections", nargs="+", default=sections)
     parser.add_argument("--requests", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 128, 256])
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tokenizer", type=Path, help="of the section vllm")
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     device, report, failed = torch.device(args.device), Report(args.markdown), 0

@@ -253,13 +253,19 @@ def serve_section(folder: Path, dtype: str, seconds: float) -> dict[str, Any]:
 # ---------------------------------------------------------------- all sections
 
 
-def plugin_path(folder: Path) -> str:
-    """Return what to put on PYTHONPATH: this repository, and a distribution that carries the plugin's entry point."""
+def plugin_path(folder: Path, more: dict[str, str] | None = None) -> str:
+    """Return what to put on PYTHONPATH: this repository, and a distribution that carries the plugin's entry point.
+
+    Args:
+        folder: where the distribution is written.
+        more: other plugins, by their names.
+    """
     made = folder / "deepseek_vl2_vllm-0.dist-info"
     made.mkdir(parents=True, exist_ok=True)
     (made / "METADATA").write_text("Metadata-Version: 2.1\nName: deepseek_vl2_vllm\nVersion: 0\n", encoding="utf-8")
-    entry = "[vllm.general_plugins]\ndeepseek_vl2 = deepseek_vl2.integrations.vllm:register\n"
-    (made / "entry_points.txt").write_text(entry, encoding="utf-8")
+    plugins = {"deepseek_vl2": "deepseek_vl2.integrations.vllm:register", **(more or {})}
+    lines = ["[vllm.general_plugins]", *(f"{name} = {target}" for name, target in plugins.items())]
+    (made / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 

@@ -31,16 +31,14 @@ logger = logging.getLogger(__name__)
 STEP = 128
 # Numbers of prompts and lengths are captured apart, and more than eight prompts seldom come in the same number again.
 MOST_PROMPTS = 8
-# Padding included: what the scheduler reads in a pass. A graph's memory is held, and grows with this.
-MOST_CAPTURED = 8192
+# Of a pass: the device takes longer for more than the host for launching them, and the host is a pass ahead.
+MOST_CAPTURED = 4608
 # Tokens that a group may take for one of its prompts' own, each rounded up alone: beyond this the device would lose in
 # padding what the host gains.
 MOST_WASTE = 1.15
-# A pass reads all experts' weights, which takes as long as some hundred tokens: fewer tokens than this share a pass
-# with others, unless the groups are so few that launching that pass would take longer than replaying them.
-LEAST_CAPTURED = 1024
+# Replayed one behind the other. Each reads all experts' weights: of more, the device loses what the host gains.
 FEW_GROUPS = 3
-MAX_GRAPHS = 16
+MAX_GRAPHS = 32
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 
@@ -81,8 +79,7 @@ def group_prompts(lengths: Sequence[int], most: int) -> list[list[int]]:
         if groups:
             group = [*groups[-1], index]
             taken = len(group) * padded[group[0]]
-            within = taken <= min(MOST_CAPTURED, MOST_WASTE * sum(padded[i] for i in group))
-            if within and len(group) <= MOST_PROMPTS:
+            if len(group) <= MOST_PROMPTS and taken <= MOST_WASTE * sum(padded[i] for i in group):
                 groups[-1] = group
                 continue
         groups.append([index])
@@ -149,29 +146,28 @@ class PromptGraphs:
         with torch.inference_mode(False):
             self.embeds_NH = torch.zeros(0, table.shape[1], dtype=table.dtype, device=table.device)
 
-    def split(self, parts: Sequence[Part]) -> tuple[list[list[int]], list[int]]:
-        """Return the groups of parts that are replayed, and the parts that are launched, by their indices.
+    def groups(self, parts: Sequence[Part], alone: bool = True) -> list[list[int]]:
+        """Return the groups of parts, by their indices, that make up a pass and are replayed; none: it is launched.
 
-        A group of a kind that was not met before is launched, with whatever else is: the second is captured.
+        A pass with a group of a kind that was not met before is launched. One that was is captured, which takes longer
+        than launching: not while others wait.
+
+        Args:
+            parts: of the pass.
+            alone: whether nobody else waits.
         """
-        if self.capture is None:
-            return [], list(range(len(parts)))
-        whole = [i for i, part in enumerate(parts) if part.segment.past == 0 and part.segment.new <= MOST_CAPTURED]
-        launched = [i for i in range(len(parts)) if i not in set(whole)]
-        lengths = [parts[i].segment.new for i in whole]
-        groups = [[whole[i] for i in group] for group in group_prompts(lengths, len(self.tables[0]))]
-        small = [group for group in groups if sum(parts[i].segment.new for i in group) < LEAST_CAPTURED]
-        if launched or len(small) > FEW_GROUPS:
-            groups = [group for group in groups if group not in small]
-            launched += [i for group in small for i in group]
-        ready = []
-        for group in groups:
-            if self._graph([parts[i] for i in group]).used:
-                ready.append(group)
-            else:
-                self._graph([parts[i] for i in group]).used = True
-                launched += group
-        return ready, sorted(launched)
+        segments = [part.segment for part in parts]
+        many = sum(segment.new for segment in segments) > MOST_CAPTURED
+        if self.capture is None or many or any(segment.past for segment in segments):
+            return []
+        groups = group_prompts([segment.new for segment in segments], len(self.tables[0]))
+        if len(groups) > FEW_GROUPS:
+            return []
+        graphs = [self._graph([parts[i] for i in group]) for group in groups]
+        ready = all(graph.replay is not None or (graph.used and alone) for graph in graphs)
+        for graph in graphs:
+            graph.used = True
+        return groups if ready else []
 
     def _graph(self, parts: Sequence[Part]) -> CapturedGraph:
         """Return the graph of that many prompts of the longest one's length."""

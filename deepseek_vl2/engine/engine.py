@@ -23,6 +23,7 @@ from .embedding import Embedder
 from .fetch import Fetch, Pending
 from .image_cache import ImageCache
 from .kv_cache import SCRATCH, KVCache, layer_shapes
+from .launching import Launching
 from .placement import Placement, place
 from .request import Answer, Request
 from .rows import Rows, upload
@@ -68,10 +69,12 @@ class Engine:
         )
         self.device = self.placement.device
         self.rows = Rows(self.scheduler.max_batch, self.device, self.placement.devices)
-        # A GPU writes the next token while the host looks at this one; a CPU would only do a step too many.
-        self._late = int(self.device.type == "cuda")
+        # A GPU works on a step while the host looks at the one before; a CPU would only do a step too many.
+        self._late = self.device.type == "cuda"
+        self.launching = Launching()
         self._batch: SamplingBatch | None = None
         self._pending: list[Pending] = []
+        self._sent = 0
         self._new: list[Answer] = []
         self._answers: dict[int, Answer] = {}
         self._wake = threading.Condition()
@@ -248,15 +251,21 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Read some of the waiting prompts, and write one more token of every answer."""
-        self._drop_cancelled()
-        self.scheduler.admit()
-        self._note_growth()
-        self._prefill()
-        if not self._late:
-            self._receive()
-        self._decode()
-        self._drop_ended()  # who drives may do no further step
+        """Read some of the waiting prompts, and write one more token of every answer.
+
+        On a GPU all of that is launched before the host waits for what the step before chose.
+        """
+        with self.launching if self._late else nullcontext():
+            self._drop_cancelled()
+            self.scheduler.admit()
+            self._note_growth()
+            before = self._sent
+            self._prefill()
+            if not self._late:
+                self._receive()
+            self._decode()
+            self._receive(keep=self._sent - before if self._late else 0)
+            self._drop_ended()  # who drives may do no further step
 
     def _take_new(self) -> None:
         with self._wake:
@@ -315,7 +324,8 @@ class Engine:
         self._restore_stored([answer for answer, _ in planned])
         self.embedder.prepare([answer for answer, _ in planned if answer.embeds_TH is None])
         planned = [(answer, min(tokens, answer.length - answer.cached)) for answer, tokens in planned]
-        logits_NV = self.runner.prefill([self._part(answer, tokens) for answer, tokens in planned])
+        alone = self.scheduler.busy == len(planned) and not self.waiting
+        logits_NV = self.runner.prefill([self._part(answer, tokens) for answer, tokens in planned], alone)
         self.stats.prompt_tokens += sum(tokens for _, tokens in planned)
         whole = [index for index, (answer, tokens) in enumerate(planned) if self.scheduler.read(answer, tokens)]
         if not whole:
@@ -350,14 +360,13 @@ class Engine:
     # ---------------------------------------------------------------- answers
 
     def _decode(self) -> None:
-        """Write one more token of every answer; what the step before chose is read meanwhile."""
+        """Write one more token of every answer."""
         self._drop_ended()
         self.scheduler.make_room()
         self._note_growth()
         running = [answer for answer in self.scheduler.running if not answer.request.cancelled]
         answers = [answer for answer in running if answer.sampler.chosen < answer.params.max_tokens]
         if not answers:
-            self._receive()
             return
         self.stats.steps += 1
         try:
@@ -402,7 +411,6 @@ class Engine:
         if likeliest is None or sampled.tokens_B is not likeliest:
             self.rows.tokens[:count] = sampled.tokens_B
         self._send(answers, sampled, self._batch)
-        self._receive(keep=self._late)
 
     def _drop_ended(self) -> None:
         for answer in [answer for answer in self.scheduler.running if answer.finished]:
@@ -412,6 +420,7 @@ class Engine:
 
     def _send(self, answers: list[Answer], sampled: Sampled, batch: SamplingBatch) -> None:
         """Start to fetch the tokens of a step."""
+        self._sent += 1
         logprobs = None if sampled.logprobs is None else Fetch(sampled.logprobs)
         self._pending.append(Pending(answers, sampled, batch.logged, Fetch(sampled.tokens_B), logprobs))
 
@@ -421,15 +430,15 @@ class Engine:
             self._receive()
 
     def _receive(self, keep: int = 0) -> None:
-        """Wait for tokens, and hand them on: all but those of the last ``keep`` steps."""
+        """Wait for tokens, and hand them on: all but those that were sent last, ``keep`` times."""
         while len(self._pending) > keep:
             self._accept(self._pending.pop(0))
 
     def _accept(self, pending: Pending) -> None:
-        tokens = pending.tokens.wait()
-        lines: dict[int, Any] = {}
-        if pending.logprobs is not None:
-            lines = dict(zip(pending.logged, pending.logprobs.wait(), strict=True))
+        with self.launching.paused():
+            tokens = pending.tokens.wait()
+            logged = [] if pending.logprobs is None else pending.logprobs.wait()
+        lines: dict[int, Any] = dict(zip(pending.logged, logged, strict=True)) if logged else {}
         ended = False
         for index, answer in enumerate(pending.answers):
             if answer.finished or answer.request.cancelled:

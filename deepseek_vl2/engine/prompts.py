@@ -54,7 +54,7 @@ def tiles_on_device(images: Any) -> Callable[[torch.device], torch.Tensor]:
     return read
 
 
-def prompt_of(model: Any, inputs: Mapping[str, Any], shared: bool = True) -> Prompt:
+def prompt_of(model: Any, inputs: Mapping[str, Any], shared: bool = True, keys: list[bytes] | None = None) -> Prompt:
     """Return the prompt of one conversation.
 
     Args:
@@ -62,6 +62,7 @@ def prompt_of(model: Any, inputs: Mapping[str, Any], shared: bool = True) -> Pro
         inputs: what the processor returned: a sample, or a batch of one. Images that nobody has read yet stay as they
             are, and go to the device when the prompt is read.
         shared: see `Prompt`.
+        keys: of each image, what stands for its content, where the caller knows; by default a hash of its pixels.
 
     Raises:
         ValueError: ids, mask and images disagree, or a part of them is missing.
@@ -84,7 +85,6 @@ def prompt_of(model: Any, inputs: Mapping[str, Any], shared: bool = True) -> Pro
     marks, consistent = read_image_mask(ids, marked.to(ids.device), image_id)
     tiles = max(images.counts) if isinstance(images, HELD) else images.shape[-4]
     check_image_tokens(marks, consistent, [grids], model.image_token_side, tiles)
-    seen = PromptImages(
-        model, grids, marked[0].bool().cpu()[real], tiles_on_device(images), keys=image_keys(images, grids)
-    )
+    keys = image_keys(images, grids) if keys is None else keys
+    seen = PromptImages(model, grids, marked[0].bool().cpu()[real], tiles_on_device(images), keys)
     return Prompt(row[real].tolist(), seen, shared=shared)

@@ -37,8 +37,13 @@ class Runner(Protocol):
 
     max_batch: int
 
-    def prefill(self, parts: Sequence[Part]) -> torch.Tensor:
-        """Read new tokens of prompts; returns the logits of each part's last token, [parts, V], float32."""
+    def prefill(self, parts: Sequence[Part], alone: bool = True) -> torch.Tensor:
+        """Read new tokens of prompts; returns the logits of each part's last token, [parts, V], float32.
+
+        Args:
+            parts: the tokens.
+            alone: whether nobody else waits, or is written to: what later passes gain from may take its time.
+        """
 
     def decode(self, rows: Rows, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Read one token of each of the first rows, and advance their positions.
@@ -86,8 +91,8 @@ class ModuleRunner:
         logits: torch.Tensor = outputs.logits[0]
         return logits
 
-    def prefill(self, parts: Sequence[Part]) -> torch.Tensor:
-        """See `Runner.prefill`."""
+    def prefill(self, parts: Sequence[Part], alone: bool = True) -> torch.Tensor:
+        """See `Runner.prefill`; nothing is made for later passes."""
         language = self.language()
         assert language is not None
         table = language.get_input_embeddings()

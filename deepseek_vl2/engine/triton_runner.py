@@ -2,7 +2,7 @@
 
 A decoding step is captured for a few batch sizes, the buckets; rows of a bucket beyond those at work are padding. A
 short piece of a prompt, such as a question about a picture whose cache is held, runs as such a step too, its tokens as
-rows. Whole prompts of about one length replay a captured prefill; what else comes is packed and launched.
+rows. A few whole prompts of about one length replay a captured prefill; what else comes is packed and launched.
 
 A model spread over several GPUs is a chain of stages, one for each run of layers on a device: each has its own graph,
 and the hidden states are copied in between.
@@ -198,21 +198,18 @@ class TritonRunner:
 
     # ---------------------------------------------------------------- prompts
 
-    def prefill(self, parts: Sequence[Part]) -> torch.Tensor:
+    def prefill(self, parts: Sequence[Part], alone: bool = True) -> torch.Tensor:
         """See `Runner.prefill`."""
         self._make_positions(max(part.segment.end for part in parts))
         tokens = sum(part.segment.new for part in parts)
         if tokens <= min(SHORT, self.max_batch) and all(part.embeds_TH is None for part in parts):
             return self._prefill_as_rows(parts, tokens)
-        groups, launched = self.prompts.split(parts)
+        groups = self.prompts.groups(parts, alone)
         if not groups:
             return self._prefill_packed(parts)
         members = [[parts[i] for i in group] for group in groups]
-        logits = [self.prompts.run(group, [self._embeds([part]) for part in group]) for group in members]
-        if launched:
-            logits.append(self._prefill_packed([parts[i] for i in launched]))
-        order = [i for group in (*groups, launched) for i in group]
-        together = torch.cat(logits)
+        together = torch.cat([self.prompts.run(group, [self._embeds([p]) for p in group]) for group in members])
+        order = [i for group in groups for i in group]
         if order == sorted(order):
             return together
         places = sorted(range(len(order)), key=order.__getitem__)

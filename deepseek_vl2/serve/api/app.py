@@ -103,8 +103,9 @@ class Server:
         self.engine = engine_of(model, options)
         self.metrics = Metrics(self.engine)
         builder = PromptBuilder(
-            model, processor, options.max_length, token_bytes.longest(), settings.images, settings.preparing_threads
-        )
+            model, processor, options.max_length, token_bytes.longest(), settings.images, settings.preparing_threads,
+            self.engine.launching,
+        )  # fmt: skip
         compiler = GrammarCompiler(token_bytes, model.config.language_config.vocab_size, sorted(end_ids(model)))
         self.grammars = GrammarService(compiler, settings.grammars)
         self.running = RunningRequests()

@@ -54,7 +54,8 @@ class ChatEndpoint:
             ApiError: prompt or grammar cannot be used, or the engine does not take them.
         """
         generator, tools, count = self.generator, ToolUse.of(request), request.n or 1
-        constraints = await generator.constraints(lambda: chat_grammar(request, tools), count)
+        asked = bool(tools or request.forms())
+        constraints = await generator.constraints(asked, lambda: chat_grammar(request, tools), count)
         prepared = await generator.builder.build(conversation_turns(request.messages, tools))
         max_tokens = generator.max_tokens(len(prepared.prompt), request, request.wanted_tokens)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None

@@ -110,7 +110,9 @@ class CompletionEndpoint:
         generator, count = self.generator, request.n or 1
         self._check_number(count * len(request.prompts))
         prompts = await anyio.to_thread.run_sync(self._prompts, request, limiter=generator.builder.limiter)
-        constraints = await generator.constraints(lambda: completion_grammar(request), count * len(prompts))
+        constraints = await generator.constraints(
+            bool(request.forms()), lambda: completion_grammar(request), count * len(prompts)
+        )
         wanted = DEFAULT_TOKENS if request.max_tokens is None else request.max_tokens
         limits = [generator.max_tokens(len(prompt), request, wanted, "prompt") for prompt in prompts]
         requests = []

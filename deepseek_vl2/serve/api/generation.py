@@ -82,6 +82,7 @@ class Generator:
 
     def parse(self, body: bytes, kind: type[RequestT], most_values: int = MAX_VALUES) -> RequestT:
         """Read a request's body; errors as `parse_body`, and for another model than this server's."""
+        self.engine.launching.wait()
         return parse_body(body, kind, self.check_model, most_values)
 
     def check(self, request: GenerationFields, n: int | None = None) -> None:
@@ -109,17 +110,20 @@ class Generator:
         if wrong is not None:
             raise ApiError(400, f"{field}: there is no token {wrong}; the vocabulary has {vocabulary}.", field)
 
-    async def constraints(self, grammar: Callable[[], Grammar | None], count: int) -> Sequence[Constraint | None]:
+    async def constraints(
+        self, asked: bool, grammar: Callable[[], Grammar | None], count: int
+    ) -> Sequence[Constraint | None]:
         """Return a constraint for each of some answers; their grammar is written and compiled once.
 
         Args:
+            asked: whether the request says anything about the form of its answers.
             grammar: returns the grammar, if there is one; called in another thread.
             count: the number of answers.
 
         Raises:
             ApiError: the grammar cannot be used.
         """
-        found = await anyio.to_thread.run_sync(grammar, limiter=self.builder.limiter)
+        found = await anyio.to_thread.run_sync(grammar, limiter=self.builder.limiter) if asked else None
         if found is None:
             return [None] * count
         try:

@@ -7,7 +7,6 @@ import binascii
 import io
 from importlib.util import find_spec
 
-import anyio.to_thread
 from PIL import Image, UnidentifiedImageError, features
 
 from deepseek_vl2.models.image_loading import load_image
@@ -71,15 +70,15 @@ def decode_data_url(url: str, place: str, limits: ImageLimits) -> bytes:
     return data
 
 
-async def read_image_file(url: str, place: str, limits: ImageLimits) -> bytes:
-    """Return the file that a URL of a request means.
+async def fetch_image(url: str, place: str, limits: ImageLimits) -> bytes | str:
+    """Return the file that a URL of a request means; a ``data:`` URL as it is, for `read_data_urls`.
 
     Raises:
         ApiError: the URL is of a kind that is not allowed, or its image cannot be had.
     """
     scheme = url[:8].partition(":")[0].lower()
     if scheme == "data":
-        return await anyio.to_thread.run_sync(decode_data_url, url, place, limits)
+        return url
     if scheme not in ("http", "https"):
         raise image_error(place, "An image must be a data URL (data:image/png;base64,...) or an http(s) address.")
     if not limits.allow_urls:
@@ -115,6 +114,11 @@ def unknown_format(data: bytes) -> str:
     if is_heif(data):
         return 'This server reads no HEIC images: send a JPEG, or install it with pip install "deepseek_vl2[heif]".'
     return f"This is not an image of a known format ({', '.join(FORMATS)})."
+
+
+def read_data_urls(files: list[tuple[str, bytes | str]], limits: ImageLimits) -> list[tuple[str, bytes]]:
+    """Return the files of a request's images; errors as `decode_data_url`."""
+    return [(place, decode_data_url(file, place, limits) if isinstance(file, str) else file) for place, file in files]
 
 
 def decode_images(files: list[tuple[str, bytes]], limits: ImageLimits) -> list[Image.Image]:

@@ -10,12 +10,13 @@ import anyio
 import anyio.to_thread
 from PIL import Image
 
-from deepseek_vl2.engine.prompts import prompt_of
+from deepseek_vl2.engine.launching import Launching
+from deepseek_vl2.engine.prompts import content_key, prompt_of
 from deepseek_vl2.engine.request import Prompt
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 
 from .errors import ApiError
-from .images import decode_images, read_image_file
+from .images import decode_images, fetch_image, read_data_urls
 from .schemas import ImagePart, TextPart
 from .settings import ImageLimits
 from .turns import Turn
@@ -39,6 +40,7 @@ class PromptBuilder:
         longest_token: bytes of the tokenizer's longest token.
         limits: limits of images.
         threads: prompts prepared at the same time.
+        launching: of the engine, which goes first.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class PromptBuilder:
         longest_token: int,
         limits: ImageLimits,
         threads: int,
+        launching: Launching,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -56,6 +59,7 @@ class PromptBuilder:
         self.most_bytes = max_length * longest_token
         self.limits = limits
         self.limiter = anyio.CapacityLimiter(threads)
+        self.launching = launching
 
     async def build(self, turns: Sequence[Turn], field: str = "messages") -> PreparedPrompt:
         """Return the prompt of a conversation.
@@ -73,7 +77,7 @@ class PromptBuilder:
         if len(images) > self.limits.max_images:
             message = f"The request has {len(images)} images; {self.limits.max_images} are allowed."
             raise ApiError(400, message, field, "too_many_images")
-        files = [(part.place, await read_image_file(part.url, part.place, self.limits)) for part in images]
+        files = [(part.place, await fetch_image(part.url, part.place, self.limits)) for part in images]
         details = {part.detail for part in images}
         if "low" in details and len(details) > 1:
             raise ApiError(400, "detail must be 'low' for all images of a request or for none.", field)
@@ -102,21 +106,27 @@ class PromptBuilder:
         return ApiError(400, message, field, "context_length_exceeded")
 
     def _process(
-        self, turns: Sequence[Turn], files: list[tuple[str, bytes]], cropping: bool | None, field: str
+        self, turns: Sequence[Turn], files: list[tuple[str, bytes | str]], cropping: bool | None, field: str
     ) -> PreparedPrompt:
-        images = decode_images(files, self.limits)
+        self.launching.wait()
+        read = read_data_urls(files, self.limits)
+        images = decode_images(read, self.limits)
         sizes = [image.size for image in images]
         remaining = iter(images)
         conversation = [
             {"role": turn.role, "content": [self._part(part, remaining) for part in turn.parts]} for turn in turns
         ]
+        self.launching.wait()
         try:
             inputs = self.processor.process_one(
                 conversations=conversation, cropping=cropping, max_pixels=self.limits.max_pixels
             )
         except ValueError as error:
             raise ApiError(400, str(error), field) from error
-        return PreparedPrompt(prompt_of(self.model, inputs), sizes)
+        self.launching.wait()
+        # Of a file: it has fewer bytes than its pixels.
+        keys = [content_key("file", (len(data),), data) for _, data in read]
+        return PreparedPrompt(prompt_of(self.model, inputs, keys=keys), sizes)
 
     @staticmethod
     def _part(part: Any, images: Any) -> dict[str, str | Image.Image]:

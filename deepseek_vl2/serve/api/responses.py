@@ -172,7 +172,7 @@ class ResponsesEndpoint:
         if request.instructions is not None:
             messages = [Message(role="system", content=request.instructions), *messages]
         tools = ToolUse.of(chat)
-        (constraint,) = await generator.constraints(lambda: chat_grammar(chat, tools), 1)
+        (constraint,) = await generator.constraints(bool(tools or chat.forms()), lambda: chat_grammar(chat, tools), 1)
         prepared = await generator.builder.build(conversation_turns(messages, tools, "input"), "input")
         max_tokens = generator.max_tokens(len(prepared.prompt), request, request.max_output_tokens, "input")
         grammar = None if constraint is None else (lambda: constraint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Any
@@ -15,6 +16,9 @@ from .app import Server
 from .connections import BoundedProtocol, ConnectionCounter
 
 ABORT_SECONDS = 10  # for last words, after which connections are cut
+# How long a thread of the server's process may keep the interpreter that another waits for. By default ten times that,
+# which is as long as several decoding steps.
+SWITCH_SECONDS = 0.0005
 
 
 class HttpServer(uvicorn.Server):
@@ -31,6 +35,15 @@ class HttpServer(uvicorn.Server):
         self.abort = abort
         self.seconds = seconds
         self.hurried = False
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal comes."""
+        seconds = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)
+        try:
+            super().run(sockets)
+        finally:
+            sys.setswitchinterval(seconds)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Note a signal."""
