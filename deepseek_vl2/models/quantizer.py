@@ -16,12 +16,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .checkpoint import conversion_rules
 from .moe import DeepseekV2Experts
 from .quantization import BLOCK, GROUP_SIZES, KINDS, Kind, WeightFormat, fit_format
-from .quantized_checkpoint import PackedFile, file_config, file_state
+from .quantized_checkpoint import HEAD, PackedFile, file_config, file_state
 from .quantized_layers import PackedExperts, PackedLinear, packed_layers, set_module
 
 METHOD = "deepseek_vl2"
 DEFAULT_GROUP = 64
-HEAD = "lm_head"
 LINEAR = re.compile(
     r"(^|.*\.)layers\.\d+\.(self_attn\.(q|k|v|o|q_a|q_b|kv_b)_proj|self_attn\.kv_a_proj_with_mqa"
     r"|mlp\.(shared_experts\.)?(gate|up|down)_proj)"
