@@ -22,6 +22,7 @@ from torch import nn
 
 from .checkpoint import EXPERT_TENSOR, FLOAT_DTYPES, FusedSlices, Shapes, StoredTensors
 from .quantization import BLOCK, FP8, PackedWeight, WeightFormat, quantize
+from .quantized_config import most_frequent
 from .quantized_layers import PackedExperts, PackedLinear, packed_layers
 
 READABLE = ("compressed-tensors", "fp8")
@@ -33,15 +34,8 @@ UNREADABLE = {
     "weight_bitmask": "sparse weights (weight_bitmask)",
 }
 PARTS = ("packed", "scale")
-HEAD = "lm_head"
 CODES = {torch.int32: "I32", torch.int8: "I8", FP8: "F8_E4M3", **{dtype: code for code, dtype in FLOAT_DTYPES.items()}}
 LAYER_TENSOR = re.compile(r"^(.*)\.(weight_packed|weight_scale_inv|weight_scale|weight_shape|weight)$")
-# vLLM looks for the name of a fused layer before it looks for its parts' names.
-FUSED_IN_VLLM = {
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
 EXPERT_LAYER = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)$")
 
 
@@ -289,8 +283,7 @@ class PackedFile:
     @property
     def wanted(self) -> WeightFormat:
         """The format that most matrices have."""
-        formats = list(self.formats.values())
-        return max(set(formats), key=formats.count)
+        return most_frequent(self.formats)
 
     def _add_experts(self, prefix: str, experts: list[dict[str, StoredLayer]]) -> None:
         for target, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
@@ -375,78 +368,3 @@ def _expert_tensors(name: str, layer: PackedExperts) -> dict[str, torch.Tensor]:
                 weight = PackedWeight(packed[index].clone(), scale[index].clone())
                 state.update(_file_tensors(f"{name}.{expert}.{part}", weight, layer.formats[target]))
     return state
-
-
-def _scheme(fmt: WeightFormat, targets: list[str]) -> dict[str, Any]:
-    """Return a group of compressed-tensors' config."""
-    strategy = "block" if fmt.block else "group" if fmt.group_size else "channel"
-    weights = {
-        "num_bits": 4 if fmt.kind == "int4" else 8,
-        "type": "float" if fmt.kind == "fp8" else "int",
-        "symmetric": True,
-        "strategy": strategy,
-        # vLLM's experts ask for the -1 of whole rows.
-        "group_size": fmt.group_size or (-1 if fmt.kind == "int8" else None),
-        "block_structure": [BLOCK, BLOCK] if fmt.block else None,
-        "dynamic": False,
-    }
-    return {
-        "targets": targets,
-        "weights": weights,
-        "input_activations": _activations(fmt),
-        "output_activations": None,
-        "format": "float-quantized" if fmt.kind == "fp8" else "pack-quantized",
-    }
-
-
-def _activations(fmt: WeightFormat) -> dict[str, Any] | None:
-    """Return what a file says of the inputs of products.
-
-    vLLM has no experts with fp8 weights and 16-bit inputs. It loads fp8 files that ask for inputs in fp8 with scales
-    found at run time, which change no stored tensor; this package keeps the inputs as they are.
-    """
-    if fmt.kind != "fp8":
-        return None
-    scales = {"strategy": "group", "group_size": BLOCK} if fmt.block else {"strategy": "token"}
-    return {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, **scales}
-
-
-def _target(name: str) -> str:
-    """Return a pattern of all layers that a packed matrix of the model is in a file, or is part of in vLLM."""
-    prefix, is_experts, part = name.rpartition(".experts.")
-    if is_experts:
-        parts = "(gate|up)_proj" if part == "gate_up_proj" else re.escape(part)
-        return f"re:{re.escape(prefix)}\\.experts\\.(routed_experts\\.)?\\d+\\.{parts}$"
-    prefix, _, part = name.rpartition(".")
-    fused = next((whole for whole, parts in FUSED_IN_VLLM.items() if part in parts), None)
-    return f"re:{re.escape(prefix)}\\.{f'({part}|{fused})' if fused else re.escape(part)}$"
-
-
-def file_config(formats: Mapping[str, WeightFormat], wanted: WeightFormat) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a config.json, as compressed-tensors and vLLM read it.
-
-    Args:
-        formats: the format of each packed matrix.
-        wanted: the format of most; layers of another are named.
-    """
-    groups = {"group_0": _scheme(wanted, ["Linear"])}
-    others: dict[WeightFormat, list[str]] = {}
-    for name, fmt in formats.items():
-        # vLLM's head is no "Linear" and must be named.
-        if fmt != wanted or name.endswith(HEAD):
-            others.setdefault(fmt, []).append(_target(name))
-    for index, fmt in enumerate(sorted(others, key=str), start=1):
-        groups[f"group_{index}"] = _scheme(fmt, sorted(others[fmt]))
-    layouts = {group["format"] for group in groups.values()}
-    ignore = ["re:vision\\..*", "re:projector\\..*", "re:.*\\.mlp\\.gate$"]
-    if not any(name.endswith(HEAD) for name in formats):
-        ignore.append(f"re:.*{HEAD}$")
-    return {
-        "quant_method": "compressed-tensors",
-        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ignore,
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
