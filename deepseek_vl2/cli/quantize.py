@@ -130,6 +130,7 @@ def pack_and_compare(
 ) -> dict[str, Any]:
     """Pack and save the model; returns the report."""
     from deepseek_vl2.models.checkpoint import find_files
+    from deepseek_vl2.models.quantized_config import refused_by_vllm
     from deepseek_vl2.utils import quantization_report as reports
     from deepseek_vl2.utils.io import load_pretrained_model
 
@@ -146,6 +147,7 @@ def pack_and_compare(
         "head": args.head,
         "bytes_before": sum(Path(file).stat().st_size for file in find_files(source) or []),
         "bytes_after": sum(file.stat().st_size for file in output.glob("*.safetensors")),
+        "refused_by_vllm": refused_by_vllm(model.config.quantization_config.formats),
         "errors": [{"name": e.name, "format": str(e.format), "relative_error": e.error} for e in errors],
     }
     if "logits" in exact:
@@ -192,6 +194,7 @@ def describe(report: dict[str, Any]) -> str:
         layer = f"layer {rest.partition('.')[0]}" if rest else head.rpartition(".")[2]
         layers.setdefault(layer, []).append(entry["relative_error"])
     lines += [f"  {layer:12} {100 * fmean(errors):6.2f} %" for layer, errors in layers.items()]
+    lines += [f"vLLM will refuse it: {reason}" for reason in report["refused_by_vllm"]]
     if "next_tokens" in report:
         found = report["next_tokens"]
         lines.append(

@@ -22,6 +22,7 @@ from torch import nn
 
 from .checkpoint import EXPERT_TENSOR, FLOAT_DTYPES, FusedSlices, Shapes, StoredTensors
 from .quantization import BLOCK, FP8, PackedWeight, WeightFormat, quantize
+from .quantized_config import most_frequent
 from .quantized_layers import PackedExperts, PackedLinear, packed_layers
 
 READABLE = ("compressed-tensors", "fp8")
@@ -282,8 +283,7 @@ class PackedFile:
     @property
     def wanted(self) -> WeightFormat:
         """The format that most matrices have."""
-        formats = list(self.formats.values())
-        return max(set(formats), key=formats.count)
+        return most_frequent(self.formats)
 
     def _add_experts(self, prefix: str, experts: list[dict[str, StoredLayer]]) -> None:
         for target, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
@@ -368,63 +368,3 @@ def _expert_tensors(name: str, layer: PackedExperts) -> dict[str, torch.Tensor]:
                 weight = PackedWeight(packed[index].clone(), scale[index].clone())
                 state.update(_file_tensors(f"{name}.{expert}.{part}", weight, layer.formats[target]))
     return state
-
-
-def _scheme(fmt: WeightFormat, targets: list[str]) -> dict[str, Any]:
-    """Return a group of compressed-tensors' config."""
-    strategy = "block" if fmt.block else "group" if fmt.group_size else "channel"
-    weights = {
-        "num_bits": 4 if fmt.kind == "int4" else 8,
-        "type": "float" if fmt.kind == "fp8" else "int",
-        "symmetric": True,
-        "strategy": strategy,
-        "group_size": fmt.group_size or None,
-        "block_structure": [BLOCK, BLOCK] if fmt.block else None,
-        "dynamic": False,
-    }
-    layout = "float-quantized" if fmt.kind == "fp8" else "pack-quantized"
-    return {
-        "targets": targets,
-        "weights": weights,
-        "input_activations": None,
-        "output_activations": None,
-        "format": layout,
-    }
-
-
-def _target(name: str) -> str:
-    """Return a pattern of all layers that a packed matrix of the model is in a file."""
-    prefix, is_experts, part = name.rpartition(".experts.")
-    if not is_experts:
-        return f"re:{re.escape(name)}$"
-    parts = "(gate|up)_proj" if part == "gate_up_proj" else re.escape(part)
-    return f"re:{re.escape(prefix)}\\.experts\\.\\d+\\.{parts}$"
-
-
-def file_config(formats: Mapping[str, WeightFormat], wanted: WeightFormat) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a config.json, as compressed-tensors and vLLM read it.
-
-    Args:
-        formats: the format of each packed matrix.
-        wanted: the format of most; layers of another are named.
-    """
-    groups = {"group_0": _scheme(wanted, ["Linear"])}
-    others: dict[WeightFormat, list[str]] = {}
-    for name, fmt in formats.items():
-        if fmt != wanted:
-            others.setdefault(fmt, []).append(_target(name))
-    for index, fmt in enumerate(sorted(others, key=str), start=1):
-        groups[f"group_{index}"] = _scheme(fmt, sorted(others[fmt]))
-    layouts = {group["format"] for group in groups.values()}
-    ignore = ["re:vision\\..*", "re:projector\\..*", "re:.*\\.mlp\\.gate$"]
-    if not any(name.endswith("lm_head") for name in formats):
-        ignore.append("re:.*lm_head$")
-    return {
-        "quant_method": "compressed-tensors",
-        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ignore,
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }

@@ -16,16 +16,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .checkpoint import conversion_rules
 from .moe import DeepseekV2Experts
 from .quantization import BLOCK, GROUP_SIZES, KINDS, Kind, WeightFormat, fit_format
-from .quantized_checkpoint import PackedFile, file_config, file_state
+from .quantized_checkpoint import PackedFile, file_state
+from .quantized_config import HEAD, file_config
 from .quantized_layers import PackedExperts, PackedLinear, packed_layers, set_module
 
 METHOD = "deepseek_vl2"
 DEFAULT_GROUP = 64
-HEAD = "lm_head"
 LINEAR = re.compile(
     r"(^|.*\.)layers\.\d+\.(self_attn\.(q|k|v|o|q_a|q_b|kv_b)_proj|self_attn\.kv_a_proj_with_mqa"
     r"|mlp\.(shared_experts\.)?(gate|up|down)_proj)"
 )
+STACKED = re.compile(r"\.(q|k|v|gate|up)_proj$")
 EXPERT_PARTS = ("gate_up_proj", "down_proj")
 
 Formats = dict[str, WeightFormat]
@@ -97,7 +98,7 @@ class WeightOnlyConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what a saved config.json says: the description that compressed-tensors gives such weights."""
-        return file_config(self.formats, self.wanted)
+        return file_config(self.formats)
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # code loaded from a checkpoint directory is a second copy
@@ -120,7 +121,10 @@ def plan_formats(model: nn.Module, config: WeightOnlyConfig) -> Formats:
                     wanted = WeightFormat("fp8")  # a block would hold rows of two matrices
                 formats[f"{name}.{part}"] = fit_format(wanted, width)
         elif isinstance(module, nn.Linear) and LINEAR.fullmatch(name):
-            formats[name] = fit_format(config.wanted, module.in_features)
+            wanted = config.wanted
+            if wanted.block and module.out_features % BLOCK and STACKED.search(name):
+                wanted = WeightFormat("fp8")  # vLLM stacks these, and a block would hold rows of two of them
+            formats[name] = fit_format(wanted, module.in_features)
         elif isinstance(module, nn.Linear) and config.head and name.rpartition(".")[2] == HEAD:
             model_config: Any = model.config
             if model_config.get_text_config().tie_word_embeddings:

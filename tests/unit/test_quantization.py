@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from deepseek_vl2.models.quantization import (
     relative_error,
     unpack_int4,
 )
+from deepseek_vl2.models.quantized_config import file_config, refused_by_vllm
 from deepseek_vl2.models.quantized_layers import PackedExperts, PackedLinear, packed_layers
 from deepseek_vl2.models.quantizer import WeightOnlyConfig, plan_formats
 
@@ -451,6 +453,60 @@ def test_int8_in_bytes_is_read_like_int8_in_words(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with torch.no_grad():
         assert torch.equal(load(tmp_path)(**INPUTS).logits, model(**INPUTS).logits)
+
+
+SMALL = "language.model.layers.0"
+
+
+def config_of(formats: dict[str, WeightFormat], most: str = "int8") -> dict[str, Any]:
+    others = {f"language.model.layers.{layer}.self_attn.o_proj": FORMATS[most] for layer in range(5)}
+    return file_config({**others, **{f"{SMALL}.{name}": fmt for name, fmt in formats.items()}})
+
+
+def test_a_saved_config_says_what_vllm_asks_for() -> None:
+    int8 = config_of({})["config_groups"]["group_0"]
+    assert (int8["weights"]["strategy"], int8["weights"]["group_size"]) == ("channel", -1)
+    assert int8["input_activations"] is None
+    for name, inputs in (("fp8", ("token", None)), ("fp8-block", ("group", 128))):
+        group = config_of({}, name)["config_groups"]["group_0"]
+        asked = group["input_activations"]
+        assert asked["dynamic"] is True and (asked["strategy"], asked.get("group_size")) == inputs
+    head = file_config({"language.lm_head": FORMATS["int4-64"]})
+    assert head["config_groups"]["group_1"]["targets"] == ["re:language\\.lm_head$"]
+    assert not any(re.match(pattern[3:], "language.lm_head") for pattern in head["ignore"])
+
+
+def test_layers_of_another_format_are_named_as_vllm_has_them_too() -> None:
+    other = FORMATS["int8"]
+    formats = {"mlp.up_proj": other, "self_attn.k_proj": other, "mlp.experts.gate_up_proj": other}
+    (patterns,) = (
+        g["targets"] for g in config_of(formats, "int4-64")["config_groups"].values() if len(g["targets"]) > 1
+    )
+    names = ["mlp.up_proj", "mlp.gate_up_proj", "self_attn.qkv_proj", "self_attn.k_proj", "mlp.experts.11.gate_proj"]
+    names.append("mlp.experts.routed_experts.0.up_proj")
+    for name in names:
+        assert sum(bool(re.match(p.removeprefix("re:"), f"{SMALL}.{name}")) for p in patterns) == 1, name
+    for name in ("mlp.gate_proj", "self_attn.q_proj", "mlp.experts.0.down_proj", "mlp.shared_experts.up_proj"):
+        assert not any(re.match(p.removeprefix("re:"), f"{SMALL}.{name}") for p in patterns), name
+
+
+def test_blocks_of_fp8_do_not_hold_rows_of_two_stacked_matrices() -> None:
+    formats = plan_formats(mini_model("tiny", intermediate_size=192), WeightOnlyConfig("fp8", block=True))
+    kinds = {name.rpartition(".")[2]: fmt for name, fmt in formats.items() if ".layers.0." in name}
+    assert kinds["gate_proj"] == kinds["up_proj"] == WeightFormat("fp8")
+    assert kinds["down_proj"] == kinds["o_proj"] == WeightFormat("fp8", block=True)
+
+
+def test_what_vllm_refuses_is_said() -> None:
+    experts = {
+        f"{SMALL}.mlp.experts.gate_up_proj": FORMATS["int4-64"],
+        f"{SMALL}.mlp.experts.down_proj": FORMATS["int4-64"],
+    }
+    assert refused_by_vllm(experts) == []
+    (mixed,) = refused_by_vllm({**experts, f"{SMALL}.mlp.experts.down_proj": FORMATS["int8"]})
+    assert mixed == f"vLLM's experts have one format: {SMALL}.mlp.experts has two."
+    (small,) = refused_by_vllm({f"{SMALL}.mlp.up_proj": WeightFormat("int4", 16)})
+    assert "groups of 32, 64, 128 columns" in small and f"{SMALL}.mlp.up_proj has groups of 16" in small
 
 
 @pytest.mark.parametrize("name", CONFIGS)
