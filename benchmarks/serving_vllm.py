@@ -16,7 +16,7 @@ from typing import Any
 
 from gpu_end_to_end import CONFIGS
 from vllm_checkpoint import write_tokenizer
-from vllm_plugin import plugin_path
+from vllm_plugin import plugin_path, without_flashinfer
 
 NAME = "model"
 BENCHMARKS = Path(__file__).resolve().parent
@@ -43,7 +43,8 @@ def vllm_environment(work: Path) -> dict[str, str]:
     """Return the environment of the server, with what it finds its plugins by."""
     path = plugin_path(work / "entry", {"deepseek_vl2_spread": "serving_vllm:spread_weights"})
     path = os.pathsep.join([path, str(BENCHMARKS)])
-    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    more = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **without_flashinfer()}
+    return {**os.environ, **more}
 
 
 def vllm_server(size: str, work: Path, tokenizer: Path | None, most: int) -> Callable[[int], list[str]]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -333,6 +334,11 @@ def plugin_path(folder: Path, more: dict[str, str] | None = None) -> str:
     return os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
 
 
+def without_flashinfer() -> dict[str, str]:
+    """Return what keeps vLLM from asking for FlashInfer's sampler where that package is missing."""
+    return {} if importlib.util.find_spec("flashinfer") else {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+
+
 def run_section(name: str, arguments: list[str], environment: dict[str, str], seconds: float) -> dict[str, Any]:
     """Run a section as a process, and return what it found or how it failed."""
     start = time.perf_counter()
@@ -383,6 +389,7 @@ def run_all(args: argparse.Namespace) -> None:
     work = Path(args.out or tempfile.mkdtemp(prefix="vllm_plugin_"))
     environment = {**os.environ, "PYTHONPATH": plugin_path(work / "entry"), "HF_HUB_OFFLINE": "1"}
     environment |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "0"}
+    environment |= without_flashinfer()
     environment.setdefault("DEEPSEEK_VL2_KERNELS", "0")  # ours in plain PyTorch, which defines the kernels
     alone = {**environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if not gpus:
