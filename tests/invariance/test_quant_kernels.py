@@ -15,7 +15,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from deepseek_vl2.models.quantization import PackedWeight, WeightFormat, dequantize, quantize
-from deepseek_vl2.ops.triton import packed_gemv
+from deepseek_vl2.ops.triton import packed_gemv, unpack_pairs
 from deepseek_vl2.ops.triton.decode_experts import ExpertWeights, down_plain, gate_up_plain
 from deepseek_vl2.ops.triton.decode_experts_gemm import down_gemm, gate_up_gemm
 from deepseek_vl2.ops.triton.decode_experts_gemv import down_gemv, gate_up_gemv
@@ -132,14 +132,61 @@ def test_the_assembly_cuts_out_each_number(name: str, program: Any, places: int)
         planes = np.zeros(places, np.float32)
         planes[place] = np.float32(2.0) ** powers[place]
         start = np.float32(-extra * 2.0**-49)
-        got = run_assembly(program.value, words, planes, start)
+        values = {"$1": words, f"${places + 2}": np.full(words.shape, start)}
+        values |= {f"${k + 2}": plane for k, plane in enumerate(planes)}
+        got = run_assembly(program.value, values, "$0")
         assert np.array_equal(got * np.float32(2.0**49), numbers[:, place::places])
 
 
-def run_assembly(program: str, words: np.ndarray, planes: np.ndarray, start: np.float32) -> np.ndarray:
-    """Return what the few instructions of such a piece of assembly make of words, [rows, words]."""
-    values: dict[str, Any] = {"$1": words, f"${len(planes) + 2}": np.full(words.shape, start)}
-    values |= {f"${k + 2}": plane for k, plane in enumerate(planes)}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "programs", "most"),
+    [
+        ("nibbles", (unpack_pairs.INT4_BF16, unpack_pairs.INT4_FP16), 1 << 8),
+        ("int8", (unpack_pairs.INT8_BF16, unpack_pairs.INT8_FP16), 1 << 16),
+        ("fp8", (unpack_pairs.FP8_BF16, unpack_pairs.FP8_FP16), 1 << 16),
+    ],
+)
+def test_the_assembly_makes_exact_pairs(name: str, programs: tuple[Any, Any], most: int, dtype: torch.dtype) -> None:
+    """Every byte, beside every other: what tensor cores get in place of the plain form."""
+    program = programs[dtype == torch.float16].value
+    given = torch.arange(most, dtype=torch.int32)
+    values = {"$2" if name == "nibbles" else "$1": given.numpy().astype(np.uint32)}
+    if name == "nibbles":
+        expected = [given & 15, given >> 4]
+        expected = [numbers.float() - 8 for numbers in expected]
+    else:
+        kind = torch.int8 if name == "int8" else torch.float8_e4m3fn
+        expected = [part.to(torch.uint8).view(kind).float() for part in (given & 255, given >> 8)]
+    found = torch.from_numpy(run_assembly(program, values, "a").view(np.int32))
+    for half, numbers in zip((found, found >> 16), expected, strict=True):
+        pairs = (half & 0xFFFF).to(torch.uint16).view(dtype).float()
+        valid = ~numbers.isnan()
+        assert torch.equal(pairs[valid], numbers[valid])
+
+
+def halves_of(words: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return the two floats in each word, low half first, [2, words], in float64."""
+    bits = torch.from_numpy(np.atleast_1d(np.asarray(words, np.uint32)).view(np.int32))
+    return torch.stack([((bits >> shift) & 0xFFFF).to(torch.uint16).view(dtype) for shift in (0, 16)]).double()
+
+
+def multiply_add_pairs(a: Any, b: Any, c: Any, dtype: torch.dtype) -> np.ndarray:
+    """Return a multiply-add of pairs of 16-bit floats, rounded once."""
+    out = (halves_of(a, dtype) * halves_of(b, dtype) + halves_of(c, dtype)).to(dtype).view(torch.uint16).to(torch.int32)
+    return (out[0] | out[1] << 16).numpy().view(np.uint32)
+
+
+def permute_bytes(a: Any, b: Any, selector: int) -> Any:
+    """Return a word of four bytes of two words, each chosen by four bits."""
+    held = np.uint64(a) | np.asarray(b, np.uint64) << np.uint64(32)
+    parts = [(held >> np.uint64(8 * (selector >> 4 * k & 7)) & np.uint64(255)) << np.uint64(8 * k) for k in range(4)]
+    return sum(parts).astype(np.uint32)
+
+
+def run_assembly(program: str, values: dict[str, Any], result: str) -> np.ndarray:
+    """Return what the few instructions of such a piece of assembly make of operands: a register's or an operand's."""
+    values = dict(values)
 
     def value(name: str) -> Any:
         return values[name] if name in values else np.uint32(int(name))
@@ -148,20 +195,30 @@ def run_assembly(program: str, words: np.ndarray, planes: np.ndarray, start: np.
         if not line.strip() or ".reg" in line:
             continue
         operation, rest = line.strip().split(" ", 1)
+        if rest.startswith("{"):  # of a pair to two operands: ``result`` is the pair
+            continue
         target, *given = (part.strip() for part in rest.split(","))
         a = value(given[0])
-        if operation.startswith("mov"):
+        if operation.startswith(("mov", "cvt")):
             out = a
         elif operation == "fma.rn.f32":
             wide = a.view(np.float32).astype(np.float64) * value(given[1]) + value(given[2])
             out = wide.astype(np.float32)
+        elif operation.startswith("fma.rn"):
+            dtype = torch.float16 if operation.endswith(".f16x2") else torch.bfloat16
+            out = multiply_add_pairs(a, value(given[1]), value(given[2]), dtype)
+        elif operation == "lop3.b32":
+            assert given[3] == "234"
+            out = a & value(given[1]) | value(given[2])
+        elif operation == "prmt.b32":
+            out = permute_bytes(a, value(given[1]), int(given[2]))
         elif operation == "shr.s32":
             out = (a.view(np.int32) >> int(given[1])).view(np.uint32)
         else:
             does = {"and.b32": np.bitwise_and, "xor.b32": np.bitwise_xor, "shl.b32": np.left_shift}
-            out = (does | {"shr.u32": np.right_shift})[operation](a, value(given[1]))
+            out = (does | {"shr.u32": np.right_shift, "mul.lo.u32": np.multiply})[operation](a, value(given[1]))
         values[target] = out
-    return np.asarray(values["$0"])
+    return np.asarray(values[result])
 
 
 def test_the_largest_output_of_each_program_is_noted() -> None:

@@ -27,6 +27,7 @@ from .weights import (
     row_scale,
     scale_of,
     tile_columns,
+    unrolled,
 )
 
 
@@ -123,7 +124,8 @@ def _gate_up_gemm_kernel(
         present = tl.arange(0, BLOCK_B) < count
         gate = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
         up = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-        for start in tl.range(0, H, BLOCK_K, num_stages=STAGES):
+        UNROLL: tl.constexpr = unrolled(KIND, BLOCK_K, 128)
+        for start in tl.range(0, H, BLOCK_K, num_stages=STAGES, loop_unroll_factor=UNROLL):
             h = start + tl.arange(0, BLOCK_K)
             if KIND == PLAIN:
                 offsets = n[:, None] * H + h[None, :]
@@ -133,11 +135,11 @@ def _gate_up_gemm_kernel(
             else:
                 dtype = x_ptr.dtype.element_ty
                 gate_weight = load_tile(
-                    gate_ptr, gate_scale_ptr, n, size, start, H // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK
-                ).to(dtype)
+                    gate_ptr, gate_scale_ptr, n, size, start, H // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype
+                )
                 up_weight = load_tile(
-                    up_ptr, up_scale_ptr, n, size, start, H // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK
-                ).to(dtype)
+                    up_ptr, up_scale_ptr, n, size, start, H // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype
+                )
             x = tl.load(x_ptr + row[None, :] * H + h[:, None], mask=present[None, :] & (h < H)[:, None], other=0.0)
             gate = dot(gate_weight, x, gate)
             up = dot(up_weight, x, up)
@@ -212,16 +214,16 @@ def _down_gemm_kernel(
         n = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
         present = tl.arange(0, BLOCK_B) < count
         total = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-        for start in tl.range(0, size, BLOCK_K, num_stages=STAGES):
+        UNROLL: tl.constexpr = unrolled(KIND, BLOCK_K, 128)
+        for start in tl.range(0, size, BLOCK_K, num_stages=STAGES, loop_unroll_factor=UNROLL):
             i = start + tl.arange(0, BLOCK_K)
             if KIND == PLAIN:
                 mask = (n < H)[:, None] & (i < size)[None, :]
                 weight = tl.load(matrix + n[:, None] * size + i[None, :], mask=mask, other=0.0)
             else:
                 width, count = tl.where(routed, I // PER, S // PER), tl.where(routed, SCALES, SHARED_SCALES)
-                weight = load_tile(matrix, scale_ptr, n, H, start, width, count, BLOCK_K, KIND, GROUP, ROW_BLOCK).to(
-                    in_ptr.dtype.element_ty
-                )
+                dtype = in_ptr.dtype.element_ty
+                weight = load_tile(matrix, scale_ptr, n, H, start, width, count, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype)
             x_mask = present[None, :] & (i < size)[:, None]
             x = tl.load(in_ptr + place[None, :] * size + i[:, None], mask=x_mask, other=0.0)
             total = dot(weight, x, total)

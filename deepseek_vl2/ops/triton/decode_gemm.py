@@ -26,6 +26,7 @@ from .weights import (
     row_scale,
     scale_of,
     tile_columns,
+    unrolled,
 )
 
 
@@ -88,14 +89,17 @@ def _gemm_kernel(
     b = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
     # The weight stands on the left: its many rows fill the matrix unit, and the few tokens are its narrow side.
     total = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    UNROLL: tl.constexpr = unrolled(KIND, BLOCK_K, 128)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES, loop_unroll_factor=UNROLL):
         k = start + tl.arange(0, BLOCK_K)
         if KIND == PLAIN:
             weight_offsets = n.to(tl.int64)[:, None] * W_N + k[None, :] * W_K
             weight = tl.load(matrix + weight_offsets, mask=(n < size)[:, None] & (k < K)[None, :], other=0.0)
         else:
-            tile = load_tile(matrix, scale_ptr, n, size, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK)
-            weight = tile.to(x_ptr.dtype.element_ty)
+            dtype = x_ptr.dtype.element_ty
+            weight = load_tile(
+                matrix, scale_ptr, n, size, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype
+            )
         x_offsets = group * x_group + b[None, :] * x_row + k[:, None]
         x = tl.load(x_ptr + x_offsets, mask=(b < rows)[None, :] & (k < K)[:, None], other=0.0)
         total = dot(weight, x, total)

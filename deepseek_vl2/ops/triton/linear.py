@@ -38,12 +38,13 @@ def _dequantize_kernel(
     SCALES: tl.constexpr = 1 if GROUP == 0 else (K + GROUP - 1) // GROUP
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     start = tl.program_id(1) * BLOCK_K
-    tile = load_tile(packed_ptr, scale_ptr, n, N, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK)
+    dtype = out_ptr.dtype.element_ty
+    tile = load_tile(packed_ptr, scale_ptr, n, N, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype)
     if GROUP == 0:
-        tile *= row_scale(scale_ptr, n, N, KIND, GROUP)[:, None]
+        tile = tile * row_scale(scale_ptr, n, N, KIND, GROUP)[:, None]
     k = start + tl.arange(0, BLOCK_K)
     held = (n < N)[:, None] & (k < K)[None, :]
-    tl.store(out_ptr + n.to(tl.int64)[:, None] * K + k[None, :], tile.to(out_ptr.dtype.element_ty), mask=held)
+    tl.store(out_ptr + n.to(tl.int64)[:, None] * K + k[None, :], tile.to(dtype), mask=held)
 
 
 def dequantize(weight: QuantWeight, dtype: torch.dtype) -> torch.Tensor:

@@ -16,6 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .common import INTERPRETED
+from .unpack_pairs import unpack_pairs
+
 PLAIN, INT4, INT8, FP8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 KINDS = {torch.int32: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
 BLOCK = 128  # rows and columns of a block of fp8
@@ -104,9 +107,13 @@ def check_weights(weights: Sequence[Weight]) -> None:
 
 
 def tile_columns(columns: int, fmt: dict[str, int], most: int = 128) -> int:
-    """Return how many columns of a packed matrix a step of a GEMM takes: a power of two, of one group if not int4."""
+    """Return how many columns of a packed matrix a step of a GEMM takes: a power of two, of one group.
+
+    But not in the interpreter, which takes its time for a step of int4, however few columns that has.
+    """
     width = min(max(triton.next_power_of_2(columns), 16), most)
-    return min(width, fmt["GROUP"]) if fmt["KIND"] > 1 and fmt["GROUP"] else width
+    many = fmt["KIND"] == INT4.value and INTERPRETED.value
+    return min(width, fmt["GROUP"]) if fmt["GROUP"] and not many else width
 
 
 # ---------------------------------------------------------------- inside of kernels
@@ -200,6 +207,31 @@ def row_scale(
 
 
 @triton.jit
+def unrolled(KIND: tl.constexpr, BLOCK_K: tl.constexpr, MOST: tl.constexpr) -> tl.constexpr:
+    """Return how many steps over packed weights are one of a loop's: those of MOST columns."""
+    return 1 if KIND == PLAIN or INTERPRETED or BLOCK_K >= MOST else MOST // BLOCK_K
+
+
+@triton.jit
+def row_scale_of(
+    scale_ptr: tl.tensor,
+    rows: tl.tensor,
+    size: tl.tensor,
+    start: tl.tensor,
+    count: tl.tensor,
+    GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """Return the scale of some rows' columns from ``start`` on, [rows]; 1 where whole rows have one."""
+    if GROUP > 0:
+        places = (rows // ROW_BLOCK).to(tl.int64) * count + start // GROUP
+        scale = tl.load(scale_ptr + places, mask=(rows < size) & (start < count * GROUP), other=0.0)
+    else:
+        scale = 1.0
+    return scale
+
+
+@triton.jit
 def load_tile(
     packed_ptr: tl.tensor,
     scale_ptr: tl.tensor,
@@ -212,20 +244,34 @@ def load_tile(
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ) -> tl.tensor:
-    """Return a tile of a packed weight, [rows, BLOCK_K] in float32; scales of whole rows are still to be applied.
+    """Return a tile of a packed weight, [rows, BLOCK_K]; scales of whole rows are still to be applied.
 
     A packed row has ``width`` numbers and ``count`` scales.
     """
-    PER: tl.constexpr = 8 if KIND == INT4 else 1
-    # The compiler does not see what the quotient is a multiple of, and would read word by word.
-    columns = tl.multiple_of(start // PER, BLOCK_K // PER) + tl.arange(0, BLOCK_K // PER)
-    held = (rows < size)[:, None] & (columns < width)[None, :]
-    part = tl.load(packed_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=held, other=0)
-    if GROUP > 0:
-        STEP: tl.constexpr = 8 if KIND == INT4 else BLOCK_K
-        scale = load_scale(scale_ptr, rows, size, start, count, BLOCK_K, STEP, GROUP, ROW_BLOCK)
-        tile = unpack(part, scale, KIND, GROUP)
+    HALF: tl.constexpr = tl.float16 == DTYPE or tl.bfloat16 == DTYPE
+    if HALF and (GROUP if GROUP > 0 else BLOCK_K) >= BLOCK_K and not INTERPRETED:
+        # All columns share a scale.
+        PER_BYTE: tl.constexpr = 2 if KIND == INT4 else 1
+        bytes_ptr = packed_ptr.to(tl.pointer_type(tl.uint8), bitcast=True) if KIND == INT4 else packed_ptr
+        row_bytes = width * 4 if KIND == INT4 else width
+        scale = row_scale_of(scale_ptr, rows, size, start, count, GROUP, ROW_BLOCK)
+        columns = tl.multiple_of(start // PER_BYTE, BLOCK_K // PER_BYTE) + tl.arange(0, BLOCK_K // PER_BYTE)
+        held = (rows < size)[:, None] & (columns < row_bytes)[None, :]
+        part = tl.load(bytes_ptr + rows.to(tl.int64)[:, None] * row_bytes + columns[None, :], mask=held, other=0)
+        tile = unpack_pairs(part, KIND, DTYPE)
+        if GROUP > 0:
+            tile = (tile * scale[:, None]).to(DTYPE)
     else:
-        tile = unpack(part, part, KIND, GROUP)
+        PER: tl.constexpr = 8 if KIND == INT4 else 1
+        # The compiler does not see what the quotient is a multiple of, and would read word by word.
+        columns = tl.multiple_of(start // PER, BLOCK_K // PER) + tl.arange(0, BLOCK_K // PER)
+        held = (rows < size)[:, None] & (columns < width)[None, :]
+        part = tl.load(packed_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=held, other=0)
+        scale = part
+        if GROUP > 0:
+            STEP: tl.constexpr = 8 if KIND == INT4 else BLOCK_K
+            scale = load_scale(scale_ptr, rows, size, start, count, BLOCK_K, STEP, GROUP, ROW_BLOCK)
+        tile = unpack(part, scale, KIND, GROUP).to(DTYPE)
     return tile
