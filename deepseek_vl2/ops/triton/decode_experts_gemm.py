@@ -27,7 +27,6 @@ from .weights import (
     row_scale,
     scale_of,
     tile_columns,
-    unrolled,
 )
 
 
@@ -124,7 +123,7 @@ def _gate_up_gemm_kernel(
         present = tl.arange(0, BLOCK_B) < count
         gate = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
         up = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-        UNROLL: tl.constexpr = unrolled(KIND, BLOCK_K, 128)
+        UNROLL: tl.constexpr = 128 // BLOCK_K if KIND != PLAIN and BLOCK_K < 128 else 1
         for start in tl.range(0, H, BLOCK_K, num_stages=STAGES, loop_unroll_factor=UNROLL):
             h = start + tl.arange(0, BLOCK_K)
             if KIND == PLAIN:
@@ -214,7 +213,7 @@ def _down_gemm_kernel(
         n = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
         present = tl.arange(0, BLOCK_B) < count
         total = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-        UNROLL: tl.constexpr = unrolled(KIND, BLOCK_K, 128)
+        UNROLL: tl.constexpr = 128 // BLOCK_K if KIND != PLAIN and BLOCK_K < 128 else 1
         for start in tl.range(0, size, BLOCK_K, num_stages=STAGES, loop_unroll_factor=UNROLL):
             i = start + tl.arange(0, BLOCK_K)
             if KIND == PLAIN:

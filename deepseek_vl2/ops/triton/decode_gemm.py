@@ -26,7 +26,6 @@ from .weights import (
     row_scale,
     scale_of,
     tile_columns,
-    unrolled,
 )
 
 
@@ -89,7 +88,7 @@ def _gemm_kernel(
     b = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
     # The weight stands on the left: its many rows fill the matrix unit, and the few tokens are its narrow side.
     total = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-    UNROLL: tl.constexpr = unrolled(KIND, BLOCK_K, 128)
+    UNROLL: tl.constexpr = 128 // BLOCK_K if KIND != PLAIN and BLOCK_K < 128 else 1
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES, loop_unroll_factor=UNROLL):
         k = start + tl.arange(0, BLOCK_K)
         if KIND == PLAIN:

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .common import check_rows, dot, power_of_two, rounded
 from .grouped_gemm import find_tile
-from .weights import INT4, QuantWeight, format_of, load_tile, numbers_of, row_scale, scale_of, tile_columns, unrolled
+from .weights import INT4, QuantWeight, format_of, load_tile, numbers_of, row_scale, scale_of, tile_columns
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _grouped_kernel(
         p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
         gate = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
         up = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-        UNROLL: tl.constexpr = unrolled(KIND, BLOCK_K, 64)
+        UNROLL: tl.constexpr = 64 // BLOCK_K if BLOCK_K < 64 else 1
         for start in tl.range(0, K, BLOCK_K, num_stages=STAGES, loop_unroll_factor=UNROLL):
             k = start + tl.arange(0, BLOCK_K)
             x = tl.load(rows_ptr + p[None, :] * K + k[:, None], mask=(p < end)[None, :] & (k < K)[:, None], other=0.0)

@@ -207,12 +207,6 @@ def row_scale(
 
 
 @triton.jit
-def unrolled(KIND: tl.constexpr, BLOCK_K: tl.constexpr, MOST: tl.constexpr) -> tl.constexpr:
-    """Return how many steps over packed weights are one of a loop's: those of MOST columns."""
-    return 1 if KIND == PLAIN or INTERPRETED or BLOCK_K >= MOST else MOST // BLOCK_K
-
-
-@triton.jit
 def row_scale_of(
     scale_ptr: tl.tensor,
     rows: tl.tensor,
