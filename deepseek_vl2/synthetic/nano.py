@@ -20,7 +20,7 @@ from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, Dee
 from deepseek_vl2.models.messages import CHAT_TOKENS, GROUNDING_TOKENS
 from deepseek_vl2.models.siglip_vit import VisionTransformer
 
-from .samples import training_sample
+from .samples import training_turns
 from .scene import CANDIDATES, TILE
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -83,7 +83,7 @@ def frequent_words() -> list[str]:
     """
     uses: Counter[str] = Counter()
     for seed in range(VOCABULARY_SAMPLES):
-        for turn in training_sample(seed).turns:
+        for turn in training_turns(seed):
             text = turn.question if turn.task in SPELT_OUT else f"{turn.question}\n{turn.answer}"
             uses.update(re.findall(r" ?[A-Za-z]+", re.sub(r"<[^>]*>", "\n", text)))
     ordered = sorted(uses.items(), key=lambda use: (-use[1], use[0]))

@@ -239,8 +239,8 @@ def ask(weights: dict[Builder, float], scene: Scene, number: int, rng: Random) -
     return list(turns.values())
 
 
-def training_sample(seed: int, mixture: str = "first") -> Sample:
-    """Return the sample of a seed, below `HELD_OUT`, in one of `MIXTURES`."""
+def plan_sample(seed: int, mixture: str) -> tuple[list[Scene], list[Turn], Random]:
+    """Return a sample before it is drawn: its scenes, its turns, and the generator that drawing goes on with."""
     rng = Random(seed)
     mixed = MIXTURES[mixture]
     plans, weights = mixed.plans, mixed.weights
@@ -255,7 +255,18 @@ def training_sample(seed: int, mixture: str = "first") -> Sample:
             if mixed.telling_last:
                 turns.sort(key=lambda turn: TELLING.get(turn.task, 0))
         if turns:
-            return Sample([draw_scene(scene, rng) for scene in scenes], turns)
+            return scenes, turns, rng
+
+
+def training_sample(seed: int, mixture: str = "first") -> Sample:
+    """Return the sample of a seed, below `HELD_OUT`, in one of `MIXTURES`."""
+    scenes, turns, rng = plan_sample(seed, mixture)
+    return Sample([draw_scene(scene, rng) for scene in scenes], turns)
+
+
+def training_turns(seed: int, mixture: str = "first") -> list[Turn]:
+    """Return the questions and answers of a training sample, without its pictures, whose drawing takes time."""
+    return plan_sample(seed, mixture)[1]
 
 
 class SyntheticConversations(Dataset):

@@ -362,6 +362,11 @@ def test_answers_to_another_input_are_not_mixed(
     questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(questions, tmp_path / "a.jsonl") == 0
+    first, *rest = questions.read_bytes().splitlines(keepends=True)
+    alike = tmp_path / "alike.jsonl"  # of as many lines
+    alike.write_bytes(first + rest[0].replace(b"{", b'{ "id": "new", ', 1) + b"".join(rest[1:]))
+    assert run(alike, tmp_path / "a.jsonl") == 1
+    assert "answers another input: its line 2 was another one" in capsys.readouterr().err
     other = write_lines(tmp_path / "other.jsonl", {"prompt": "Something else"})
     assert run(other, tmp_path / "a.jsonl") == 1
     assert "answers another input" in capsys.readouterr().err

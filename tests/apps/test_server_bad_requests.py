@@ -302,6 +302,9 @@ def test_bad_requests_are_refused_and_the_server_goes_on(server: RunningServer) 
     assert server.engine.healthy and server.engine.stats.failed == 0
 
 
+HALF_OF_THE_PIXELS = png(800, 800, zlib.compress(b"\0" * 800 * 2401))  # and a little more
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -315,6 +318,7 @@ def test_bad_requests_are_refused_and_the_server_goes_on(server: RunningServer) 
         (messages({"role": "function", "content": "x"}), "messages.0.role: Input should be 'system'"),
         (messages(user([image_part("file:///etc/passwd")])), "must be a data URL"),
         (messages(user([image_part(encoded(png(60_000, 60_000)))])), "too many pixels"),
+        (messages(user([image_part(encoded(HALF_OF_THE_PIXELS))] * 2)), "a request together may have 1,000,000"),
         (messages(user([image_part("http://169.254.169.254/latest")])), "not on the public internet"),
         ({"logit_bias": {"999999": 1}}, "there is no token 999999"),
         ({"regex": "("}, "unclosed group"),

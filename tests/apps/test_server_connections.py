@@ -112,11 +112,12 @@ def test_bodies_that_hardly_come_take_nobodys_place(server: RunningServer) -> No
 
 
 def test_a_header_must_come_in_time(server: RunningServer) -> None:
-    for sent in (b"", b"GET /health HTTP/1.1\r\nHost: ", b"G"):
-        with connect(server, sent) as stream:
-            begin = time.monotonic()
-            error = error_in(read_all(stream), 408)
-            assert "within 1 second" in error["message"] and time.monotonic() - begin < 8
+    begin = time.monotonic()
+    with contextlib.ExitStack() as opened:
+        beginnings = (b"", b"GET /health HTTP/1.1\r\nHost: ", b"G")
+        for stream in [opened.enter_context(connect(server, sent)) for sent in beginnings]:
+            assert "within 1 second" in error_in(read_all(stream), 408)["message"]
+    assert time.monotonic() - begin < 8
 
 
 def test_a_byte_now_and_then_wins_no_time(server: RunningServer) -> None:

@@ -89,8 +89,8 @@ def test_clients_that_leave_free_their_slots(demo: Any) -> None:
         engine = server.engine
         post(server.port, chat_body())
         process, sizes = psutil.Process(), []
-        for _ in range(4):
-            for _ in range(3):
+        for _ in range(3):
+            for _ in range(2):
                 streams = [begin_stream(server.port, n=2) for _ in range(2)]
                 assert engine.busy == 4
                 for stream in streams:
@@ -98,7 +98,7 @@ def test_clients_that_leave_free_their_slots(demo: Any) -> None:
                 wait_until(lambda: engine.busy == 0)
             gc.collect()
             sizes.append(process.memory_info().rss)
-        assert engine.stats.cancelled == 48
+        assert engine.stats.cancelled == 24
         assert server.server.service.in_hand == 0
         # Allocators keep what was once theirs: the later rounds may not grow by more than noise.
         assert sizes[-1] - sizes[0] < 20 << 20
@@ -123,7 +123,7 @@ def test_a_client_that_leaves_before_its_answer_is_whole(demo: Any) -> None:
 
 
 def test_time_runs_out(demo: Any) -> None:
-    with make_server(*demo, engine={"max_batch": 1, "max_length": 4000}, request_seconds=2.0) as server:
+    with make_server(*demo, engine={"max_batch": 1, "max_length": 4000}, request_seconds=1.0) as server:
         status, answer = post(server.port, chat_body(**LONG))
         assert (status, answer["error"]["type"]) == (504, "timeout_error")
         stream = begin_stream(server.port)
@@ -214,9 +214,9 @@ def test_sigterm_finishes_what_runs() -> None:
     process, port = start_process("--slots", "1", "--log-level", "warning")
     try:
         answers: list[Any] = []
-        body = chat_body(max_tokens=150, ignore_eos=True)
+        body = chat_body(max_tokens=100, ignore_eos=True)
         clients = [threading.Thread(target=lambda: answers.append(post(port, body, 120))) for _ in range(3)]
-        stream = begin_stream(port, max_tokens=150)
+        stream = begin_stream(port, max_tokens=200)
         for client in clients:
             client.start()
         time.sleep(0.3)  # they wait for the one slot
@@ -229,7 +229,7 @@ def test_sigterm_finishes_what_runs() -> None:
         for client in clients:
             client.join(120)
         assert [status for status, _ in answers] == [200, 200, 200]
-        assert all(answer["usage"]["completion_tokens"] == 150 for _, answer in answers)
+        assert all(answer["usage"]["completion_tokens"] == 100 for _, answer in answers)
         assert process.wait(30) == 0
         with pytest.raises(OSError):
             post(port, body)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from PIL import Image
-from support import GOLDEN, GREEDY, KINDS, mini_inputs, mini_row, model_inputs, new_tokens, shared_mini_model
+from support import GOLDEN, GREEDY, mini_inputs, mini_row, model_inputs, new_tokens, shared_mini_model
 from support import collate as collate_rows
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
@@ -64,7 +64,7 @@ def real_samples(processor: DeepseekVLV2Processor) -> list[list[dict[str, object
     return [conversation(), conversation("square.png"), conversation("photo.png", "gray.png", "tiny.png")]
 
 
-@pytest.mark.parametrize(("kind", "attn"), [(k, a) for k in KINDS for a in ("sdpa", "eager")])
+@pytest.mark.parametrize(("kind", "attn"), [("tiny", "sdpa"), ("small", "eager"), ("base", "sdpa")])
 @torch.no_grad()
 def test_the_processors_batch_with_0_1_and_3_images_equals_its_rows(
     golden_model: Callable[..., DeepseekVLV2ForCausalLM],

@@ -58,7 +58,7 @@ def by_generate(model: DeepseekVLV2ForCausalLM, processor: DeepseekVLV2Processor
     return output[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("kind", "sampled"), [("tiny", False), ("small", False), ("base", False), ("small", True)])
 def test_batch_is_single(
     kind: str,
     sampled: bool,
@@ -161,11 +161,11 @@ def test_a_full_cache_makes_answers_wait_and_begin_anew(
     monkeypatch.setattr("deepseek_vl2.engine.scheduler.FIRST_TOKENS", 16)
     text = "word " * 30
     with running_engine(model) as engine:
-        lone, expected = request(chat_prompt(model, processor, text), 120)
+        lone, expected = request(chat_prompt(model, processor, text), 80)
         engine.submit([lone])
         expected.wait()
     with running_engine(model, kv_cache_tokens=600, max_batch=16, share_prefixes=True) as engine:
-        pairs = [request(chat_prompt(model, processor, text), 120) for _ in range(8)]
+        pairs = [request(chat_prompt(model, processor, text), 80) for _ in range(8)]
         engine.submit([one for one, _ in pairs])
         assert all(listener.wait().ids == expected.ids for _, listener in pairs)
         assert engine.scheduler.preempted > 0 and engine.kv_cache.tokens < 700
@@ -228,6 +228,24 @@ def test_cancelling_frees_the_slot(engine: Engine, ask: Ask) -> None:
     assert len(listener.wait().ids) == 3
     assert not any(listener.done.is_set() for _, listener in pairs)
     assert engine.stats.cancelled == 4
+
+
+def test_nothing_is_delivered_behind_a_cancellation(engine: Engine, ask: Ask) -> None:
+    """Not even a token of the same step, which the device has chosen already."""
+    (first, listener), (second, other) = ask("Hello", 8), ask("Hello", 8)
+    told: list[int] = []
+
+    def cancel_the_other(event: Any) -> None:
+        listener(event)
+        if len(listener.ids) == 3:
+            engine.cancel(second)
+            told.append(len(other.ids))
+
+    first.deliver = cancel_the_other
+    engine.submit([first, second])
+    listener.wait()
+    wait_until(lambda: engine.busy == 0)
+    assert told == [2] and len(other.ids) == 2 and not other.done.is_set()
 
 
 @pytest.mark.parametrize("text", ["Hello", "a " * 90], ids=["short", "in chunks"])
@@ -304,13 +322,15 @@ def test_an_error_stays_with_its_request(engine: Engine, ask: Ask, monkeypatch: 
 def test_a_prompt_that_fails_leaves_no_trace(
     engine: Engine, ask: Ask, model: DeepseekVLV2ForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whichever of a pass's prompts it is."""
     monkeypatch.setattr(model, "encode_tiles", lambda tiles: 1 / 0)
-    bad, listener = ask(QUESTIONS[3], 4)
-    good, other = ask("Hello", 4)
-    engine.submit([bad, good])
-    assert isinstance(listener.wait().error, ZeroDivisionError)
-    assert len(other.wait().ids) == 4
-    wait_until(lambda: engine.busy == 0)
+    for order in (1, -1):
+        bad, listener = ask(QUESTIONS[3], 4)
+        good, other = ask("Hello", 4)
+        engine.submit([bad, good][::order])
+        assert isinstance(listener.wait().error, ZeroDivisionError)
+        assert len(other.wait().ids) == 4
+        wait_until(lambda: engine.busy == 0)
 
 
 def test_many_threads_submit_and_cancel(engine: Engine, ask: Ask) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from capture_support import Capture
-from packed_support import pack
+from packed_support import FEW_ROWS, pack
 from support import RELEASES, mini_language
 
 pytest.importorskip("triton")
@@ -92,12 +92,13 @@ def kernels_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, "BLOCK", 4)
 
 
-def language_model(kind: str) -> DeepseekV2ForCausalLM:
+def language_model(kind: str, **changes: Any) -> DeepseekV2ForCausalLM:
     if kind in PACKED:
-        return pack(language_model(kind.split(",")[0]), WeightOnlyConfig(**PACKED[kind]))
+        return pack(language_model(kind.split(",")[0], **FEW_ROWS), WeightOnlyConfig(**PACKED[kind]))
     if not GPU:
         # One layer is dense, one has experts.
-        return mini_language(kind.split(",")[0], num_hidden_layers=2, vocab_size=64, **CHANGES.get(kind, {}))
+        fields = {"num_hidden_layers": 2, "vocab_size": 64, **CHANGES.get(kind, {}), **changes}
+        return mini_language(kind.split(",")[0], **fields)
     fields = json.loads((RELEASES / kind / "config.json").read_text(encoding="utf-8"))["language_config"]
     # All experts are chosen: where some are, roundings decide between two about as good, and answers part.
     config = DeepseekV2Config(
@@ -422,7 +423,7 @@ def test_a_layer_with_experts_and_padding() -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_what_runs_before_a_capture_is_nobodys_step(batch: int) -> None:
     """A GPU runs a function once before it captures it: rows must not advance twice in the first step of a bucket."""
-    engine = by_kernels(language_model("small"), EngineOptions(kv_cache_tokens=512))
+    engine = by_kernels(language_model("small", num_hidden_layers=1), EngineOptions(kv_cache_tokens=512))
     runner, runs = engine.runner, list[str]()
     assert isinstance(runner, TritonRunner)
     if not GPU:
@@ -446,7 +447,7 @@ def test_what_runs_before_a_capture_is_nobodys_step(batch: int) -> None:
 
 
 def test_a_warm_engine_has_captured_every_batch_size() -> None:
-    model = language_model("small")  # which the engine does not keep alive
+    model = language_model("small", num_hidden_layers=1)  # which the engine does not keep alive
     engine = by_kernels(model, EngineOptions(kv_cache_tokens=512, max_batch=96))
     runner = engine.runner
     assert isinstance(runner, TritonRunner) and not runner.steps

@@ -39,7 +39,7 @@ def nano() -> tuple[DeepseekVLV2Processor, DeepseekVLV2ForCausalLM]:
 
 @pytest.fixture(scope="module")
 def questions() -> list[Sample]:
-    return [sample for task in TASKS for sample in held_out_samples(task, 2)]
+    return [sample for task in TASKS for sample in held_out_samples(task, 1)]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from packed_support import pack
+from packed_support import FEW_ROWS, pack
 from support import mini_language
 
 pytest.importorskip("triton")
@@ -41,7 +41,7 @@ def kernels_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def packed_language(kind: str, name: str, **changes: Any) -> Any:
-    changes = {"num_hidden_layers": 2, "vocab_size": 64, **changes}
+    changes = {"num_hidden_layers": 2, **FEW_ROWS, **changes}
     model = mini_language(kind, **changes)
     return pack(model.to(DEVICE, torch.bfloat16 if GPU else torch.float32), WeightOnlyConfig(**CONFIGS[name]))
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import mini_processor
 
 from deepseek_vl2.engine import backend, images
 from deepseek_vl2.models import DeepseekVLV2Processor, views
@@ -158,8 +159,8 @@ def test_a_batch_that_waited_is_the_batch(processor: Processor, monkeypatch: pyt
         assert list(got) == list(want) and all(torch.equal(got[n], want[n]) for n in want if torch.is_tensor(want[n]))
 
 
-def test_images_are_scaled_where_they_go(processor: Processor, waiting: list[int]) -> None:
-    samples = [[(5, 9)], [(40, 40), (7, 2)]]
+def test_images_are_scaled_where_they_go(waiting: list[int]) -> None:
+    processor, samples = mini_processor(), [[(5, 9)], [(40, 40), (7, 2)]]  # of small tiles
     batch = process(processor, samples)
     assert isinstance(batch.held()["images"], Pictures) and not waiting
     moved = batch.to("meta", torch.bfloat16)

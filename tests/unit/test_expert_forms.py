@@ -41,10 +41,9 @@ def test_the_default_is_the_plain_definition(tokens: int, dtype: torch.dtype, tr
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
-@pytest.mark.parametrize("kind", ["tiny", "base"])
-@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize(("kind", "tokens"), [("tiny", 1), ("base", 1), ("base", 20)])
 def test_the_language_model_compiles_in_one_graph(kind: str, tokens: int) -> None:
-    model = mini_language(kind)
+    model = mini_language(kind, num_hidden_layers=2)  # a dense one and one of experts
     ids = mini_inputs([tokens], seed=1)["input_ids"]
     with torch.no_grad():
         want = model(ids, use_cache=False).logits
@@ -53,10 +52,10 @@ def test_the_language_model_compiles_in_one_graph(kind: str, tokens: int) -> Non
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind,dtype", [("tiny", torch.float32), ("base", torch.float32), ("tiny", torch.float64)])
+@pytest.mark.parametrize("kind,dtype", [("base", torch.float32), ("tiny", torch.float64)])
 def test_layers_train_in_one_graph(kind: str, dtype: torch.dtype) -> None:
     """Each layer is a graph of its own, gradients included."""
-    plain, compiled = (mini_language(kind, aux_loss_alpha=0.1).to(dtype).train() for _ in range(2))
+    plain, compiled = (mini_language(kind, aux_loss_alpha=0.1, num_hidden_layers=2).to(dtype).train() for _ in range(2))
     torch._dynamo.reset()
     for layer in compiled.model.layers:
         layer.compile(fullgraph=True, backend="aot_eager")

@@ -50,7 +50,7 @@ def test_unknown_shape_is_named():
 @pytest.mark.parametrize("mixture", samples.MIXTURES)
 def test_a_seed_gives_the_same_sample_and_another_seed_another(mixture):
     first, again, other = (samples.training_sample(seed, mixture) for seed in (7, 7, 8))
-    assert first.turns == again.turns and first.turns != other.turns
+    assert first.turns == again.turns == samples.training_turns(7, mixture) and first.turns != other.turns
     assert [image.tobytes() for image in first.images] == [image.tobytes() for image in again.images]
 
 
@@ -129,7 +129,7 @@ def test_printed_texts_keep_to_twelve_characters():
 def test_tokenizer_spells_out_and_returns_every_answer(processor):
     tokenizer = processor.tokenizer
     for seed in range(40):
-        for turn in samples.training_sample(seed, "second").turns:
+        for turn in samples.training_turns(seed, "second"):
             for text in (turn.question, turn.answer):
                 assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
     assert len(tokenizer.tokenize(" circle")) == 1

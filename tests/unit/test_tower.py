@@ -15,7 +15,14 @@ pytest.importorskip("font_roboto", reason="the fonts of the extra 'synthetic' ar
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 from deepseek_vl2.synthetic import train
 from deepseek_vl2.synthetic.nano import OFFSETS, nano_processor, new_nano
-from deepseek_vl2.synthetic.samples import HELD_OUT, new_scene, page_scene, training_sample, words_scene
+from deepseek_vl2.synthetic.samples import (
+    HELD_OUT,
+    new_scene,
+    page_scene,
+    training_sample,
+    training_turns,
+    words_scene,
+)
 from deepseek_vl2.synthetic.scene import TILE, Kind
 from deepseek_vl2.synthetic.tower import (
     COLOUR_NAMES,
@@ -131,7 +138,8 @@ def test_heads_start_at_their_neighbours(processor):
         assert found == (6 + down, 5 + across)
 
 
-def test_a_few_steps_lower_the_loss(tmp_path, monkeypatch):
+def test_a_few_steps_lower_the_loss(tmp_path, monkeypatch, processor):
+    monkeypatch.setattr(train, "nano_processor", lambda: processor)  # making it takes seconds
     monkeypatch.setattr(train, "LOGGING_STEPS", 4)
     monkeypatch.setattr(train, "PICTURES_A_STEP", 2)
     arguments = ["--part", "tower", "--steps", "8", "--batch_size", "2", "--workers", "0", "--warmup_steps", "1"]
@@ -180,7 +188,7 @@ def test_mistakes_are_told(tmp_path, capsys):
 
 def test_the_third_mixture_tells_last():
     for seed in range(40):
-        tasks = [turn.task for turn in training_sample(seed, "third").turns]
+        tasks = [turn.task for turn in training_turns(seed, "third")]
         if "describe" in tasks:
             assert tasks[-1] == "describe"
         if "locate" in tasks:

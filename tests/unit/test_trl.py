@@ -11,7 +11,8 @@ import transformers
 from packaging import version
 from PIL import Image
 
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.utils.io import resolve_model_path
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -26,9 +27,20 @@ def processor() -> DeepseekVLV2Processor:
     return DeepseekVLV2Processor.from_pretrained("nano")
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a model of nano's kind, of fewer layers: a dense one and one of experts; some trainers load it again."""
+    config = DeepseekVLV2Config.from_pretrained(resolve_model_path("nano"))
+    config.language_config.num_hidden_layers = config.vision_config.layers = 2
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("nano")
+    DeepseekVLV2ForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture
-def model() -> DeepseekVLV2ForCausalLM:
-    return DeepseekVLV2ForCausalLM.from_pretrained("nano", dtype=torch.float32)
+def model(checkpoint: Path) -> DeepseekVLV2ForCausalLM:
+    return DeepseekVLV2ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
 
 
 def user(text: str) -> dict[str, str]:
