@@ -83,8 +83,12 @@ def fuzz(server: RunningServer, examples: int, known_model: bool) -> int:
                 derandomize=True,
                 suppress_health_check=list(hypothesis.HealthCheck),
             )
-            @hypothesis.given(case=operation.as_strategy(generation_mode=mode), kept=few_fields(operation.path))
-            def run(case: Any, kept: set[str], positive: bool = mode.is_positive) -> None:
+            @hypothesis.given(
+                case=operation.as_strategy(generation_mode=mode),
+                kept=few_fields(operation.path),
+                positive=strategies.just(mode.is_positive),
+            )
+            def run(case: Any, kept: set[str], positive: bool) -> None:
                 nonlocal good
                 path = case.operation.path
                 if known_model and isinstance(case.body, dict):  # or nearly all would end at the model's name
