@@ -127,7 +127,7 @@ def answerable(path: str, body: dict[str, Any], model: str) -> dict[str, Any]:
     if path == "/v1/completions":
         prompt = body.get("prompt")
         body["prompt"] = [_text(text) for text in prompt] if isinstance(prompt, list) else _text(prompt)
-        if not any(body.get("prompt") or []):  # nothing in front of nothing
+        if not body["prompt"] or "" in body["prompt"]:  # nothing in front of nothing
             body.pop("add_special_tokens", None)
     body.pop("previous_response_id", None)
     return body

@@ -34,6 +34,9 @@ REQUESTS: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
 }  # fmt: skip
 
 
+NEEDED = {"top_logprobs": "logprobs", "stream_options": "stream"}
+
+
 def few_fields(path: str) -> Any:
     """Return a strategy for the names of a few fields of a path's request."""
     kind, _, bounds = REQUESTS.get(path, (None, {}, set()))
@@ -44,6 +47,7 @@ def few_fields(path: str) -> Any:
 def few_of(path: str, body: dict[str, Any], kept: set[str]) -> dict[str, Any]:
     """Return a path's usual request with what was generated for its prompt and for a few other fields."""
     prompts = {"messages", "prompt", "input", "tokens"}
+    kept = kept | {NEEDED[name] for name in kept & set(NEEDED)}
     few = {name: value for name, value in body.items() if name in kept | prompts and value is not None}
     usual = {name: value for name, value in REQUESTS[path][1].items() if not (name in prompts and prompts & set(few))}
     return {**usual, **few, "model": MODEL}
