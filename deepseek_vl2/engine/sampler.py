@@ -23,6 +23,8 @@ NUCLEUS_GUESS = 512
 MASK32 = 0xFFFFFFFF
 # Constants of a 32-bit mixing function of low bias: multiply, fold, multiply, fold.
 SPREAD, FIRST, SECOND = 0x9E3779B1, 0x21F0AAAD, 0x735A2D97
+# Dividing by less would leave float32's range, and what is not a number wins every race, whatever a grammar says.
+LOWEST_TEMPERATURE, LOWEST_PENALTY, LARGEST_LOGIT = 1e-6, torch.finfo(torch.float32).tiny, 1e30
 
 
 class RowSampler:
@@ -172,7 +174,7 @@ class SamplingBatch:
     def _upload_sampled(self, params: list[SamplingParams]) -> None:
         chosen = [params[i] for i in self.sampled]
         self.sampled_rows = self._put(self.sampled, torch.long)
-        self.temperature = self._put([p.temperature for p in chosen], torch.float32)
+        self.temperature = self._put([max(p.temperature, LOWEST_TEMPERATURE) for p in chosen], torch.float32)
         seeds = [(self.rows[i].seed + 2**63) % 2**64 - 2**63 for i in self.sampled]
         self.seeds = self._put(seeds, torch.long)
         cut = [chosen[k] for k in self.cut]
@@ -203,14 +205,15 @@ class SamplingBatch:
             row.counts, row.seen = counts, seen
         self.counting_rows = self._put(self.counting, torch.long)
         chosen = [params[i] for i in self.counting]
-        self.repetition = self._put([[p.repetition_penalty] for p in chosen], torch.float32)
+        self.repetition = self._put([[max(p.repetition_penalty, LOWEST_PENALTY)] for p in chosen], torch.float32)
         self.frequency = self._put([[p.frequency_penalty] for p in chosen], torch.float32)
         self.presence = self._put([[p.presence_penalty] for p in chosen], torch.float32)
 
     # ---------------------------------------------------------------- rules
 
     def _penalised(self, logits_NV: torch.Tensor) -> torch.Tensor:
-        weakened = torch.where(logits_NV > 0, logits_NV / self.repetition, logits_NV * self.repetition)
+        larger_NV = (logits_NV / self.repetition).clamp(max=LARGEST_LOGIT)
+        weakened = torch.where(logits_NV > 0, larger_NV, logits_NV * self.repetition)
         logits_NV = torch.where(self.seen, weakened, logits_NV)
         return logits_NV - self.frequency * self.counts - self.presence * (self.counts > 0)
 

@@ -200,9 +200,14 @@ class BaseProcessor(ProcessorMixin):
         return (system_prompt.strip() + self._walk([message], template=sft_format)[0].text).strip()
 
     def _walk(
-        self, conversation: Sequence[Message], add_generation_prompt: bool = True, template: str | None = None
+        self,
+        conversation: Sequence[Message],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template: str | None = None,
     ) -> list[Turn]:
-        return walk_turns(conversation, template or self.sft_format, self.image_token, add_generation_prompt)
+        template = template or self.sft_format
+        return walk_turns(conversation, template, self.image_token, add_generation_prompt, continue_final_message)
 
     def _flatten(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Return messages with texts as contents, without their images."""

@@ -165,6 +165,8 @@ class DeepseekVLV2Processor(ChatTemplateProcessor, GroundingProcessor):
         max_pixels: int | None = None,
         background: Background | EllipsisType = ...,
         mask_prompt: bool | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **kwargs: Any,
     ) -> VLChatProcessorOutput:
         """Process one prompt or one conversation.
@@ -182,6 +184,7 @@ class DeepseekVLV2Processor(ChatTemplateProcessor, GroundingProcessor):
             max_pixels: refuse larger images.
             background: the colour under transparent pixels, ``None`` to drop their alpha; by default the processor's.
             mask_prompt: take no loss on the system and user turns of a conversation; by default the processor's own.
+            add_generation_prompt, continue_final_message: how a conversation ends, see `apply_chat_template`.
 
         Raises:
             ValueError: prompt and conversations both given or neither; tags and images that differ in number;
@@ -199,7 +202,9 @@ class DeepseekVLV2Processor(ChatTemplateProcessor, GroundingProcessor):
         options = ImageOptions(cropping, candidate_resolutions, max_pixels, background)
         loaded, encoder = self._read_images(images, options)
         if conversations is not None:
-            turns = self._walk(self._with_system_prompt(conversations, system_prompt))
+            turns = self._walk(
+                self._with_system_prompt(conversations, system_prompt), add_generation_prompt, continue_final_message
+            )
             mask_prompt = self.mask_prompt if mask_prompt is None else mask_prompt
             sample = encoder.encode_turns(turns, loaded, mask_prompt)
             printed = turns[1:] if system_prompt else turns

@@ -63,7 +63,7 @@ class ChatTemplateProcessor(BaseProcessor):
             chat_template: another Jinja template.
             add_generation_prompt: end where the model goes on: with the assistant's tag after a user turn, without eos
                 after an assistant turn.
-            continue_final_message: leave the last assistant turn open, for the model to go on.
+            continue_final_message: leave the last turn open, whoever speaks, for the model to go on.
             tokenize: return tensors rather than text.
             return_dict: return all tensors rather than ``input_ids`` alone.
             return_assistant_tokens_mask: return ``assistant_masks`` too, 1 at the tokens of answers and their ends.
@@ -88,7 +88,6 @@ class ChatTemplateProcessor(BaseProcessor):
         custom = not is_own_template(template)
         if not custom:
             _refuse_unknown(options)
-        unfinished = add_generation_prompt or continue_final_message
         settings = {
             "chat_template": template,
             "add_generation_prompt": add_generation_prompt,
@@ -99,7 +98,7 @@ class ChatTemplateProcessor(BaseProcessor):
             texts = [
                 self._render(messages, settings)
                 if custom
-                else self._render_own(messages, add_generation_prompt, unfinished)
+                else self._render_own(messages, add_generation_prompt, continue_final_message)
                 for messages in batch
             ]
             return texts[0] if single else texts
@@ -111,14 +110,22 @@ class ChatTemplateProcessor(BaseProcessor):
                 sample = self._process_custom(messages, images, image_options, settings, return_assistant_tokens_mask)
             else:
                 sample = self._process_messages(
-                    turns, images, add_generation_prompt, unfinished, image_options, return_assistant_tokens_mask
+                    turns,
+                    images,
+                    add_generation_prompt,
+                    continue_final_message,
+                    image_options,
+                    return_assistant_tokens_mask,
                 )
             samples.append(sample)
         out = self._hand_over(samples, batching, standard=True)
         return out if return_dict else out["input_ids"]
 
-    def _render_own(self, messages: Sequence[Message], add_generation_prompt: bool, unfinished: bool) -> str:
-        turns = self._walk(self._flatten(messages), add_generation_prompt)
+    def _render_own(
+        self, messages: Sequence[Message], add_generation_prompt: bool, continue_final_message: bool
+    ) -> str:
+        turns = self._walk(self._flatten(messages), add_generation_prompt, continue_final_message)
+        unfinished = add_generation_prompt or continue_final_message
         return str(self.tokenizer.bos_token) + render_turns(turns, self.tokenizer.eos_token, unfinished)
 
     def _render(self, messages: Sequence[Message], settings: dict[str, Any]) -> str:
@@ -152,14 +159,15 @@ class ChatTemplateProcessor(BaseProcessor):
         conversation: Sequence[Message],
         images: Sequence[Any],
         add_generation_prompt: bool,
-        unfinished: bool,
+        continue_final_message: bool,
         options: ImageOptions,
         mark_answers: bool,
     ) -> VLChatProcessorOutput:
         if not conversation:
             raise ValueError("The conversation has no messages.")
         loaded, encoder = self._read_images(images, options)
-        turns = self._walk(conversation, add_generation_prompt)
+        turns = self._walk(conversation, add_generation_prompt, continue_final_message)
+        unfinished = add_generation_prompt or continue_final_message
         sample = encoder.encode_turns(turns, loaded, mark_answers or self.mask_prompt)
         if turns[-1].role == "assistant" and (unfinished or not turns[-1].content):
             sample.drop_last(self.eos_id)

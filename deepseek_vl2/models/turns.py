@@ -36,6 +36,7 @@ def walk_turns(
     template: str = "deepseek",
     image_token: str = IMAGE_TOKEN,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
 ) -> list[Turn]:
     """Return the turns of a conversation.
 
@@ -44,6 +45,7 @@ def walk_turns(
         template: name of the prompt template.
         image_token: the tag that stands for an image.
         add_generation_prompt: end a last user turn with the assistant's tag.
+        continue_final_message: end a last user turn with its content, for the model to go on with.
 
     Raises:
         ValueError: an unknown role, a system message that is not first, or an image tag outside a user turn.
@@ -56,8 +58,9 @@ def walk_turns(
         if role == "system" and number > 1:
             raise ValueError(f"A system message must come first, but one is message {number} of {len(messages)}.")
         if role == "user":
-            tag = add_generation_prompt or number < len(messages)
-            text = _render_question(content, template, first=number == 1, tag=tag)
+            last = number == len(messages)
+            text = _render_question(content, template, first=number == 1, tag=add_generation_prompt or not last)
+            text = text.rstrip() if last and continue_final_message and not add_generation_prompt else text
         elif image_token in content:
             raise ValueError(
                 f"Message {number} is the {role}'s ({name!r}) and holds {image_token}: only user turns show images."

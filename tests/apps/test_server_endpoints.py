@@ -167,7 +167,7 @@ def test_tokens(server: RunningServer, processor: DeepseekVLV2Processor) -> None
         ("/tokenize", {}),
         ("/tokenize", {"prompt": "x", "messages": HELLO}),
         ("/tokenize", {"messages": []}),
-        ("/tokenize", {"messages": HELLO, "continue_final_message": True}),
+        ("/tokenize", {"messages": HELLO, "continue_final_message": True, "add_generation_prompt": True}),
         ("/tokenize", {"messages": HELLO, "chat_template_kwargs": {"chat_template": "x"}}),
         ("/detokenize", {"tokens": [10**8]}),
         ("/detokenize", {"tokens": [1] * 601}),
@@ -176,6 +176,48 @@ def test_tokens(server: RunningServer, processor: DeepseekVLV2Processor) -> None
         assert call(server, "POST", path, body)[0] == 400
     assert call(server, "POST", "/tokenize", {"prompt": "x", "model": "other"})[0] == 404
     assert call(server, "POST", "/tokenize", {"prompt": "x"}, Authorization="")[0] == 401
+
+
+ASKED = [{"role": "user", "content": "Say hi. "}]
+ANSWERED = [*ASKED, {"role": "assistant", "content": "Hi, "}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "said", "end"),
+    [
+        (ASKED, {}, ": Say hi.\n\n<|Assistant|>:"),
+        (ASKED, {"add_generation_prompt": True}, ": Say hi.\n\n<|Assistant|>:"),
+        (ASKED, {"add_generation_prompt": False}, ": Say hi.\n\n"),
+        (ASKED, {"continue_final_message": True}, ": Say hi."),
+        (ASKED, {"continue_final_message": True, "add_generation_prompt": False}, ": Say hi."),
+        (ASKED, {"chat_template_kwargs": {"continue_final_message": True}}, ": Say hi."),
+        (ANSWERED, {}, "<|Assistant|>:Hi,"),
+        (ANSWERED, {"continue_final_message": True, "add_generation_prompt": False}, "<|Assistant|>:Hi,"),
+        (ANSWERED, {"add_generation_prompt": False}, "<|Assistant|>:Hi,<｜end▁of▁sentence｜>"),
+        (ANSWERED, {"chat_template_kwargs": {"add_generation_prompt": False}}, "Hi,<｜end▁of▁sentence｜>"),
+    ],
+)
+def test_a_conversation_ends_where_it_is_asked_to(
+    server: RunningServer, processor: DeepseekVLV2Processor, messages: Any, said: dict[str, Any], end: str
+) -> None:
+    status, found, _ = call(server, "POST", "/tokenize", {"messages": messages, **said})
+    assert status == 200 and processor.decode(found["tokens"]).endswith(end)
+    status, answer, _ = call(
+        server, "POST", "/v1/chat/completions", {"model": MODEL, "messages": messages, "max_tokens": 1, **said}
+    )
+    assert status == 200 and answer["usage"]["prompt_tokens"] == found["count"]
+
+
+def test_whole_numbers_may_have_a_decimal_point(server: RunningServer) -> None:
+    body = {"model": MODEL, "prompt": [5.0, 6], "max_tokens": 2.0, "top_k": 1.0, "seed": 3.0, "logprobs": 1.0}
+    status, answer, _ = call(server, "POST", "/v1/completions", body)
+    assert status == 200 and answer["usage"]["completion_tokens"] == 2
+    assert (
+        call(server, "POST", "/detokenize", {"tokens": [5.0]})[:2]
+        == call(server, "POST", "/detokenize", {"tokens": [5]})[:2]
+    )
+    for wrong in ({"max_tokens": 2.5}, {"max_tokens": True}, {"max_tokens": "2"}, {"prompt": [5.5]}, {"seed": 1e300}):
+        assert call(server, "POST", "/v1/completions", {**body, **wrong})[0] == 400
 
 
 def test_version_and_ping_need_no_key(server: RunningServer) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from answerable import answerable
 from server_support import MODEL, RunningServer, chat_body, make_server
 
 from deepseek_vl2.serve.api.completions import CompletionRequest
+from deepseek_vl2.serve.api.openapi import numbers_up_to
 from deepseek_vl2.serve.api.response_schemas import ResponsesRequest
 from deepseek_vl2.serve.api.schemas import ChatRequest
 from deepseek_vl2.serve.api.tokenizing import DetokenizeRequest, TokenizeRequest
@@ -31,6 +34,9 @@ REQUESTS: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
 }  # fmt: skip
 
 
+NEEDED = {"top_logprobs": "logprobs", "stream_options": "stream"}
+
+
 def few_fields(path: str) -> Any:
     """Return a strategy for the names of a few fields of a path's request."""
     kind, _, bounds = REQUESTS.get(path, (None, {}, set()))
@@ -38,18 +44,28 @@ def few_fields(path: str) -> Any:
     return strategies.sets(strategies.sampled_from(names), max_size=4) if names else strategies.just(set())
 
 
+def few_of(path: str, body: dict[str, Any], kept: set[str]) -> dict[str, Any]:
+    """Return a path's usual request with what was generated for its prompt and for a few other fields."""
+    prompts = {"messages", "prompt", "input", "tokens"}
+    kept = kept | {NEEDED[name] for name in kept & set(NEEDED)}
+    few = {name: value for name, value in body.items() if name in kept | prompts and value is not None}
+    usual = {name: value for name, value in REQUESTS[path][1].items() if not (name in prompts and prompts & set(few))}
+    return {**usual, **few, "model": MODEL}
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
     """Run a server over the demo model."""
     _, processor, model = load_pretrained_model(demo_checkpoint(), device="cpu")
-    with make_server(model, processor, engine={"max_batch": 8, "max_length": 300}, request_seconds=60.0) as running:
+    with make_server(model, processor, engine={"max_batch": 8, "max_length": 3000}, request_seconds=60.0) as running:
         yield running
 
 
 def fuzz(server: RunningServer, examples: int, known_model: bool) -> int:
     """Send generated requests to every operation; returns how many were answered well.
 
-    What is sent must be answered as the page says, and be accepted or refused as the page lets expect.
+    What is sent must be answered as the page says, and be refused where the page does not allow it. With a known model
+    it must be accepted where the page does, once `answerable` has put right what no page can say.
     """
     from schemathesis.checks import not_a_server_error
     from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
@@ -71,14 +87,22 @@ def fuzz(server: RunningServer, examples: int, known_model: bool) -> int:
                 derandomize=True,
                 suppress_health_check=list(hypothesis.HealthCheck),
             )
-            @hypothesis.given(case=operation.as_strategy(generation_mode=mode), kept=few_fields(operation.path))
-            def run(case: Any, kept: set[str]) -> None:
+            @hypothesis.given(
+                case=operation.as_strategy(generation_mode=mode),
+                kept=few_fields(operation.path),
+                positive=strategies.just(mode.is_positive),
+            )
+            def run(case: Any, kept: set[str], positive: bool) -> None:
                 nonlocal good
+                path = case.operation.path
                 if known_model and isinstance(case.body, dict):  # or nearly all would end at the model's name
-                    few = {name: value for name, value in case.body.items() if name in kept}
-                    case.body = {**REQUESTS[case.operation.path][1], **few, "model": MODEL}
+                    case.body = body = few_of(path, case.body, kept)
+                    if positive:
+                        case.body = body = answerable(path, body, MODEL)
                 response = case.call_and_validate(base_url=server.url, checks=checks, timeout=120)
                 good += response.status_code == 200
+                if known_model and positive and path in REQUESTS:
+                    assert response.status_code == 200, (path, body, response.text)
 
             run()
     return good
@@ -98,6 +122,40 @@ def test_the_page_describes_the_request(server: RunningServer) -> None:
 def test_a_short_fuzz_finds_no_500(server: RunningServer) -> None:
     assert fuzz(server, 6, known_model=True) > 5
     assert server.engine.healthy and server.engine.stats.failed == 0
+
+
+def test_the_page_tells_the_limits_of_the_served_model(server: RunningServer) -> None:
+    schemas = {
+        path: operations["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+        for path, operations in server.server.app.openapi()["paths"].items()
+        if path in REQUESTS
+    }
+    size = server.server.model.config.language_config.vocab_size
+    image = server.server.generator.builder.processor.image_token_id
+    token = {"type": "integer", "minimum": 0, "maximum": size - 1}
+    assert schemas["/detokenize"]["tokens"]["items"] == token
+    assert schemas["/detokenize"]["tokens"]["maxItems"] == 3000
+    _, _, tokens, several = schemas["/v1/completions"]["prompt"]["anyOf"]
+    assert tokens["items"] == several["items"]["items"] == {**token, "not": {"const": image}}
+    assert tokens["maxItems"] == several["items"]["maxItems"] == 2999
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
+        assert schemas[path]["stop_token_ids"]["anyOf"][0]["items"] == token
+        biased = schemas[path]["logit_bias"]["anyOf"][0]
+        pattern = re.compile(biased["propertyNames"]["pattern"])
+        assert [bool(pattern.search(name)) for name in ("0", str(size - 1), str(size), "01", "-1", "")] == [
+            True, True, False, False, False, False
+        ]  # fmt: skip
+        assert biased["additionalProperties"] == {"type": "number", "minimum": -100, "maximum": 100}
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        assert schemas[path]["n"]["anyOf"][0]["maximum"] == 8
+    assert "x-" not in str(schemas)
+
+
+@pytest.mark.parametrize("most", [0, 7, 10, 39, 399, 400, 1999, 102_399])
+def test_a_pattern_of_numbers(most: int) -> None:
+    pattern = re.compile(numbers_up_to(most))
+    for number in {0, 1, 9, 10, 11, 99, 100, most // 2, most - 1, most, most + 1, 2 * most, 10 * most, 10**6}:
+        assert bool(pattern.search(str(number))) == (0 <= number <= most), number
 
 
 @pytest.mark.slow

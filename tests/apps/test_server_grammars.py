@@ -18,7 +18,7 @@ from server_support import RunningServer, assert_prompt, chat_body, health_times
 
 from deepseek_vl2.engine.detokenizer import TokenBytes
 from deepseek_vl2.serve.api.errors import ApiError
-from deepseek_vl2.serve.api.grammar import GrammarCompiler, GrammarError
+from deepseek_vl2.serve.api.grammar import FIRST_SECONDS, TOKEN_SECONDS, GrammarCompiler, GrammarError
 from deepseek_vl2.serve.api.grammar_process import GrammarCache, GrammarService
 from deepseek_vl2.serve.api.grammar_worker import HEADER, read_exactly, read_message, write_message
 from deepseek_vl2.serve.api.settings import GrammarLimits
@@ -267,3 +267,72 @@ def test_a_deadline_ends_a_grammar(another: Any) -> None:
         assert time.monotonic() - begin < 15
         wait_until(lambda: not [c for c in psutil.Process().children(recursive=True) if c.cpu_percent(0.1) > 50], 10)
         assert server.server.service.in_hand == 0
+
+
+# Each step of these takes longer than the one before: there are ever more ways to have read the answer.
+AMBIGUOUS = {
+    "two or three": 'start: a\na: "x" | a a | a a a',
+    "nothing too": 'start: a\na: | "x" | a a | a a a | a a a a',
+    "all orders": "start: a0\n" + "\n".join(f'a{i}: a{i + 1} a{i + 1} | "x"' for i in range(40)) + '\na40: "x"?',
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_an_ambiguous_grammar_ends_before_its_steps_take_long(compiler: GrammarCompiler, name: str) -> None:
+    constraint = compiler.constraint("lark", AMBIGUOUS[name])
+    letter = compiler.tokens.index(b"x")
+    longest = 0.0
+    with pytest.raises(GrammarError, match=r"The grammar could not be followed: .*(read in too many ways|items)"):
+        for _ in range(5000):
+            begin = time.thread_time()
+            constraint.allowed()
+            constraint.advance(letter)
+            longest = max(longest, time.thread_time() - begin)
+    assert longest < 0.1 and constraint.seconds < FIRST_SECONDS + (constraint.tokens + 20) * TOKEN_SECONDS
+
+
+WIDE: dict[str, tuple[Any, str]] = {
+    "choices": ("lark", "start: " + " | ".join(json.dumps(f"choice number {i}") for i in range(1024))),
+    "properties": (
+        "json_schema",
+        json.dumps({"type": "object", "properties": {f"p{i}": {"type": ["string", "null"]} for i in range(400)}}),
+    ),
+    "a tree": (
+        "json_schema",
+        json.dumps(
+            {
+                "$defs": {"n": {"type": "object", "properties": {"l": {"$ref": "#/$defs/n"}, "r": {"type": "null"}}}},
+                "$ref": "#/$defs/n",
+            }
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_grammars_are_followed(compiler: GrammarCompiler, name: str) -> None:
+    constraint = compiler.constraint(*WIDE[name])
+    for step in range(300):
+        if constraint.finished:
+            break
+        allowed = constraint.allowed().nonzero().flatten().tolist()
+        constraint.advance(allowed[step % len(allowed)])
+    assert constraint.seconds < FIRST_SECONDS / 2
+
+
+def test_an_ambiguous_grammar_ends_its_own_answer_alone(another: Any) -> None:
+    model, processor = another
+    engine = {"max_batch": 4, "max_length": 3000}
+    with make_server(model, processor, engine=engine) as server, ThreadPoolExecutor(8) as pool:
+        hard = chat_body(guided_grammar=AMBIGUOUS["two or three"], max_tokens=2500, min_tokens=2400, temperature=0)
+        plain = chat_body(max_tokens=200, temperature=0, ignore_eos=True)
+        alone = post(server, plain)[1]["choices"]
+        refused = [pool.submit(post, server, hard) for _ in range(2)]
+        answered = [pool.submit(post, server, plain) for _ in range(2)]
+        times = health_times(server, lambda: all(job.done() for job in (*refused, *answered)))
+        for job in refused:
+            status, answer = job.result()
+            assert status == 400 and "could not be followed" in answer["error"]["message"]
+        for job in answered:
+            assert job.result()[0] == 200 and job.result()[1]["choices"] == alone
+    assert_prompt(times)

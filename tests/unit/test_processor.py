@@ -447,6 +447,17 @@ def test_the_last_answer_may_be_continued(processor: Processor) -> None:
     assert text.endswith("<|Assistant|>:The answer is")
 
 
+@pytest.mark.parametrize("last", [user("go on: "), answer("The answer is"), user("")])
+def test_the_last_message_is_left_open_as_transformers_does(processor: Processor, last: dict[str, Any]) -> None:
+    messages = [user("hi"), answer("Hello."), last] if last["role"].endswith("User|>") else [user("hi"), last]
+    ours = processor.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert ours == processor.tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    ids = processor.apply_chat_template(messages, tokenize=True, continue_final_message=True)
+    assert torch.equal(ids, processor(text=ours).input_ids)
+    one = processor.process_one(conversations=messages, add_generation_prompt=False, continue_final_message=True)
+    assert one.input_ids.tolist() == ids[0].tolist()
+
+
 # ---------------------------------------------------------------- saving and loading
 
 

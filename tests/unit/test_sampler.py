@@ -218,3 +218,20 @@ def test_a_repetition_penalty_weakens_logits_of_either_sign(first: float) -> Non
     logits = torch.tensor([[first, first - 0.5, -9.0]])
     found = SamplingBatch([row], 3, logits.device).sample(logits, torch.tensor([1]))
     assert found.tokens_B.tolist() == [1]
+
+
+@pytest.mark.parametrize("smallest", [5e-324, 1e-45, 1e-38, 1e-30])
+@pytest.mark.parametrize("field", ["temperature", "repetition_penalty"])
+def test_the_smallest_numbers_leave_the_range_of_no_logit(field: str, smallest: float) -> None:
+    """What is not a number would win every race, also against a grammar."""
+    logits = random_logits(2)
+    logits[:, :2] = -torch.inf
+    given = {"temperature": 1.0, "seed": 1, field: smallest}
+    rows = [row(tuple(range(0, VOCABULARY, 2)), **given), row((5,), **given)]
+    batch = SamplingBatch(rows, VOCABULARY, logits.device)
+    ruled, _ = batch._apply_rules(logits)
+    assert not ruled.isnan().any() and torch.equal(ruled.isneginf(), logits.isneginf())
+    tokens = batch.sample(logits, torch.zeros(2, dtype=torch.long)).tokens_B
+    assert not logits[0, tokens[0]].isneginf() and not logits[1, tokens[1]].isneginf()
+    if field == "temperature":
+        assert torch.equal(tokens, logits.argmax(dim=-1))

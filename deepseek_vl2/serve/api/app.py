@@ -38,6 +38,7 @@ from .guard import Guard, RunningRequests, check_api_key
 from .metrics import Metrics
 from .openapi import (
     OBJECT,
+    PageLimits,
     complete_page,
     described,
     error_entries,
@@ -127,7 +128,24 @@ class Server:
         self._add_generation_routes(app, guarded)
         self._add_token_routes(app, guarded)
         self._add_stored_routes(app, guarded)
-        complete_page(app, [ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest])
+        kinds: list[type[BaseModel]] = [
+            ChatRequest,
+            CompletionRequest,
+            ResponsesRequest,
+            TokenizeRequest,
+            DetokenizeRequest,
+        ]
+        builder, compiler = self.generator.builder, self.generator.compiler
+        complete_page(
+            app,
+            kinds,
+            PageLimits(
+                vocabulary=compiler.vocabulary,
+                image_token_id=builder.processor.image_token_id,
+                max_length=builder.max_length,
+                max_choices=self.settings.max_choices,
+            ),
+        )
         return app
 
     @contextlib.asynccontextmanager

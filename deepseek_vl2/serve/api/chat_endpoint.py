@@ -56,7 +56,7 @@ class ChatEndpoint:
         generator, tools, count = self.generator, ToolUse.of(request), request.n or 1
         asked = bool(tools or request.forms())
         constraints = await generator.constraints(asked, lambda: chat_grammar(request, tools), count)
-        prepared = await generator.builder.build(conversation_turns(request.messages, tools))
+        prepared = await generator.builder.build(conversation_turns(request.messages, tools), ending=request.ending)
         max_tokens = generator.max_tokens(len(prepared.prompt), request, request.wanted_tokens)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         requests = []

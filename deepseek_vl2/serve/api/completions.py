@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import anyio.to_thread
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from deepseek_vl2 import __version__
 from deepseek_vl2.engine.detokenizer import ShownToken
@@ -17,33 +17,63 @@ from deepseek_vl2.engine.request import Delta, Prompt
 from .answers import Answers
 from .errors import ApiError
 from .generation import Generator, sampling_params
-from .generation_fields import GenerationFields, ResponseFormat, StreamOptions, TokenId
+from .generation_fields import (
+    LENGTH_MARK,
+    TEXT_MARK,
+    GenerationFields,
+    Number,
+    ResponseFormat,
+    StreamOptions,
+    TokenId,
+)
 from .json_size import MAX_VALUES
+from .page_rules import all_of, needs, not_together
 from .replies import LEAST_LOGPROB, STREAM_END, StreamedReply, add_usage, server_sent, text_of
 from .structured import Grammar, format_schema, json_grammar, json_options, requested_grammar
+from .tool_schemas import WHOLE
 
 MAX_PROMPTS = 64
 DEFAULT_TOKENS = 16  # as at OpenAI
 
-Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+PROMPT_LENGTH: dict[str, Any] = {LENGTH_MARK: -1}  # there is to be room for an answer
+TextToken = Annotated[TokenId, Field(json_schema_extra={TEXT_MARK: True})]
+Tokens = Annotated[list[TextToken], Field(min_length=1, fail_fast=True, json_schema_extra=PROMPT_LENGTH)]
 
 
 class CompletionRequest(GenerationFields):
     """The body of a completion request."""
 
+    model_config = ConfigDict(
+        json_schema_extra=all_of(
+            needs("stream_options", "stream"), not_together("echo", "logprobs"), not_together("n", "best_of")
+        )
+    )
+
     model: str
     prompt: (
         Annotated[str, Field(description="A text; the token that begins every sequence is put in front.")]
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-        | Annotated[list[TokenId], Field(min_length=1, fail_fast=True, description="Tokens, taken as they are.")]
+        | Annotated[
+            list[TextToken],
+            Field(
+                min_length=1,
+                fail_fast=True,
+                description="Tokens, taken as they are.",
+                json_schema_extra=PROMPT_LENGTH,
+            ),
+        ]
         | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Nothing else than n is supported.")
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Default: 16. At most what fits.")
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    n: Number | None = None
+    best_of: Annotated[int, Field(ge=1), WHOLE] | None = Field(
+        default=None, description="Nothing else than n is supported."
+    )
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = Field(
+        default=None, description="Default: 16. At most what fits."
+    )
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     echo: bool | None = Field(default=None, description="Begin the text with the prompt.")
     suffix: None = None
     response_format: ResponseFormat | None = None

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from .tool_schemas import Strict
+from .tool_schemas import WHOLE, Strict
 
 MAX_STOP_WORDS = 16
 MAX_STOP_TOKENS = 64
@@ -16,11 +16,28 @@ MAX_LABELS = 64
 # Below this a temperature means the most likely token: dividing by it would overflow.
 LOWEST_TEMPERATURE = 1e-4
 
-Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE]
 StopWord = Annotated[str, Field(min_length=1, max_length=256)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+# The OpenAPI page says how many tokens, choices and positions the served model has, where these marks stand.
+TOKEN_MARK, TEXT_MARK, LENGTH_MARK, CHOICES_MARK = "x-token", "x-text-token", "x-length", "x-choices"
+TokenId = Annotated[int, Field(ge=0, lt=2**31, json_schema_extra={TOKEN_MARK: True}), WHOLE]
+Number = Annotated[int, Field(ge=1, json_schema_extra={CHOICES_MARK: True}), WHOLE]
+LogitBias = Annotated[
+    dict[str, float],
+    Field(
+        max_length=MAX_BIASED_TOKENS,
+        json_schema_extra={
+            "propertyNames": {TOKEN_MARK: True},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        },
+    ),
+]
 Choice = Annotated[str, Field(min_length=1)]
 Choices = Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+
+
+# Fields of which each gives the answer a form.
+FORMS = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "regex")
 
 
 class StreamOptions(Strict):
@@ -58,11 +75,13 @@ class GenerationFields(Strict):
     stop: StopWord | Annotated[list[StopWord], Field(max_length=MAX_STOP_WORDS, fail_fast=True)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASED_TOKENS)] | None = None
+    logit_bias: LogitBias | None = None
     # Beyond OpenAI's fields, as vLLM names them.
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(default=None, description="0 and -1: all tokens.")
+    top_k: Annotated[int, Field(ge=-1, lt=2**31), WHOLE] | None = Field(
+        default=None, description="0 and -1: all tokens."
+    )
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
     ignore_eos: bool | None = Field(
@@ -89,7 +108,7 @@ class GenerationFields(Strict):
     store: bool | None = None
     request_id: str | None = None
     cache_salt: str | None = None
-    priority: int | None = None
+    priority: Annotated[int, WHOLE] | None = None
     guided_decoding_backend: str | None = None
     spaces_between_special_tokens: bool | None = None
 
@@ -97,7 +116,7 @@ class GenerationFields(Strict):
     @classmethod
     def _bias_ids_and_range(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
         for token, value in (bias or {}).items():
-            if not (token.isascii() and token.isdigit() and len(token) < 10):
+            if not (token.isascii() and token.isdigit() and len(token) < 10 and str(int(token)) == token):
                 raise ValueError(f"{token[:20]!r} is not a token id")
             if not -100 <= value <= 100:
                 raise ValueError(f"the bias {value} of token {token} is not between -100 and 100")
@@ -114,8 +133,7 @@ class GenerationFields(Strict):
 
     def forms(self) -> list[str]:
         """Return the names of the fields given that constrain the answer."""
-        names = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "regex")
-        return [name for name in names if getattr(self, name) is not None]
+        return [name for name in FORMS if getattr(self, name) is not None]
 
     @property
     def stop_words(self) -> tuple[str, ...]:

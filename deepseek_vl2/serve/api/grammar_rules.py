@@ -19,9 +19,10 @@ HEADER = struct.Struct("!I")  # before each message between the processes: its l
 MAX_REASON = 300  # characters of the library's explanation
 # No blanks: they cost tokens, and a model may fall into writing them without end.
 JSON_OPTIONS: Any = {"whitespace_flexible": False, "lenient": False}
-# These bound a step, which no process can be ended for: measured, the costliest mask takes some 40 ms. A state of the
-# lexer takes one to two kB, and as many matchers may live as there are slots and waiting requests.
-LIMITS = llguidance.LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
+# These bound a step, which no process can be ended for: measured, the costliest mask takes some 40 ms; with ten times
+# as many items, masks of ambiguous grammars take 200. A state of the lexer takes one to two kB, and as many matchers
+# may live as there are slots and waiting requests.
+LIMITS = llguidance.LLParserLimits(max_lexer_states=20_000, step_max_items=5_000, verbose_errors=False)
 NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "grammar", "tools": "grammar of tools"}
 
 

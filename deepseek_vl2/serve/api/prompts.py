@@ -15,11 +15,15 @@ from deepseek_vl2.engine.prompts import content_key, prompt_of
 from deepseek_vl2.engine.request import Prompt
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 
+from .endings import Ending
 from .errors import ApiError
 from .images import decode_images, fetch_image, read_data_urls
 from .schemas import ImagePart, TextPart
 from .settings import ImageLimits
 from .turns import Turn
+
+DEFAULT_ENDING = Ending()
+CLOSED = Ending(add_generation_prompt=False)
 
 
 @dataclass
@@ -61,12 +65,15 @@ class PromptBuilder:
         self.limiter = anyio.CapacityLimiter(threads)
         self.launching = launching
 
-    async def build(self, turns: Sequence[Turn], field: str = "messages") -> PreparedPrompt:
+    async def build(
+        self, turns: Sequence[Turn], field: str = "messages", ending: Ending = DEFAULT_ENDING
+    ) -> PreparedPrompt:
         """Return the prompt of a conversation.
 
         Args:
             turns: the conversation.
             field: the field of the request that holds it, for errors.
+            ending: where it ends.
 
         Raises:
             ApiError: the turns or their images cannot be used, or are too long.
@@ -82,7 +89,9 @@ class PromptBuilder:
         if "low" in details and len(details) > 1:
             raise ApiError(400, "detail must be 'low' for all images of a request or for none.", field)
         cropping = False if "low" in details else None
-        return await anyio.to_thread.run_sync(self._process, turns, files, cropping, field, limiter=self.limiter)
+        return await anyio.to_thread.run_sync(
+            self._process, turns, files, cropping, field, ending, limiter=self.limiter
+        )
 
     def encode_text(self, text: str, bos: bool, field: str = "prompt") -> list[int]:
         """Return the tokens of a text that stands for itself.
@@ -106,7 +115,12 @@ class PromptBuilder:
         return ApiError(400, message, field, "context_length_exceeded")
 
     def _process(
-        self, turns: Sequence[Turn], files: list[tuple[str, bytes | str]], cropping: bool | None, field: str
+        self,
+        turns: Sequence[Turn],
+        files: list[tuple[str, bytes | str]],
+        cropping: bool | None,
+        field: str,
+        ending: Ending,
     ) -> PreparedPrompt:
         self.launching.wait()
         read = read_data_urls(files, self.limits)
@@ -119,7 +133,12 @@ class PromptBuilder:
         self.launching.wait()
         try:
             inputs = self.processor.process_one(
-                conversations=conversation, cropping=cropping, max_pixels=self.limits.max_pixels
+                conversations=conversation,
+                cropping=cropping,
+                max_pixels=self.limits.max_pixels,
+                inference_mode=ending != CLOSED,  # where the last message is to be ended, so is an answer
+                add_generation_prompt=ending.add_generation_prompt,
+                continue_final_message=ending.continue_final_message,
             )
         except ValueError as error:
             raise ApiError(400, str(error), field) from error

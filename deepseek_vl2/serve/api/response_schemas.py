@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from .generation_fields import GenerationFields, JsonObjectFormat, StreamOptions, TextFormat
+from .page_rules import needs
 from .schemas import MAX_MESSAGES, MAX_PARTS
-from .tool_schemas import FUNCTION_NAME, MAX_TOOLS, Parameters, Strict
+from .tool_schemas import FUNCTION_NAME, MAX_TOOLS, WHOLE, Parameters, Strict
 
 
 class InputText(Strict):
@@ -34,8 +35,19 @@ InputParts = Annotated[list[InputPart], Field(max_length=MAX_PARTS, fail_fast=Tr
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
+_PLAIN_PARTS = {"items": {"properties": {"type": {"enum": ["input_text", "output_text", "text"]}}}}
+# What `MessageItem` checks beyond the types of its fields, for whoever reads the OpenAPI page.
+_FIT_THEIR_ROLES: list[Any] = [
+    {"properties": {"role": {"enum": ["user"]}, "content": {"minItems": 1}}},
+    {"properties": {"role": {"enum": ["system", "developer"]}, "content": {"minItems": 1, **_PLAIN_PARTS}}},
+    {"properties": {"role": {"enum": ["assistant"]}, "content": _PLAIN_PARTS}},
+]
+
+
 class MessageItem(Strict):
     """A message."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": _FIT_THEIR_ROLES})
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
@@ -137,10 +149,12 @@ class TextOptions(Strict):
 class ResponsesRequest(GenerationFields):
     """The body of a request to the Responses API."""
 
+    model_config = ConfigDict(json_schema_extra=needs("stream_options", "stream"))
+
     model: str
     input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = Field(default=None, description="At most what fits.")
+    max_output_tokens: Annotated[int, Field(ge=1), WHOLE] | None = Field(default=None, description="At most what fits.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     text: TextOptions | None = None
@@ -152,10 +166,10 @@ class ResponsesRequest(GenerationFields):
         default=None,
         description="message.output_text.logprobs; what this server never has, such as reasoning, is not added.",
     )
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     truncation: Literal["disabled"] | None = Field(default=None, description="A prompt that is too long is refused.")
     reasoning: dict[str, Any] | None = Field(default=None, description="Taken; this model does not reason apart.")
-    max_tool_calls: Annotated[int, Field(ge=1)] | None = Field(
+    max_tool_calls: Annotated[int, Field(ge=1), WHOLE] | None = Field(
         default=None, description="Of built-in tools; there are none."
     )
 

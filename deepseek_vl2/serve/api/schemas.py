@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import from_json
 
+from .endings import ONE_ENDING, TEMPLATE_OPTIONS, Ending, ending_of
 from .errors import ApiError, from_validation
-from .generation_fields import GenerationFields, ResponseFormat, StreamOptions
+from .generation_fields import GenerationFields, Number, ResponseFormat, StreamOptions
 from .json_size import MAX_VALUES, count_values
-from .tool_schemas import MAX_TOOLS, Strict, Tool, ToolCall, ToolChoice, chosen_names
+from .page_rules import all_of, needs, not_together
+from .tool_schemas import MAX_TOOLS, WHOLE, Strict, Tool, ToolCall, ToolChoice, chosen_names
 
 MAX_MESSAGES = 1024
 MAX_PARTS = 256
@@ -164,44 +166,55 @@ class Message(Strict):
         return "".join(part.text for part in self.parts if isinstance(part, TextPart))
 
 
-def check_template_options(
-    options: dict[str, Any] | None, messages: list[Message], continue_final_message: bool | None
-) -> None:
-    """Raise ``ValueError`` where a request asks of the chat template what cannot be."""
-    for name, value in (options or {}).items():
-        if name in ("chat_template", "tokenize", "messages", "tools", "documents"):
-            raise ValueError(f"chat_template_kwargs cannot set {name!r}")
-        if name == "add_generation_prompt" and value is not True:
-            raise ValueError("chat_template_kwargs.add_generation_prompt must be true: the server writes answers")
-    if continue_final_message and not (messages and messages[-1].role == "assistant"):
-        raise ValueError("continue_final_message needs a last message of the assistant")
+# A conversation of system messages alone asks for nothing.
+_SOMEBODY_SPEAKS = {"contains": {"properties": {"role": {"enum": ["user", "assistant", "tool"]}}}}
+Messages = Annotated[
+    list[Message],
+    Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True, json_schema_extra=_SOMEBODY_SPEAKS),
+]
+TemplateOptions = Annotated[
+    dict[str, Any],
+    Field(json_schema_extra=TEMPLATE_OPTIONS, description="Taken; this model's template has no other variables."),
+]
+GenerationPrompt = Annotated[
+    bool | None, Field(description="Default: true. false: end the conversation behind the last message.")
+]
+ContinueFinalMessage = Annotated[
+    bool | None,
+    Field(description="Go on within the last message. Of one of the assistant's that is so without being asked for."),
+]
 
 
 class ChatRequest(GenerationFields):
     """The body of a chat completion request."""
 
+    model_config = ConfigDict(
+        json_schema_extra=all_of(
+            ONE_ENDING,
+            needs("stream_options", "stream"),
+            needs("top_logprobs", "logprobs"),
+            not_together("max_tokens", "max_completion_tokens"),
+        )
+    )
+
     model: str
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    messages: Messages
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(default=None, description="At most what fits.")
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
+    n: Number | None = None
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = Field(default=None, description="At most what fits.")
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = Field(
         default=None, description="The same as max_tokens."
     )
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = Field(default=None, description="Default: true.")
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        default=None, description="Taken; this model's template has no variables, and nothing else may be said here."
-    )
-    add_generation_prompt: Literal[True] | None = None
-    continue_final_message: bool | None = Field(
-        default=None, description="A last message of the assistant is always gone on with."
-    )
+    chat_template_kwargs: TemplateOptions | None = None
+    add_generation_prompt: GenerationPrompt = None
+    continue_final_message: ContinueFinalMessage = None
     grounding: bool | None = Field(default=None, description="Add the answer's boxes as message.grounding.")
     reasoning_effort: str | None = Field(default=None, description="Taken; this model does not reason apart.")
     include_reasoning: bool | None = Field(default=None, description="Taken; this model does not reason apart.")
@@ -215,7 +228,7 @@ class ChatRequest(GenerationFields):
         both = self.max_tokens is not None and self.max_completion_tokens is not None
         if both and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
-        check_template_options(self.chat_template_kwargs, self.messages, self.continue_final_message)
+        self.ending  # noqa: B018 - says what contradicts itself
         self._check_tools()
         for index, message in enumerate(self.messages):
             for number, part in enumerate(message.parts):
@@ -241,6 +254,12 @@ class ChatRequest(GenerationFields):
         """Return the names of the fields given that constrain the answer."""
         formatted = self.response_format is not None and self.response_format.type != "text"
         return [*["response_format"] * formatted, *super().forms()]
+
+    @property
+    def ending(self) -> Ending:
+        """Return where the conversation ends."""
+        role = self.messages[-1].role
+        return ending_of(self.chat_template_kwargs, role, self.add_generation_prompt, self.continue_final_message)
 
     @property
     def wanted_tokens(self) -> int | None:

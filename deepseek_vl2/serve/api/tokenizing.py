@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import anyio
 import anyio.to_thread
@@ -13,12 +13,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from .body import BodyReader
+from .endings import ONE_ENDING, Ending, ending_of
 from .errors import ApiError
 from .generation import Generator
-from .generation_fields import TokenId
+from .generation_fields import LENGTH_MARK, TokenId
 from .json_size import MAX_VALUES
 from .replies import text_of
-from .schemas import MAX_MESSAGES, ImagePart, Message, check_template_options
+from .schemas import ContinueFinalMessage, GenerationPrompt, ImagePart, Messages, TemplateOptions
 from .tool_schemas import MAX_TOOLS, Strict, Tool
 from .tools import ToolUse
 from .turns import conversation_turns
@@ -34,21 +35,26 @@ class TokenizeRequest(Strict):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "anyOf": [
-                _given({"prompt": "string", "messages": "null", "tools": "null"}, "prompt"),
-                _given({"prompt": "null", "messages": "array"}, "messages"),
+            "allOf": [
+                {
+                    "anyOf": [
+                        _given({"prompt": "string", "messages": "null", "tools": "null"}, "prompt"),
+                        _given({"prompt": "null", "messages": "array"}, "messages"),
+                    ]
+                },
+                ONE_ENDING,
             ]
         }
     )
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    messages: Messages | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     add_special_tokens: bool | None = Field(default=None, description="false: nothing is put in front of a text.")
-    add_generation_prompt: Literal[True] | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: GenerationPrompt = None
+    continue_final_message: ContinueFinalMessage = None
+    chat_template_kwargs: TemplateOptions | None = None
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")
@@ -57,19 +63,25 @@ class TokenizeRequest(Strict):
             raise ValueError("give either prompt or messages")
         if self.tools and self.messages is None:
             raise ValueError("tools belong to messages")
-        check_template_options(self.chat_template_kwargs, self.messages or [], self.continue_final_message)
+        self.ending  # noqa: B018 - says what contradicts itself
         for index, message in enumerate(self.messages or []):
             for number, part in enumerate(message.parts):
                 if isinstance(part, ImagePart):
                     part.at(f"messages.{index}.content.{number}.image_url")
         return self
 
+    @property
+    def ending(self) -> Ending:
+        """Return where the conversation ends."""
+        role = self.messages[-1].role if self.messages else ""
+        return ending_of(self.chat_template_kwargs, role, self.add_generation_prompt, self.continue_final_message)
+
 
 class DetokenizeRequest(Strict):
     """The body of a request for the text of tokens."""
 
     model: str | None = None
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, json_schema_extra={LENGTH_MARK: 0})]
 
 
 class TokenService:
@@ -106,7 +118,8 @@ class TokenService:
         with self.admitted() as stack, stack:
             if asked.messages is not None:
                 tools = ToolUse(tuple(tool.function for tool in asked.tools or []))
-                ids = (await generator.builder.build(conversation_turns(asked.messages, tools))).prompt.ids
+                turns = conversation_turns(asked.messages, tools)
+                ids = (await generator.builder.build(turns, ending=asked.ending)).prompt.ids
             else:
                 ids = await anyio.to_thread.run_sync(self._text_ids, asked, limiter=generator.builder.limiter)
         found: dict[str, Any] = {

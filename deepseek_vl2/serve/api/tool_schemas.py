@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_TOOLS = 128
 FUNCTION_NAME = r"^[A-Za-z0-9_-]+$"
@@ -14,6 +14,14 @@ class Strict(BaseModel):
     """A model that knows all of its fields and converts nothing."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def whole_number(value: Any) -> Any:
+    """Return ``4`` for ``4.0``, which is an integer in JSON, and anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(whole_number)
 
 
 def check_parameters(schema: dict[str, Any]) -> dict[str, Any]:
@@ -95,4 +103,4 @@ class ToolCall(Strict):
     id: str = Field(min_length=1, max_length=256)
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = Field(default=None, description="Of streamed calls; not read.")
+    index: Annotated[int, WHOLE] | None = Field(default=None, description="Of streamed calls; not read.")
