@@ -70,16 +70,13 @@ class WeightOnlyConfig(QuantizationConfigMixin):
             )
         if block and weights != "fp8":
             raise ValueError(f"Blocks of {BLOCK} x {BLOCK} are of fp8 alone, not of {weights}.")
-        if calibration is not None and "int4" not in (weights, head):
-            raise ValueError(f"Calibration is of int4 alone: {weights} rounds each weight to the nearest it has.")
         self.quant_method: Any = METHOD
         self.weights = weights
         self.group_size = (group_size or DEFAULT_GROUP) if weights == "int4" else 0
         self.block = block
         self.head = head
-        self.calibration = calibration
-        if calibration is not None and not isinstance(calibration, Calibration):
-            self.calibration = Calibration(calibration)
+        self.calibration: Calibration | None = None
+        self.calibrate_with(calibration)
         # Known once a checkpoint is at hand: the format of every packed matrix, and the dtype of their scales.
         self.formats: Formats = {}
         self.scale_dtype: torch.dtype | None = None
@@ -103,6 +100,18 @@ class WeightOnlyConfig(QuantizationConfigMixin):
             self.head,
             self.calibration,
         )
+
+    def calibrate_with(self, calibration: Calibration | Sequence[Mapping[str, Any]] | None) -> None:
+        """Have int4 matrices packed for samples.
+
+        Raises:
+            ValueError: nothing is packed as int4.
+        """
+        if calibration is not None and "int4" not in (self.weights, self.head):
+            raise ValueError(f"Calibration is of int4 alone: {self.weights} rounds each weight to the nearest it has.")
+        self.calibration = calibration if isinstance(calibration, Calibration) else None
+        if calibration is not None and self.calibration is None:
+            self.calibration = Calibration(calibration)
 
     @property
     def wanted(self) -> WeightFormat:
