@@ -252,5 +252,5 @@ def check_foreign(quantization: Any, has_experts: bool) -> None:
     raise ValueError(
         f"{name} quantizes linear layers alone and would leave the routed experts, most of the weights, as they are: "
         f'use quantize="int4", "int8" or "fp8", or quantization_config=WeightOnlyConfig("int4") of '
-        "deepseek_vl2.models.quantizer, which pack the experts too."
+        "deepseek_vl2.models.quantizer, which pack the experts too; adapters train over those (QLoRA)."
     )
