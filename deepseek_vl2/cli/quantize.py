@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +23,7 @@ from deepseek_vl2.cli.options import (
 from deepseek_vl2.utils.progress import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from deepseek_vl2.models.quantizer import WeightOnlyConfig
 
@@ -31,7 +32,11 @@ EXAMPLES = """\
 examples:
   deepseek-vl2 quantize deepseek-ai/deepseek-vl2-small small-int4
   deepseek-vl2 quantize path/to/checkpoint small-int4 --to int4 --group_size 32 --head int8
+  deepseek-vl2 quantize deepseek-ai/deepseek-vl2-small small-int4 --calibration conversations.jsonl
   deepseek-vl2 quantize nano nano-int8 --to int8 --suite 100
+
+--calibration: one conversation a line, as `deepseek-vl2 finetune` takes them, or a question, as `deepseek-vl2 batch`
+does. int4 is then packed for what its layers get of these; 64 to 128 lines like those to come are enough.
 
 The output is in compressed-tensors' layout and is loaded like any other checkpoint. report.json lies beside it.
 """
@@ -47,6 +52,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--group_size", type=int, help="int4: columns that share a scale, 32, 64 or 128; default: 64")
     parser.add_argument("--block", action="store_true", help="fp8: a scale for 128 x 128 weights, not for each channel")
     parser.add_argument("--head", choices=QUANTIZED, help="pack the output head too, in this kind")
+    parser.add_argument("--calibration", metavar="FILE.jsonl", help="int4: conversations to pack the weights for")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of what stays; default: %(default)s")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu; default: the best there is")
     parser.add_argument("--max_shard_size", default="5GB", help="of the files written; default: %(default)s")
@@ -81,11 +87,23 @@ def run(args: Namespace) -> int:
         raise FileExistsError(f"{output} is there already and is not an empty directory.")
     config = WeightOnlyConfig(args.to, args.group_size, args.block, args.head)
     source, dtype = resolve_model_path(fetch_missing(args.model)), getattr(torch, args.dtype)
+    config.calibrate_with(read_samples(args, source))  # before anything that takes long: the file may be wrong
     exact = measure_exact(args, source, dtype)
     report = pack_and_compare(args, source, dtype, config, exact, output)
     (output / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report) if args.json else describe(report))
     return 0
+
+
+def read_samples(args: Namespace, source: Any) -> Any:
+    """Return the conversations to pack the weights for, or ``None``."""
+    if args.calibration is None:
+        return None
+    from deepseek_vl2.models import DeepseekVLV2Processor
+    from deepseek_vl2.utils.calibration import read_calibration
+
+    with Progress(f"Reading {args.calibration}", terminal_only=True):
+        return read_calibration(DeepseekVLV2Processor.from_pretrained(source), args.calibration)
 
 
 def measure_exact(args: Namespace, source: Any, dtype: Any) -> dict[str, Any]:
@@ -135,7 +153,8 @@ def pack_and_compare(
     from deepseek_vl2.utils.io import load_pretrained_model
 
     logging_progress()
-    _, processor, model = load_pretrained_model(source, device=args.device, dtype=dtype, quantize=config)
+    with calibrating(config.calibration):
+        _, processor, model = load_pretrained_model(source, device=args.device, dtype=dtype, quantize=config)
     model.save_pretrained(output, max_shard_size=args.max_shard_size)
     processor.save_pretrained(output)
     total = len(model.config.quantization_config.formats)
@@ -150,6 +169,11 @@ def pack_and_compare(
         "refused_by_vllm": refused_by_vllm(model.config.quantization_config.formats),
         "errors": [{"name": e.name, "format": str(e.format), "relative_error": e.error} for e in errors],
     }
+    if config.calibration is not None:
+        report["calibration"] = {
+            "samples": len(config.calibration.samples),
+            "errors": [asdict(error) for error in config.calibration.errors],
+        }
     if "logits" in exact:
         logits = reports.next_token_logits(model, exact["prompts"], exact["answers"])
         report["next_tokens"] = asdict(reports.compare_logits(exact["logits"], logits))
@@ -168,19 +192,33 @@ def logging_progress() -> None:
         logging.enable_progress_bar()
 
 
-def progress(text: str, total: int) -> Any:
-    """Return a context whose value is called after each step; it draws a bar where somebody looks."""
-    from contextlib import contextmanager
-
+@contextmanager
+def progress(text: str, total: int) -> Iterator[Callable[[], Any]]:
+    """Yield what is to be called after each step; it draws a bar where somebody looks."""
     from tqdm import tqdm
 
-    @contextmanager
-    def bar() -> Any:
-        with tqdm(total=total, desc=text, disable=not sys.stderr.isatty()) as drawn:
-            step: Callable[[], Any] = drawn.update
-            yield step
+    with tqdm(total=total, desc=text, disable=not sys.stderr.isatty()) as bar:
+        yield bar.update
 
-    return bar()
+
+@contextmanager
+def calibrating(calibration: Any) -> Iterator[None]:
+    """Draw a bar of the layers that are calibrated, where somebody looks."""
+    from tqdm import tqdm
+
+    if calibration is None:
+        yield
+        return
+    with tqdm(desc="Calibrating layers", disable=not sys.stderr.isatty()) as bar:
+
+        def done(layer: int, layers: int) -> None:
+            bar.total = layers
+            bar.update()
+            if layer == layers:
+                bar.close()  # the bar of loading comes next
+
+        calibration.done = done
+        yield
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -188,12 +226,14 @@ def describe(report: dict[str, Any]) -> str:
     before, after = report["bytes_before"], report["bytes_after"]
     lines = [f"{report['model']}: {before / GB:.2f} GB become {after / GB:.2f} GB ({100 * after / before:.0f} %)"]
     lines.append("error of the weights (norm over norm), mean of each layer's matrices")
-    layers: dict[str, list[float]] = {}
-    for entry in report["errors"]:
-        head, _, rest = entry["name"].partition(".layers.")
-        layer = f"layer {rest.partition('.')[0]}" if rest else head.rpartition(".")[2]
-        layers.setdefault(layer, []).append(entry["relative_error"])
-    lines += [f"  {layer:12} {100 * fmean(errors):6.2f} %" for layer, errors in layers.items()]
+    errors = [(entry["name"], 100 * entry["relative_error"]) for entry in report["errors"]]
+    lines += [f"  {layer:12} {found:6.2f} %" for layer, found in layer_means(errors)]
+    if "calibration" in report:
+        found = report["calibration"]
+        lines.append(f"error of products with {found['samples']} samples, packed without them and for them")
+        plain = layer_means([(entry["name"], 100 * entry["plain"]) for entry in found["errors"]])
+        fitted = layer_means([(entry["name"], 100 * entry["calibrated"]) for entry in found["errors"]])
+        lines += [f"  {layer:12} {p:6.2f} -> {c:5.2f} %" for (layer, p), (_, c) in zip(plain, fitted, strict=True)]
     lines += [f"vLLM will refuse it: {reason}" for reason in report["refused_by_vllm"]]
     if "next_tokens" in report:
         found = report["next_tokens"]
@@ -206,3 +246,13 @@ def describe(report: dict[str, Any]) -> str:
         parts = (f"{name} {100 * value:.1f} -> {100 * changes[name]:.1f} %" for name, value in scores.items())
         lines.append(f"{task}: {', '.join(parts)}")
     return "\n".join(lines)
+
+
+def layer_means(values: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Return the mean value of each layer's matrices, by the layer's short name."""
+    layers: dict[str, list[float]] = {}
+    for name, value in values:
+        head, _, rest = name.partition(".layers.")
+        layer = f"layer {rest.partition('.')[0]}" if rest else head.rpartition(".")[2]
+        layers.setdefault(layer, []).append(value)
+    return [(layer, fmean(found)) for layer, found in layers.items()]

@@ -15,9 +15,10 @@ from transformers import PretrainedConfig
 from transformers.generation import GenerationConfig
 
 from .bundled import locate_bundled
+from .calibration import CalibratedPacking
 from .checkpoint import OPTIONAL_TENSORS, StoredTensors, check_shapes, conversion_rules, find_files, released_shapes
 from .checkpoint_check import check_config, check_finite
-from .quantized_checkpoint import READABLE, PackedFile, logical_shapes, packed_while_read
+from .quantized_checkpoint import READABLE, PackedFile, logical_shapes, packed_while_read, packing_device
 from .quantizer import WeightOnlyConfig, check_foreign, plan_formats
 
 Loaded = TypeVar("Loaded", bound="CheckpointLoadingMixin")
@@ -182,7 +183,12 @@ class CheckpointLoadingMixin:
         if packed is not None:
             return Checkpoint(packed.state, is_packed=True, files=stored.files)
         if wanted is not None:
-            state = packed_while_read(stored.fused(), wanted.formats, dtype_of_scales(config, stored, options))
+            state, dtype = stored.fused(), dtype_of_scales(config, stored, options)
+            packed_for = None
+            if wanted.calibration is not None:
+                work = CalibratedPacking(model, state, wanted.formats, dtype, packing_device())
+                packed_for = work.run(wanted.calibration)
+            state = packed_while_read(state, wanted.formats, dtype, packed_for)
             return Checkpoint(state, is_packed=True, files=stored.files)
         return Checkpoint(stored.fused(), is_packed=False, files=stored.files)
 

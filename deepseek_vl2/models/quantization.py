@@ -150,7 +150,7 @@ def _not_zero(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return scale.to(dtype)
 
 
-def _int4_group_scales(groups: torch.Tensor, importance: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def int4_group_scales(groups: torch.Tensor, importance: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """Return the scales, [R, G, 1], that minimise the squared error of [R, G, group_size] in float32.
 
     For given integers q the best scale of weights w is <w, q> / <q, q>, and it leaves <w, w> - <w, q>^2 / <q, q>: so
@@ -177,7 +177,7 @@ def _int4_group_scales(groups: torch.Tensor, importance: torch.Tensor | None, dt
 def _quantize_int4(rows: torch.Tensor, group: int, importance: torch.Tensor | None, dtype: torch.dtype) -> PackedWeight:
     groups = rows.unflatten(-1, (-1, group))
     weights = None if importance is None else importance.view(-1, group)
-    scale = _int4_group_scales(groups, weights, dtype)
+    scale = int4_group_scales(groups, weights, dtype)
     numbers = (groups / scale.float()).round_().clamp_(-8, 7).to(torch.int8)
     return PackedWeight(pack_int4(numbers.flatten(-2)), scale.squeeze(-1))
 

@@ -96,11 +96,11 @@ def packing_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _pack_slice(source: Any, fmt: WeightFormat, dtype: torch.dtype, importance: torch.Tensor | None) -> PackedWeight:
+def _pack_slice(source: Any, fmt: WeightFormat, dtype: torch.dtype) -> PackedWeight:
     device = packing_device()
 
     def pack(matrix: torch.Tensor) -> PackedWeight:
-        packed = quantize(matrix.to(device), fmt, dtype, importance)
+        packed = quantize(matrix.to(device), fmt, dtype)
         return PackedWeight(packed.packed.cpu(), packed.scale.cpu())
 
     if not isinstance(source, FusedSlices):
@@ -121,7 +121,7 @@ def packed_while_read(
     state: Mapping[str, Any],
     formats: Mapping[str, WeightFormat],
     dtype: torch.dtype,
-    importance: Mapping[str, torch.Tensor] | None = None,
+    packed: Mapping[str, PackedWeight] | None = None,
 ) -> dict[str, Any]:
     """Return a state dict of `StoredTensors.fused` with matrices that pack themselves when they are read.
 
@@ -129,7 +129,7 @@ def packed_while_read(
         state: values that read themselves at ``value[...]``, under the model's names.
         formats: the format of each matrix to pack, by its layer's name (experts: and the part's).
         dtype: of the scales.
-        importance: of each matrix's columns; see `quantization.quantize`.
+        packed: matrices that are packed already, by the same names; they are given as they are.
     """
     out: dict[str, Any] = {}
     for name, source in state.items():
@@ -137,11 +137,11 @@ def packed_while_read(
         if layer not in formats:
             out[name] = source
             continue
-        fmt, weights = formats[layer], None if importance is None else importance.get(layer)
-        shape = list(source.get_shape())
+        fmt, shape = formats[layer], list(source.get_shape())
+        given = None if packed is None else packed.get(layer)
 
-        def make(source: Any = source, fmt: WeightFormat = fmt, weights: Any = weights) -> PackedWeight:
-            return _pack_slice(source, fmt, dtype, weights)
+        def make(source: Any = source, fmt: WeightFormat = fmt, given: PackedWeight | None = given) -> PackedWeight:
+            return _pack_slice(source, fmt, dtype) if given is None else given
 
         out.update(_packing(shape, fmt, dtype, make).parts(name))
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .calibration import Calibration
 from .checkpoint import conversion_rules
 from .moe import DeepseekV2Experts
 from .quantization import BLOCK, GROUP_SIZES, KINDS, Kind, WeightFormat, fit_format
@@ -43,6 +44,8 @@ class WeightOnlyConfig(QuantizationConfigMixin):
             smaller groups, of 16 at least, or else int8.
         block: fp8 has a scale for each block of 128 x 128 weights rather than for each output channel.
         head: kind of the output head: "int8" or "fp8", or "int4"; ``None``: it stays as it is.
+        calibration: the processor's batches of one prompt each, or a `Calibration` of such: int4 is then packed so that
+            products with what these give stay near, layer by layer.
 
     Raises:
         ValueError: an unknown kind or group size, or an option of another kind.
@@ -54,6 +57,7 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         group_size: int | None = None,
         block: bool = False,
         head: Kind | None = None,
+        calibration: Calibration | Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         for kind in (weights, *([] if head is None else [head])):
@@ -71,6 +75,8 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         self.group_size = (group_size or DEFAULT_GROUP) if weights == "int4" else 0
         self.block = block
         self.head = head
+        self.calibration: Calibration | None = None
+        self.calibrate_with(calibration)
         # Known once a checkpoint is at hand: the format of every packed matrix, and the dtype of their scales.
         self.formats: Formats = {}
         self.scale_dtype: torch.dtype | None = None
@@ -88,8 +94,24 @@ class WeightOnlyConfig(QuantizationConfigMixin):
     def copy(self) -> WeightOnlyConfig:
         """Return the same request, of no checkpoint yet."""
         return WeightOnlyConfig(
-            self.weights, self.group_size if self.weights == "int4" else None, self.block, self.head
+            self.weights,
+            self.group_size if self.weights == "int4" else None,
+            self.block,
+            self.head,
+            self.calibration,
         )
+
+    def calibrate_with(self, calibration: Calibration | Sequence[Mapping[str, Any]] | None) -> None:
+        """Have int4 matrices packed for samples.
+
+        Raises:
+            ValueError: nothing is packed as int4.
+        """
+        if calibration is not None and "int4" not in (self.weights, self.head):
+            raise ValueError(f"Calibration is of int4 alone: {self.weights} rounds each weight to the nearest it has.")
+        self.calibration = calibration if isinstance(calibration, Calibration) else None
+        if calibration is not None and self.calibration is None:
+            self.calibration = Calibration(calibration)
 
     @property
     def wanted(self) -> WeightFormat:
@@ -230,5 +252,5 @@ def check_foreign(quantization: Any, has_experts: bool) -> None:
     raise ValueError(
         f"{name} quantizes linear layers alone and would leave the routed experts, most of the weights, as they are: "
         f'use quantize="int4", "int8" or "fp8", or quantization_config=WeightOnlyConfig("int4") of '
-        "deepseek_vl2.models.quantizer, which pack the experts too."
+        "deepseek_vl2.models.quantizer, which pack the experts too; adapters train over those (QLoRA)."
     )

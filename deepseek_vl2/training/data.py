@@ -50,8 +50,8 @@ def index_lines(file: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array(offsets, dtype=np.int64), np.array(numbers, dtype=np.int64)
 
 
-def parse_line(line: bytes) -> tuple[Sequence[Mapping[str, Any]], list[Any]]:
-    """Return a line's messages, and the images listed beside them.
+def parse_line(line: bytes, needs_answers: bool = True) -> tuple[Sequence[Mapping[str, Any]], list[Any]]:
+    """Return a line's messages, and the images listed beside them; without ``needs_answers`` of a question, too.
 
     Raises:
         ValueError: the line is not a conversation in JSON.
@@ -65,21 +65,33 @@ def parse_line(line: bytes) -> tuple[Sequence[Mapping[str, Any]], list[Any]]:
         raise ValueError(message) from error
     images: list[Any] = []
     if isinstance(record, Mapping):
-        key = next((key for key in CONVERSATION_KEYS if key in record), None)
+        keys = CONVERSATION_KEYS if needs_answers else (*CONVERSATION_KEYS, "prompt")
+        key = next((key for key in keys if key in record), None)
         if key is None:
-            raise ValueError(f"the object has none of the keys {', '.join(CONVERSATION_KEYS)}: {sorted(record)}.")
-        record, images = record[key], list(record.get("images") or [])
+            raise ValueError(f"the object has none of the keys {', '.join(keys)}: {sorted(record)}.")
+        listed = record.get("images") or []
+        images = [listed] if isinstance(listed, str) else list(listed)
+        record = record[key] if key != "prompt" else question(record[key], len(images))
     if not isinstance(record, list) or not all(isinstance(message, Mapping) for message in record):
         raise ValueError("a conversation is a list of messages, each an object with role and content.")
     return record, images
 
 
-def check_conversation(conversation: Sequence[Mapping[str, Any]], images: int) -> None:
+def question(prompt: Any, images: int) -> list[dict[str, Any]]:
+    """Return the messages of a question whose images stand in front of its text."""
+    if not isinstance(prompt, str):
+        raise ValueError(f"a prompt is a text, not {type(prompt).__name__}.")
+    tags = "" if IMAGE_TAG in prompt else f"{IMAGE_TAG}\n" * images
+    return [{"role": "user", "content": tags + prompt}]
+
+
+def check_conversation(conversation: Sequence[Mapping[str, Any]], images: int, needs_answers: bool = True) -> None:
     """Check what can be checked without a processor.
 
     Args:
         conversation: messages whose content is text.
         images: how many images they show.
+        needs_answers: there is something to learn: every turn of the assistant has text, and there is one.
 
     Raises:
         ValueError: an unknown role, a system message that is not first, an image tag outside a user turn, tags and
@@ -91,12 +103,12 @@ def check_conversation(conversation: Sequence[Mapping[str, Any]], images: int) -
         message = str(error)
         raise ValueError(message[:1].lower() + message[1:]) from error
     for number, turn in enumerate(turns, start=1):
-        if turn.role == "assistant" and not turn.content:
+        if needs_answers and turn.role == "assistant" and not turn.content:
             raise ValueError(f"message {number} is an empty answer: training needs the text to learn.")
     tags = sum(turn.count_tags() for turn in turns)
     if tags != images:
         raise ValueError(f"the user turns hold {tags} {IMAGE_TAG} tags, but {images} images are named.")
-    if not any(turn.role == "assistant" for turn in turns):
+    if needs_answers and not any(turn.role == "assistant" for turn in turns):
         raise ValueError("there is no answer: training needs a turn of the assistant.")
 
 
@@ -114,6 +126,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         files: a file, or several.
         image_root: where relative image paths start; by default each file's own directory.
         max_pixels: refuse larger images.
+        needs_answers: refuse conversations without an answer to learn; otherwise a line may be a question of
+            ``deepseek-vl2 batch``, too: ``prompt`` and ``images``.
 
     Items are dicts: ``conversation`` (messages with text and image tags), ``images`` (PIL images, RGB) and ``source``
     (file and line).
@@ -128,11 +142,13 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         image_root: str | os.PathLike[str] | None = None,
         max_pixels: int = MAX_IMAGE_PIXELS,
+        needs_answers: bool = True,
     ) -> None:
         listed = [files] if isinstance(files, (str, os.PathLike)) else list(files)
         self.files = [Path(file) for file in listed]
         self.image_root = None if image_root is None else Path(image_root)
         self.max_pixels = max_pixels
+        self.needs_answers = needs_answers
         self._index = [index_lines(file) for file in self.files]
         self._ends = np.cumsum([len(offsets) for offsets, _ in self._index])
         if not len(self):
@@ -168,13 +184,13 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             stream.seek(offset)
             line = stream.readline()
         with located(self.source(index)):
-            messages, beside = parse_line(line)
+            messages, beside = parse_line(line, self.needs_answers)
             conversation = messages_to_conversation(messages, IMAGE_TAG, image_source)
             named = [source for message in conversation for source in message.pop("images")]
             if named and beside:
                 raise ValueError("images are named both in the messages and beside them: choose one place.")
             sources = [self._resolve(source, file) for source in named or beside]
-            check_conversation(conversation, len(sources))
+            check_conversation(conversation, len(sources), self.needs_answers)
         return conversation, sources
 
     def _resolve(self, source: Any, file: Path) -> Any:

@@ -10,11 +10,14 @@ import torch
 from support import KINDS, mini_inputs, mini_model, released_names
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+from deepseek_vl2.models.moe import DeepseekV2Experts
 from deepseek_vl2.models.quantized_layers import PackedExperts, packed_layers
 from deepseek_vl2.models.quantizer import WeightOnlyConfig
 from deepseek_vl2.training.lora import add_lora, load_lora, merge_and_save
 
 pytest.importorskip("peft")
+
+from deepseek_vl2.training.packed_lora import PackedLoraExperts
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +106,26 @@ def test_every_chosen_expert_gets_a_gradient(released: dict[str, Path]) -> None:
             assert (parameter.grad.flatten(1).norm(dim=1) > 0).sum() >= 6, name
 
 
-def test_adapters_of_a_bfloat16_model_train_in_float32(released: dict[str, Path]) -> None:
-    config = WeightOnlyConfig("int4")
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_adapters_of_a_bfloat16_model_train_in_float32_and_merge_back(
+    weights: Any, released: dict[str, Path], tmp_path: Path
+) -> None:
+    config = WeightOnlyConfig(weights)
     base = DeepseekVLV2ForCausalLM.from_pretrained(released["base"], dtype=torch.bfloat16, quantization_config=config)
     model = add_lora(base, rank=2)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    base.gradient_checkpointing_enable()
     losses = train(model)
     assert losses[-1] < losses[0]
+    wrapped = next(m for m in model.modules() if isinstance(m, PackedLoraExperts))
+    first, second = wrapped.lora_down_proj_A["default"], wrapped.lora_down_proj_B["default"]
+    packed: Any = wrapped.get_base_layer()
+    expected = packed.dequantized("down_proj").float() + second.detach() @ first.detach() * wrapped.scaling["default"]
+    merge_and_save(model, None, tmp_path)
+    plain = DeepseekVLV2ForCausalLM.from_pretrained(tmp_path)
+    assert plain.dtype == torch.bfloat16 and released_names(tmp_path) == released_names(released["base"])
+    experts = next(m for m in plain.modules() if isinstance(m, DeepseekV2Experts))
+    assert torch.equal(experts.down_proj, expected.to(torch.bfloat16))
 
 
 def test_dropout_of_experts_is_refused(released: dict[str, Path]) -> None:
