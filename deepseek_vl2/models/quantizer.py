@@ -23,8 +23,10 @@ from .quantized_layers import PackedExperts, PackedLinear, packed_layers, set_mo
 
 METHOD = "deepseek_vl2"
 DEFAULT_GROUP = 64
+# But kv_b_proj: latent attention multiplies queries and outputs by it, head by head, in 16 bits, so that a packed one is
+# held twice; and vLLM reads it as a plain one where a prompt has cached tokens before it.
 LINEAR = re.compile(
-    r"(^|.*\.)layers\.\d+\.(self_attn\.(q|k|v|o|q_a|q_b|kv_b)_proj|self_attn\.kv_a_proj_with_mqa"
+    r"(^|.*\.)layers\.\d+\.(self_attn\.(q|k|v|o|q_a|q_b)_proj|self_attn\.kv_a_proj_with_mqa"
     r"|mlp\.(shared_experts\.)?(gate|up|down)_proj)"
 )
 STACKED = re.compile(r"\.(q|k|v|gate|up)_proj$")
@@ -36,7 +38,8 @@ Formats = dict[str, WeightFormat]
 class WeightOnlyConfig(QuantizationConfigMixin):
     """Asks ``from_pretrained`` for packed weights: of attention, MLPs, shared and routed experts.
 
-    Vision tower, projector, gates, embeddings and norms keep their dtype, and so does the head without ``head``.
+    Vision tower, projector, gates, embeddings, norms and kv_b_proj keep their dtype, and so does the head without
+    ``head``.
 
     Args:
         weights: "int4", "int8" (a scale for each output channel) or "fp8" (e4m3).
