@@ -202,13 +202,13 @@ def write_packed(folder: Path, form: str, dtype: str) -> Path:
 
 
 def layers_left(llm: Any) -> list[str]:
-    """Return the language model's matrices that vLLM holds unquantized; gates, embedding and a plain head may be."""
+    """Return the language model's matrices that vLLM holds unquantized; gates, kv_b_proj, embedding and a head may be."""
 
     def look(model: Any) -> list[str]:
         methods = {name: type(getattr(module, "quant_method", None)).__name__ for name, module in model.named_modules()}
         return [name for name, method in methods.items() if method.startswith("Unquantized")]
 
-    allowed = (".gate", ".embed_tokens", ".lm_head")
+    allowed = (".gate", ".embed_tokens", ".lm_head", ".kv_b_proj")
     return [name for name in llm.apply_model(look)[0] if not name.endswith(allowed)]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from .quantization import BLOCK, GROUP_SIZES, WeightFormat
 
 HEAD = "lm_head"
+ABSORBED = "kv_b_proj"
 # vLLM looks for the name of a fused layer before it looks for its parts' names.
 FUSED_IN_VLLM = {
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -85,8 +86,9 @@ def file_config(formats: Mapping[str, WeightFormat]) -> dict[str, Any]:
         groups[f"group_{index}"] = _scheme(fmt, sorted(others[fmt]))
     layouts = {group["format"] for group in groups.values()}
     ignore = ["re:vision\\..*", "re:projector\\..*", "re:.*\\.mlp\\.gate$"]
-    if not any(name.endswith(HEAD) for name in formats):
-        ignore.append(f"re:.*{HEAD}$")
+    for plain in (HEAD, ABSORBED):
+        if not any(name.endswith(plain) for name in formats):
+            ignore.append(f"re:.*{plain}$")
     return {
         "quant_method": "compressed-tensors",
         "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
