@@ -155,7 +155,8 @@ class SamplingBatch:
     def __init__(self, rows: Sequence[RowSampler], vocabulary: int, device: torch.device) -> None:
         self.rows = list(rows)
         self.vocabulary = vocabulary
-        self.device = device
+        # Apple's GPUs have no float64, which sums of many probabilities need: there the host draws.
+        self.device = device if device.type == "cuda" else torch.device("cpu")
         params = [row.params for row in rows]
         self.sampled = [i for i, p in enumerate(params) if p.temperature > 0]
         self.cut = [k for k, i in enumerate(self.sampled) if params[i].top_p < 1 or params[i].top_k or params[i].min_p]
@@ -302,6 +303,9 @@ class SamplingBatch:
             positions_B: of the tokens to come.
             likeliest_B: the most likely tokens, where the step found them already.
         """
+        home = logits_BV.device
+        logits_BV, positions_B = logits_BV.to(self.device), positions_B.to(self.device)
+        likeliest_B = None if likeliest_B is None else likeliest_B.to(self.device)
         ruled_BV, failures = self._apply_rules(logits_BV)
         tokens_B = likeliest_B if likeliest_B is not None and ruled_BV is logits_BV else most_likely(ruled_BV)
         if self.sampled:
@@ -313,7 +317,7 @@ class SamplingBatch:
             self.seen.scatter_(1, new, True)
         for row in self.rows:
             row.chosen += 1
-        return Sampled(tokens_B, self._log_probabilities(logits_BV, tokens_B), failures)
+        return Sampled(tokens_B.to(home), self._log_probabilities(logits_BV, tokens_B), failures)
 
 
 def read_logprobs(line: Sequence[float], count: int) -> tuple[float, list[tuple[int, float]]]:

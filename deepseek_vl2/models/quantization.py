@@ -114,9 +114,10 @@ def pack_int4(numbers: torch.Tensor) -> torch.Tensor:
 
 def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     """Return the integers from -8 to 7, int8 [..., I], of int32 words, [..., I / 8]."""
+    if sys.byteorder == "big" or packed.device.type == "mps":  # a word's bytes are elsewhere, or have not been seen
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
+        return ((packed.unsqueeze(-1) >> shifts) & 15).flatten(-2).to(torch.int8) - 8
     pairs = packed.contiguous().view(torch.uint8)
-    if sys.byteorder == "big":
-        pairs = pairs.unflatten(-1, (-1, 4)).flip(-1).flatten(-2)
     return (torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)).view(torch.int8) - 8
 
 

@@ -90,10 +90,12 @@ def _packing(shape: list[int], fmt: WeightFormat, dtype: torch.dtype, make: Call
 
 
 def packing_device() -> torch.device:
-    """Return where weights are packed fastest: an accelerator where there is one."""
-    if torch.accelerator.is_available():
-        return torch.device(torch.accelerator.current_accelerator() or "cpu")
-    return torch.device("cpu")
+    """Return where weights are packed fastest: an accelerator where there is one.
+
+    Not Apple's, which has neither fp8 nor float64, and whose memory is the host's.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if found is None or found.type == "mps" else found
 
 
 def _pack_slice(source: Any, fmt: WeightFormat, dtype: torch.dtype) -> PackedWeight:

@@ -100,6 +100,16 @@ def file_config(formats: Mapping[str, WeightFormat]) -> dict[str, Any]:
     }
 
 
+def holds_fp8(described: Mapping[str, Any] | None) -> bool:
+    """Whether the ``quantization_config`` of a config.json speaks of weights in fp8."""
+    if described is None:
+        return False
+    groups = described.get("config_groups") or {}
+    return described.get("quant_method") == "fp8" or any(
+        (group.get("weights") or {}).get("type") == "float" for group in groups.values()
+    )
+
+
 def refused_by_vllm(formats: Mapping[str, WeightFormat]) -> list[str]:
     """Return, as sentences, what vLLM does not load of matrices packed so; those of released sizes it all loads."""
     found = []

@@ -20,6 +20,7 @@ from deepseek_vl2.models.image_loading import load_image
 from deepseek_vl2.models.image_modes import WHITE, Background, check_background
 from deepseek_vl2.models.messages import check_messages, listed_images
 from deepseek_vl2.models.quantization import Kind
+from deepseek_vl2.models.quantized_config import holds_fp8
 from deepseek_vl2.models.quantizer import WeightOnlyConfig
 from deepseek_vl2.utils.demo import DEMO_NAME, demo_checkpoint
 from deepseek_vl2.utils.memory import STORED, check_fits, max_memory_map, model_sizes, parse_size, stored_sizes
@@ -116,6 +117,8 @@ def load_pretrained_model(
     if quantize is not None:
         kwargs["quantization_config"] = quantize
     place = torch.device(device or default_device())
+    if place.type == "mps":
+        refuse_fp8(source, quantize)
     if isinstance(max_memory, dict):
         kwargs["max_memory"] = max_memory
     elif kwargs.get("device_map") is None:
@@ -126,6 +129,13 @@ def load_pretrained_model(
     if kwargs.get("device_map") is None:
         model = model.to(place)
     return processor.tokenizer, processor, model
+
+
+def refuse_fp8(source: str | Path, quantize: WeightOnlyConfig | None) -> None:
+    """Raise ``ValueError`` for weights in fp8, asked for or stored, on a device that has no such numbers."""
+    described = getattr(DeepseekVLV2Config.from_pretrained(source), "quantization_config", None)
+    if "fp8" in (quantize and quantize.weights, quantize and quantize.head) or holds_fp8(described):
+        raise ValueError("Apple's GPUs (mps) have no fp8 numbers: use int8 or int4 there, or device cpu.")
 
 
 def refuse_what_does_not_fit(

@@ -46,7 +46,9 @@ def foreign_config(name: str) -> Any:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_quantizers_that_leave_the_experts_are_refused(name: str, released: Path) -> None:
-    with pytest.raises(ValueError, match=f"^{name} quantizes linear layers alone.*routed experts.*WeightOnlyConfig.*QLoRA"):
+    with pytest.raises(
+        ValueError, match=f"^{name} quantizes linear layers alone.*routed experts.*WeightOnlyConfig.*QLoRA"
+    ):
         DeepseekVLV2ForCausalLM.from_pretrained(released, quantization_config=foreign_config(name))
 
 
