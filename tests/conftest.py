@@ -64,12 +64,6 @@ def processor(tokenizer_dir: Path) -> DeepseekVLV2Processor:
     return DeepseekVLV2Processor.from_pretrained(tokenizer_dir)
 
 
-@pytest.fixture
-def own_processor(tokenizer_dir: Path) -> DeepseekVLV2Processor:
-    """Return a processor that the test may change."""
-    return DeepseekVLV2Processor.from_pretrained(tokenizer_dir)
-
-
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     """Return the name of an architecture."""

@@ -336,8 +336,8 @@ FAULTS = [
     Fault(
         "the repetition penalty favours negative logits",
         ENGINE + "sampler.py",
-        "weakened = torch.where(logits_NV > 0, logits_NV / self.repetition, logits_NV * self.repetition)",
-        "weakened = logits_NV / self.repetition",
+        "weakened = torch.where(logits_NV > 0, larger_NV, logits_NV * self.repetition)",
+        "weakened = larger_NV",
         "tests/unit/test_sampler.py",
     ),
     Fault(

@@ -81,11 +81,6 @@ def test_static_cache_as_dynamic(ask: Callable[..., list[str]], together: list[s
     assert ask(cache_implementation="static", disable_compile=True) == together
 
 
-def test_eager_as_sdpa(ask: Callable[..., list[str]], together: list[str]) -> None:
-    _, _, eager = load_pretrained_model("nano", device="cpu", dtype=torch.float32, attn_implementation="eager")
-    assert ask(model=eager) == together
-
-
 def test_bfloat16_answers_as_float32_nearly_always(ask: Callable[..., list[str]], together: list[str]) -> None:
     _, _, rounded = load_pretrained_model("nano", device="cpu", dtype=torch.bfloat16)
     same = sum(a == b for a, b in zip(ask(model=rounded), together, strict=True))

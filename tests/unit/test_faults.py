@@ -17,4 +17,5 @@ def test_each_fault_can_be_planted() -> None:
         found = (ROOT / fault.file).read_text(encoding="utf-8").count(fault.before)
         assert found == 1, f"{fault.name}: its line stands {found} times in {fault.file}"
         assert fault.before != fault.after
-        assert all((ROOT / name.partition("::")[0]).is_file() for name in fault.tests.split()), fault.name
+        for file, _, test in (name.partition("::") for name in fault.tests.split()):
+            assert f"def {test}" in (ROOT / file).read_text(encoding="utf-8"), f"{fault.name}: {file} has no {test}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -60,6 +61,15 @@ def run(files: Path, tmp_path: Path) -> Callable[..., int]:
     return run
 
 
+def stopped_early(output: Path, last: int) -> Path:
+    """Return a copy of what a run wrote, as if it had stopped while it wrote its last checkpoint: without the model."""
+    stopped = output.with_name("stopped")
+    shutil.copytree(output, stopped)
+    for path in (*stopped.glob("*.safetensors"), *stopped.glob("adapter/*"), *stopped.glob(f"checkpoint-{last}/*")):
+        path.unlink()
+    return stopped
+
+
 def test_adapters_over_packed_weights_end_in_a_plain_checkpoint(
     run: Callable[..., int], files: Path, tmp_path: Path
 ) -> None:
@@ -87,10 +97,7 @@ def test_full_training_is_saved_resumed_and_loads(run: Callable[..., int], tmp_p
     assert run(*options) == 1
     assert "out holds checkpoint-6: add --resume" in capsys.readouterr().err
 
-    stopped = tmp_path / "stopped"
-    assert run(*options, "--max_steps", "6", output="stopped") == 0
-    for path in stopped.glob("checkpoint-6/*"):
-        path.unlink()
+    stopped = stopped_early(tmp_path / "out", 6)
     assert run(*options, "--resume", output="stopped") == 0
     assert "Going on from checkpoint-4." in capsys.readouterr().out
     whole, resumed = (DeepseekVLV2ForCausalLM.from_pretrained(d) for d in (tmp_path / "out", stopped))
@@ -134,12 +141,9 @@ def test_adapters_are_merged_into_a_model_that_loads(run: Callable[..., int], fi
     assert (tmp_path / "out" / "adapter" / "adapter_config.json").is_file()
     DeepseekVLV2Processor.from_pretrained(tmp_path / "out")
 
-    again = tmp_path / "again"
-    assert run(*options, output="again") == 0
-    for path in again.glob("checkpoint-4/*"):
-        path.unlink()
-    assert run(*options, "--resume", output="again") == 0
-    resumed = DeepseekVLV2ForCausalLM.from_pretrained(again).state_dict()
+    stopped = stopped_early(tmp_path / "out", 4)
+    assert run(*options, "--resume", output="stopped") == 0
+    resumed = DeepseekVLV2ForCausalLM.from_pretrained(stopped).state_dict()
     for name, tensor in after.items():
         assert torch.equal(resumed[name], tensor), name
 

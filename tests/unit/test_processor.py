@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from support import CASES, GOLDEN, case_images, case_inputs
+from support import CASES, GOLDEN, case_images, case_inputs, mini_processor
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from deepseek_vl2.models import DeepseekVLV2Processor
@@ -112,24 +112,26 @@ def test_no_images_give_one_zero_image_and_a_zero_crop(processor: Processor) -> 
 # ---------------------------------------------------------------- labels
 
 
-def test_position_zero_keeps_its_label_and_images_have_none(own_processor: Processor) -> None:
+def test_position_zero_keeps_its_label_and_images_have_none(
+    processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for mask_prompt in (True, False):
-        own_processor.mask_prompt = mask_prompt
+        monkeypatch.setattr(processor, "mask_prompt", mask_prompt)
         conversation = [user("<image>\nhi"), answer("hello")]
-        sample = own_processor.process_one(conversations=conversation, images=[picture()], inference_mode=False)
+        sample = processor.process_one(conversations=conversation, images=[picture()], inference_mode=False)
         assert sample.target_ids[0] == 0
         assert set(sample.target_ids[sample.images_seq_mask].tolist()) == {-100}
         kept = sample.target_ids[sample.target_ids != -100].tolist()
-        hello = own_processor.encode("hello", bos=False)
+        hello = processor.encode("hello", bos=False)
         assert kept[-len(hello) - 1 :] == [*hello, 1]
         assert (kept == [0, *hello, 1]) == mask_prompt
 
 
-def test_a_system_message_is_masked_with_the_prompt(own_processor: Processor) -> None:
-    own_processor.mask_prompt = True
+def test_a_system_message_is_masked_with_the_prompt(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "mask_prompt", True)
     conversation = [{"role": "system", "content": "Be brief."}, user("hi"), answer("hello")]
-    sample = own_processor.process_one(conversations=conversation, inference_mode=False)
-    assert sample.target_ids[sample.target_ids != -100].tolist() == [0, *own_processor.encode("hello", bos=False), 1]
+    sample = processor.process_one(conversations=conversation, inference_mode=False)
+    assert sample.target_ids[sample.target_ids != -100].tolist() == [0, *processor.encode("hello", bos=False), 1]
 
 
 # ---------------------------------------------------------------- prompts
@@ -482,9 +484,9 @@ def test_a_saved_processor_loads_the_same(processor: Processor, tmp_path: Path, 
     assert "<|User|>" in (tmp_path / "chat_template.jinja").read_text()
 
 
-def test_changed_settings_survive(own_processor: Processor, tmp_path: Path) -> None:
+def test_changed_settings_survive(tmp_path: Path) -> None:
     changed = Processor(
-        own_processor.tokenizer,
+        mini_processor().tokenizer,
         candidate_resolutions=[(384, 384), (768, 384)],
         image_mean=(0.1, 0.2, 0.3),
         image_std=(0.4, 0.5, 0.6),
