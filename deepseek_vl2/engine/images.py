@@ -13,7 +13,7 @@ import torch
 
 from ..models.tiling import TileGrid, fitted_size
 from ..models.views import Pictures
-from ..ops.triton.image_resize import may_scale_height_first, resize_into
+from ..ops.triton.image_resize import pillow_is_known, resize_into
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def upload(pixels: Any, device: torch.device) -> torch.Tensor:
 
 def scale(pictures: Pictures, device: torch.device) -> torch.Tensor | None:
     """Return the tiles of pictures, uint8 [B, V, S, S, C]; ``None`` where Pillow would scale them otherwise."""
-    if may_scale_height_first() is None:
+    if not pillow_is_known():
         logger.debug("Images are scaled on the host: Pillow scales them otherwise than its releases known here.")
         return None
     counts, side = pictures.counts, pictures.side

@@ -71,6 +71,15 @@ def tile_grid(resolution: Size, tile_size: int) -> TileGrid:
     return TileGrid(width // tile_size, height // tile_size)
 
 
+def is_height_first(image_size: Size, size: Size) -> bool:
+    """Whether the height is scaled before the width, to whole numbers in between; sizes are (width, height).
+
+    Pillow does so from release 13 on, with which the original's tiles were recorded, and never before.
+    """
+    shrinks = image_size[1] - size[1]
+    return shrinks > 0 and shrinks > 2 * (image_size[0] - size[0])
+
+
 def fitted_size(image_size: Size, box: Size) -> Size:
     """Return the (width, height) of an image scaled, with its aspect ratio kept, to just fit into ``box``.
 

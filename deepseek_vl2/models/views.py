@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .backend import backend
-from .tiling import TileGrid, fitted_size
+from .tiling import Size, TileGrid, fitted_size, is_height_first
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,6 +39,19 @@ def map_in_threads(function: Callable[[Item], Result], items: Sequence[Item]) ->
         return list(pool.map(function, items))
 
 
+def scale_image(image: Image.Image, size: Size) -> Image.Image:
+    """Scale an image (bicubic) to (width, height), to the same bits with every release of Pillow.
+
+    One side is scaled after the other, as Pillow does by itself; which comes first is not left to its release.
+    """
+    width, height = image.size
+    between = (width, size[1]) if is_height_first(image.size, size) else (size[0], height)
+    for target in (between, size):
+        if image.size != target:
+            image = image.resize(target, Image.Resampling.BICUBIC)
+    return image
+
+
 def write_view(
     image: Image.Image,
     grid: TileGrid,
@@ -47,7 +60,7 @@ def write_view(
 ) -> None:
     """Scale an image (bicubic, aspect ratio kept) to fit a grid of tiles, centre it on ``color``, cut it into tiles.
 
-    The pixels are those of `PIL.ImageOps.pad`, but an image however long and thin keeps at least one.
+    The pixels are those of Pillow 13's `ImageOps.pad`, but an image however long and thin keeps at least one.
 
     Args:
         image: an RGB image, loaded.
@@ -58,7 +71,7 @@ def write_view(
     side = tiles_VSSC.shape[1]
     field = (grid.across * side, grid.down * side)
     size = fitted_size(image.size, field)
-    pixels = np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
+    pixels = np.asarray(scale_image(image, size))
     height, width = pixels.shape[:2]
     left, top = round((field[0] - width) * 0.5), round((field[1] - height) * 0.5)
     for index, tile in enumerate(tiles_VSSC):

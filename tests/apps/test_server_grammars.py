@@ -291,6 +291,24 @@ def test_an_ambiguous_grammar_ends_before_its_steps_take_long(compiler: GrammarC
     assert longest < 0.1 and constraint.seconds < FIRST_SECONDS + (constraint.tokens + 20) * TOKEN_SECONDS
 
 
+LONG: list[tuple[Any, str]] = [
+    ("regex", "a{1000000}"),
+    ("regex", "(a{1000}){1000}"),
+    ("lark", "start: /a{500000}/ /b/"),
+    ("lark", 'start: "a"{1000000}'),
+]
+
+
+@pytest.mark.parametrize(("kind", "text"), LONG, ids=[text for _, text in LONG])
+def test_what_is_costly_behind_its_first_token_is_refused(compiler: GrammarCompiler, kind: Any, text: str) -> None:
+    async def work(service: GrammarService) -> None:
+        with pytest.raises(ValueError, match="cannot be used"):
+            await service.constraints(kind, text, 1)
+        assert service.compiled == 0, "this process compiled it"
+
+    with_service(compiler, work, GrammarLimits(seconds=5))
+
+
 WIDE: dict[str, tuple[Any, str]] = {
     "choices": ("lark", "start: " + " | ".join(json.dumps(f"choice number {i}") for i in range(1024))),
     "properties": (

@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
 from support import mini_processor
 
 from deepseek_vl2.engine import backend, images
-from deepseek_vl2.models import DeepseekVLV2Processor, views
+from deepseek_vl2.models import DeepseekVLV2Processor, tiling, views
 from deepseek_vl2.models.tiling import TileGrid
-from deepseek_vl2.models.views import ByteTiles, Picture, Pictures
+from deepseek_vl2.models.views import ByteTiles, Picture, Pictures, scale_image
 from deepseek_vl2.ops.triton import image_resize
 from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
 
@@ -50,13 +51,24 @@ SIZES = [
 @pytest.mark.parametrize(("size", "scaled"), SIZES)
 def test_bytes_are_pillows(size: tuple[int, int], scaled: tuple[int, int]) -> None:
     pixels = noise(*size)
-    want = np.asarray(Image.fromarray(pixels).resize(scaled, BICUBIC))
+    want = np.asarray(scale_image(Image.fromarray(pixels), scaled))
     assert np.array_equal(image_resize.resize_plain(pixels, scaled, image_resize.is_height_first(size, scaled)), want)
     field = torch.full((scaled[1] + 3, scaled[0] + 5, 3), 77, dtype=torch.uint8, device=DEVICE)
     image_resize.resize_into(torch.from_numpy(pixels).to(DEVICE), field[2:-1, 4:-1])
     assert np.array_equal(field[2:-1, 4:-1].cpu().numpy(), want)
     field[2:-1, 4:-1] = 77
     assert bool((field == 77).all())  # nothing was written beside it
+
+
+@pytest.mark.parametrize(("size", "scaled"), SIZES)
+def test_the_order_of_the_sides_is_the_same_with_every_pillow(size: tuple[int, int], scaled: tuple[int, int]) -> None:
+    image = Image.fromarray(noise(*size))
+    got = scale_image(image, scaled)
+    first = tiling.is_height_first(size, scaled)
+    assert first == image_resize.is_height_first(size, scaled)
+    assert np.array_equal(np.asarray(got), image_resize.resize_plain(np.asarray(image), scaled, first))
+    if int(PIL.__version__.partition(".")[0]) >= 13:
+        assert np.array_equal(np.asarray(got), np.asarray(image.resize(scaled, BICUBIC)))
 
 
 def test_bytes_are_pillows_for_any_size() -> None:
@@ -66,7 +78,7 @@ def test_bytes_are_pillows_for_any_size() -> None:
         pixels = noise(*size)
         out = torch.empty(scaled[1], scaled[0], 3, dtype=torch.uint8, device=DEVICE)
         image_resize.resize_into(torch.from_numpy(pixels).to(DEVICE), out)
-        assert np.array_equal(out.cpu().numpy(), np.asarray(Image.fromarray(pixels).resize(scaled, BICUBIC)))
+        assert np.array_equal(out.cpu().numpy(), np.asarray(scale_image(Image.fromarray(pixels), scaled)))
 
 
 def test_extreme_contrast_is_clipped_as_pillow_clips() -> None:
@@ -82,12 +94,12 @@ def test_a_pillow_that_scales_otherwise_is_noticed(monkeypatch: pytest.MonkeyPat
 
     resize = Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", nearest)
-    image_resize.may_scale_height_first.cache_clear()
-    assert image_resize.may_scale_height_first() is None
+    image_resize.pillow_is_known.cache_clear()
+    assert not image_resize.pillow_is_known()
     assert images.scale(pictures_of([noise(9, 9)]), DEVICE) is None
     monkeypatch.undo()
-    image_resize.may_scale_height_first.cache_clear()
-    assert image_resize.may_scale_height_first() is not None
+    image_resize.pillow_is_known.cache_clear()
+    assert image_resize.pillow_is_known()
 
 
 def test_gaps_are_refused() -> None:

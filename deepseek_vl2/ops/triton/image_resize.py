@@ -2,8 +2,8 @@
 
 Pillow scales bytes with integers: along one side and then along the other, each pixel a sum of bytes times weights of
 22 bits, rounded to a byte again. The order of adding cannot change such a sum, so that a GPU gives the same. Which side
-comes first depends on Pillow's version, and is found out by scaling a small image with the one installed; where neither
-order gives its pixels, nothing is scaled here. The plain form is Pillow's `Image.resize`, bicubic.
+comes first is Pillow 13's choice, whichever release is installed; where that one gives a side other pixels than these,
+nothing is scaled here. The plain form is `resize_plain`, or Pillow's `Image.resize`, bicubic, for each side.
 
 Source: Pillow's documentation of its filters ("Concepts"); Keys, "Cubic convolution interpolation for digital image
 processing" (1981), with a = -0.5.
@@ -76,26 +76,21 @@ def resize_plain(pixels: NDArray[np.uint8], size: Size, height_first: bool) -> N
 
 
 @lru_cache(maxsize=1)
-def may_scale_height_first() -> bool | None:
-    """Return whether the Pillow installed scales some images by their height first; ``None``: it does otherwise yet.
-
-    From release 13 on it does where the height shrinks, and by more than twice as many pixels as the width.
-    """
+def pillow_is_known() -> bool:
+    """Return whether the Pillow installed scales a side to the bytes that `resize_plain` gives."""
     noise = np.random.default_rng(0).integers(0, 256, (29, 17, 3), dtype=np.uint8)
 
-    def matches(size: Size, height_first: bool) -> bool:
+    def matches(size: Size) -> bool:
         scaled = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
-        return np.array_equal(np.asarray(scaled), resize_plain(noise, size, height_first))
+        return np.array_equal(np.asarray(scaled), resize_plain(noise, size, height_first=False))
 
-    if not matches((7, 23), False):
-        return None
-    return next((order for order in (False, True) if matches((23, 11), order)), None)
+    return all(matches(size) for size in ((7, 29), (23, 29), (17, 11), (17, 40)))
 
 
 def is_height_first(image_size: Size, size: Size) -> bool:
-    """Whether Pillow scales the height before the width; sizes are (width, height)."""
+    """Whether the height is scaled before the width, as Pillow does from release 13 on; sizes are (width, height)."""
     shrinks = image_size[1] - size[1]
-    return bool(may_scale_height_first()) and shrinks > 0 and shrinks > 2 * (image_size[0] - size[0])
+    return shrinks > 0 and shrinks > 2 * (image_size[0] - size[0])
 
 
 @triton.jit(do_not_specialize=["numbers", "N", "M", "R", "taps", "out_row", "out_step"])

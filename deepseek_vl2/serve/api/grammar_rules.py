@@ -7,6 +7,7 @@ the same work. It imports llguidance and nothing else: that process is to start 
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ JSON_OPTIONS: Any = {"whitespace_flexible": False, "lenient": False}
 # as many items, masks of ambiguous grammars take 200. A state of the lexer takes one to two kB, and as many matchers
 # may live as there are slots and waiting requests.
 LIMITS = llguidance.LLParserLimits(max_lexer_states=20_000, step_max_items=5_000, verbose_errors=False)
+REHEARSED, REHEARSAL_SECONDS = 12, 0.3  # tokens that a grammar is followed for, and what they may take of a CPU
 NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "grammar", "tools": "grammar of tools"}
 
 
@@ -85,6 +87,26 @@ def compile_matcher(tokenizer: llguidance.LLTokenizer, kind: Kind, text: str) ->
     return matcher
 
 
+def rehearse(matcher: llguidance.LLMatcher, kind: Kind) -> None:
+    """Follow a grammar for a few tokens: what is cheap to begin with may take long, or much memory, from then on.
+
+    Raises:
+        ValueError: it takes more work than its bounds allow.
+    """
+    matcher = matcher.deep_copy()
+    begin = time.thread_time()
+    for _ in range(REHEARSED):
+        bits = int.from_bytes(matcher.compute_bitmask(), "little")
+        if matcher.is_error() or matcher.is_stopped() or not bits:
+            break
+        matcher.consume_token((bits & -bits).bit_length() - 1)  # the first that is allowed
+    seconds = time.thread_time() - begin
+    if matcher.is_error():
+        raise ValueError(unusable(kind, matcher.get_error().split("\n<")[0]))
+    if seconds > REHEARSAL_SECONDS:
+        raise ValueError(unusable(kind, f"its first {REHEARSED} tokens take {seconds:.1f} seconds. Simplify it."))
+
+
 def library_form(kind: Kind, text: str) -> str:
     """Return a grammar in the library's own notation."""
     if kind == "regex":
@@ -96,4 +118,5 @@ def library_form(kind: Kind, text: str) -> str:
 
 def unusable(kind: Kind, reason: str) -> str:
     """Return the message for a grammar that cannot be used."""
-    return f"This {kind} cannot be used: {reason[:MAX_REASON]}"
+    name = kind if kind in ("json_schema", "regex") else NAMES[kind]  # fields of a request are named as they are
+    return f"This {name} cannot be used: {reason[:MAX_REASON]}"

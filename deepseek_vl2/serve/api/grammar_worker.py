@@ -22,7 +22,7 @@ from typing import Any
 
 import llguidance
 
-from deepseek_vl2.serve.api.grammar_rules import HEADER, build_tokenizer, compile_matcher, unusable
+from deepseek_vl2.serve.api.grammar_rules import HEADER, build_tokenizer, compile_matcher, rehearse, unusable
 
 INPUT, OUTPUT = 0, 1
 WALL_TO_CPU = 5  # seconds that may pass for each one of a CPU, on a busy machine
@@ -74,6 +74,7 @@ def try_grammar(tokenizer: llguidance.LLTokenizer, task: dict[str, Any]) -> dict
     before = memory(1)
     try:
         matcher = compile_matcher(tokenizer, task["kind"], task["text"])
+        rehearse(matcher, task["kind"])
     except ValueError as error:
         return {"problem": str(error)}
     grown = max(0, memory(1) - before)
