@@ -25,8 +25,10 @@ def error_factors(moments_EII: torch.Tensor) -> torch.Tensor:
     diagonal_EI = moments_EII.diagonal(dim1=-2, dim2=-1)
     added_E = (DAMPING * diagonal_EI.mean(dim=-1)).clamp_min(1e-12)
     damped = moments_EII + torch.diag_embed(added_E[:, None].expand_as(diagonal_EI))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    # damped = R R^T with R upper, so the inverse is U^T U with U = R^-1, and is never computed itself.
+    upper_EII = torch.linalg.cholesky(damped.flip(-2, -1)).flip(-2, -1)
+    identity_II = torch.eye(upper_EII.shape[-1], dtype=upper_EII.dtype, device=upper_EII.device)
+    return torch.linalg.solve_triangular(upper_EII, identity_II.expand_as(upper_EII), upper=True)
 
 
 def _pack_group(

@@ -117,7 +117,7 @@ def refused_by_vllm(formats: Mapping[str, WeightFormat]) -> list[str]:
     if small:
         found.append(
             f"vLLM's kernels take groups of {', '.join(map(str, GROUP_SIZES))} columns: {small[0]} has groups of "
-            f"{formats[small[0]].group_size}."
+            f"{formats[small[0]].group_size}; int8 has none, and both read it."
         )
     experts: dict[str, set[WeightFormat]] = {}
     for name, fmt in formats.items():
@@ -126,5 +126,5 @@ def refused_by_vllm(formats: Mapping[str, WeightFormat]) -> list[str]:
             experts.setdefault(f"{layer}.experts", set()).add(fmt)
     mixed = [name for name, found_formats in experts.items() if len(found_formats) > 1]
     if mixed:
-        found.append(f"vLLM's experts have one format: {mixed[0]} has two.")
+        found.append(f"vLLM's experts have one format: {mixed[0]} has two; int8 gives them one, and both read it.")
     return found

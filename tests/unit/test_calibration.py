@@ -160,6 +160,25 @@ def test_layers_run_one_by_one_give_what_the_model_gives(kind: str, monkeypatch:
     torch.testing.assert_close(taken["0"][0], expected, rtol=1e-4, atol=1e-3)
 
 
+def test_a_layer_is_measured_behind_packed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack, taken = calibration.CalibratedPacking._pack, {}
+
+    def keep(self: Any, name: str, owner: nn.Module, short: str, moments: Moments) -> None:
+        taken[name] = moments.sums[short][0].clone()
+        pack(self, name, owner, short, moments)
+
+    monkeypatch.setattr(calibration.CalibratedPacking, "_pack", keep)
+    model = load("small", SAMPLES)
+    name, seen = "language.model.layers.1.self_attn.q_proj", []
+    hook = model.get_submodule(name).register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].flatten(0, 1))
+    )
+    logits(model)
+    hook.remove()
+    rows = torch.cat(seen)
+    torch.testing.assert_close(taken[name], rows.mT @ rows, rtol=1e-4, atol=1e-3)
+
+
 # ---------------------------------------------------------------- checkpoints
 
 

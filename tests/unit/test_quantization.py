@@ -504,7 +504,9 @@ def test_what_vllm_refuses_is_said() -> None:
     }
     assert refused_by_vllm(experts) == []
     (mixed,) = refused_by_vllm({**experts, f"{SMALL}.mlp.experts.down_proj": FORMATS["int8"]})
-    assert mixed == f"vLLM's experts have one format: {SMALL}.mlp.experts has two."
+    assert (
+        mixed == f"vLLM's experts have one format: {SMALL}.mlp.experts has two; int8 gives them one, and both read it."
+    )
     (small,) = refused_by_vllm({f"{SMALL}.mlp.up_proj": WeightFormat("int4", 16)})
     assert "groups of 32, 64, 128 columns" in small and f"{SMALL}.mlp.up_proj has groups of 16" in small
 
