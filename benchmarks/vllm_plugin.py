@@ -202,7 +202,7 @@ def write_packed(folder: Path, form: str, dtype: str) -> Path:
 
 
 def layers_left(llm: Any) -> list[str]:
-    """Return the language model's matrices that vLLM holds unquantized; gates, kv_b_proj, embedding and a head may be."""
+    """Return the language model's matrices that vLLM holds unquantized; gates, kv_b_proj, embedding, head may be."""
 
     def look(model: Any) -> list[str]:
         methods = {name: type(getattr(module, "quant_method", None)).__name__ for name, module in model.named_modules()}

@@ -23,7 +23,7 @@ from .quantized_layers import PackedExperts, PackedLinear, packed_layers, set_mo
 
 METHOD = "deepseek_vl2"
 DEFAULT_GROUP = 64
-# But kv_b_proj: latent attention multiplies queries and outputs by it, head by head, in 16 bits, so that a packed one is
+# But kv_b_proj: latent attention multiplies queries and outputs by it, head by head, in 16 bits, so a packed one is
 # held twice; and vLLM reads it as a plain one where a prompt has cached tokens before it.
 LINEAR = re.compile(
     r"(^|.*\.)layers\.\d+\.(self_attn\.(q|k|v|o|q_a|q_b)_proj|self_attn\.kv_a_proj_with_mqa"
@@ -112,8 +112,9 @@ class WeightOnlyConfig(QuantizationConfigMixin):
         """
         if calibration is not None and "int4" not in (self.weights, self.head):
             raise ValueError(f"Calibration is of int4 alone: {self.weights} rounds each weight to the nearest it has.")
-        self.calibration = calibration if isinstance(calibration, Calibration) else None
-        if calibration is not None and self.calibration is None:
+        if calibration is None or isinstance(calibration, Calibration):
+            self.calibration = calibration
+        else:
             self.calibration = Calibration(calibration)
 
     @property
