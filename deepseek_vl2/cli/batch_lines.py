@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from deepseek_vl2.cli.batch_files import Job, error_record, record_line
 from deepseek_vl2.cli.images import clean_path, download, open_image
 from deepseek_vl2.cli.options import Loaded, generation_options, is_out_of_memory
+
+# Fields that people write into a line for an answer of its own; the run's options are all lines'.
+OPTIONS = (
+    "max_new_tokens", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop",
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "system_prompt", "system", "instructions", "tools",
+    "response_format", "guided_json", "guided_regex",
+)  # fmt: skip
 
 
 @dataclass
@@ -147,25 +155,51 @@ def read_question(loaded: Loaded, job: Job, system_prompt: str) -> Question:
     Raises:
         ValueError, OSError: what is wrong with it.
     """
+    from deepseek_vl2.models.messages import check_messages
     from deepseek_vl2.utils.prompts import question_about
 
     line = read_line(job)
     if not isinstance(line, dict) or ("prompt" in line) == ("messages" in line):
         raise ValueError('A line is an object with either "prompt" or "messages".')
+    check_names(line)
+    messages: Sequence[Any]
     if "prompt" in line:
-        images = [line["images"]] if isinstance(line.get("images"), str) else list(line.get("images") or [])
-        if not isinstance(line["prompt"], str) or not all(isinstance(image, str) for image in images):
+        images = line_images(line)
+        if not isinstance(line["prompt"], str):
             raise ValueError('"prompt" must be a text and "images" a list of texts.')
-        messages = question_about(images, line["prompt"])
+        messages, images = question_about(images, line["prompt"]), []
     else:
-        messages = line["messages"]
+        messages = line["messages"] if isinstance(line["messages"], list) else check_messages(line["messages"])
+        images = line_images(line)
     turns = loaded.processor.messages_to_conversation([fetched(message) for message in messages])
-    shown = [open_image(s) if isinstance(s, str) else s for turn in turns for s in turn["images"]]
+    listed = [source for turn in turns for source in turn["images"]]
+    if images and listed:
+        raise ValueError('The messages have images of their own: leave the line\'s "images" out.')
+    shown = [open_image(source) if isinstance(source, str) else source for source in listed or images]
     sample = loaded.processor.process_one(conversations=turns, images=shown, system_prompt=system_prompt)
     length, most = len(sample["input_ids"]), most_tokens(loaded)
     if length >= most:
         raise ValueError(f"The prompt has {length:,} tokens; the model knows {most:,}, its answer's included.")
     return Question(job, line.get("id"), sample, shown)
+
+
+def line_images(line: dict[str, Any]) -> list[str]:
+    """Return the images that a line lists, for the image tags of its messages or for its prompt."""
+    images = [line["images"]] if isinstance(line.get("images"), str) else line.get("images") or []
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError('"prompt" must be a text and "images" a list of texts.')
+    return images
+
+
+def check_names(line: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for fields that would change the answer if they were read; others are the user's own."""
+    from deepseek_vl2.models.messages import MISNAMED
+
+    for name in line:
+        if name in MISNAMED:
+            raise ValueError(f'A line names its images under "images", a list; "{name}" is not read.')
+        if name in OPTIONS:
+            raise ValueError(f'"{name}" is not read of a line: it is an option of the whole run.')
 
 
 def read_line(job: Job) -> Any:
@@ -193,7 +227,7 @@ def most_tokens(loaded: Loaded) -> int:
     return int(loaded.model.config.language_config.max_position_embeddings)
 
 
-def fetched(message: dict[str, Any]) -> dict[str, Any]:
+def fetched(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a message whose image parts are paths, data or downloaded within the limits of `download`."""
     if not isinstance(message.get("content"), list):
         return message

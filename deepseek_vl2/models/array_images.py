@@ -36,7 +36,9 @@ def image_of_array(source: Any) -> Image.Image:
     """
     pixels: NDArray[Any]
     if isinstance(source, torch.Tensor):
-        tensor = source.detach().cpu()
+        if source.is_meta:
+            raise ValueError("An image on the device meta has no pixels.")
+        tensor = (source if source.layout == torch.strided else source.to_dense()).detach().cpu()
         pixels = (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy()
     else:
         pixels = source

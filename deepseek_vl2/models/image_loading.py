@@ -71,6 +71,16 @@ def _is_there(path: Path) -> bool:
         return False
 
 
+def _read_file(file: Any) -> bytes:
+    """Return what an open file holds, from its beginning, as Pillow reads one: it may have been read before."""
+    if hasattr(file, "seekable") and file.seekable():
+        file.seek(0)
+    data = file.read()
+    if not isinstance(data, bytes):
+        raise ValueError("The open file of an image gives text: open it with mode 'rb'.")
+    return data
+
+
 def _open(source: Any) -> tuple[Image.Image, str]:
     """Open without decoding; returns the image and a name for error messages."""
     if isinstance(source, Image.Image):
@@ -78,7 +88,7 @@ def _open(source: Any) -> tuple[Image.Image, str]:
     if is_array(source):
         return image_of_array(source), "The image"
     if hasattr(source, "read") and not isinstance(source, os.PathLike):
-        return Image.open(io.BytesIO(source.read())), "The image in the open file"
+        return Image.open(io.BytesIO(_read_file(source))), "The image in the open file"
     if isinstance(source, (bytes, bytearray)):
         return Image.open(io.BytesIO(source)), "The image"
     if isinstance(source, str) and source.startswith("data:"):

@@ -135,6 +135,13 @@ def messages_to_conversation(
     return [{**message, **_flatten_content(message, image_token, read)} for message in check_messages(messages)]
 
 
+# How people name what a message shows, where they do not know that it is `images`; else they would be answered without.
+MISNAMED = (
+    "image", "image_url", "image_urls", "image_path", "image_paths", "image_file", "img", "imgs", "picture", "pictures",
+    "photo", "photos", "pixel_values", "audio", "audios", "video", "videos",
+)  # fmt: skip
+
+
 def check_messages(messages: Any) -> Sequence[Message]:
     """Return a conversation; raise ``ValueError`` where it is no list of messages."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
@@ -145,6 +152,12 @@ def check_messages(messages: Any) -> Sequence[Message]:
     for message in messages:
         if not isinstance(message, Mapping):
             raise ValueError(f"A message is a dict with role and content, got {_shown(message)}.")
+        misnamed = next((name for name in MISNAMED if message.get(name) is not None), None)
+        if misnamed is not None:
+            raise ValueError(
+                f"A message has {misnamed!r}, which is not read: list its pictures under 'images', with an image tag "
+                "for each in the content, or put them into the content as parts."
+            )
     return messages
 
 

@@ -126,6 +126,18 @@ def test_images_and_messages(tmp_path: Path) -> None:
         (b"\xff\xfe", "Not text in UTF-8"),
         ({"prompt": "word " * 6000}, "the model knows 4,096"),
         ({"prompt": "x" * 4096}, "the model knows 4,096"),
+        ({"prompt": "x", "image": PICTURE}, '"image" is not read'),
+        ({"prompt": "x", "image_url": PICTURE}, '"image_url" is not read'),
+        ({"prompt": "x", "max_new_tokens": 5}, '"max_new_tokens" is not read of a line'),
+        ({"prompt": "x", "system_prompt": "y"}, '"system_prompt" is not read of a line'),
+        ({"messages": "hi"}, "A conversation is a list of messages"),
+        ({"messages": [{"role": "user", "content": "hi"}], "images": [PICTURE]}, "0 <image> tags but 1 images"),
+        ({"messages": [{"role": "user", "content": "hi", "image": PICTURE}]}, "A message has 'image'"),
+        (
+            {"messages": [{"role": "user", "content": "<image>", "images": [PICTURE]}], "images": [PICTURE]},
+            "images of their own",
+        ),
+        ({"messages": [{"role": "user", "content": "<image>"}], "images": {"a": 1}}, "a list of texts"),
         ({"prompt": "x", "images": [PICTURE] * 20}, "the model knows 4,096"),
     ],
 )
@@ -138,6 +150,15 @@ def test_bad_lines_are_reported_and_skipped(
     (error,) = records(tmp_path / "a.jsonl.errors")
     assert error["line"] == 3 and words in error["error"]
     assert "line 3" in capsys.readouterr().err
+
+
+def test_a_line_may_list_the_images_of_its_messages(tmp_path: Path) -> None:
+    tagged = [{"role": "user", "content": "<image>\nWhat?"}]
+    lines = ({"messages": tagged, "images": [PICTURE]}, {"messages": [{**tagged[0], "images": [PICTURE]}]})
+    questions = write_lines(tmp_path / "q.jsonl", *lines, {"prompt": "x", "source": "my own", "answer": "y"})
+    assert run(questions, tmp_path / "a.jsonl") == 0
+    listed, own, plain = records(tmp_path / "a.jsonl")
+    assert listed["usage"]["prompt_tokens"] == own["usage"]["prompt_tokens"] > 400 > plain["usage"]["prompt_tokens"]
 
 
 def test_separators_within_a_text_end_no_line(tmp_path: Path) -> None:

@@ -116,3 +116,21 @@ def test_open_files_and_paths(tmp_path: Path) -> None:
             assert torch.equal(got, want)
     with pytest.raises(ValueError, match="not an image"):
         PROCESSOR(prompt="<image>", images=[io.BytesIO(b"words")])
+
+
+def test_an_open_file_is_read_from_its_beginning_each_time(tmp_path: Path) -> None:
+    PICTURE.save(tmp_path / "a.png")
+    with open(tmp_path / "a.png", "rb") as file:
+        for _ in range(2):
+            assert np.array_equal(np.asarray(load_image(file)), PIXELS)
+
+
+def test_a_file_of_text_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="open it with mode 'rb'"):
+        load_image(io.StringIO("x"))
+
+
+def test_tensors_without_pixels_and_sparse_ones() -> None:
+    with pytest.raises(ValueError, match="device meta has no pixels"):
+        load_image(torch.zeros(3, 8, 8, device="meta"))
+    assert np.array_equal(np.asarray(load_image(torch.from_numpy(PIXELS).to_sparse())), PIXELS)

@@ -166,3 +166,10 @@ def test_an_address_that_fails(address: str, path: str) -> None:
 )
 def test_an_address_that_cannot_be_reached(url: str) -> None:
     says(lambda: ask(url))
+
+
+@pytest.mark.parametrize("name", ["image", "image_url", "img", "picture", "video", "audio"])
+def test_a_picture_under_another_name_is_not_overlooked(name: str) -> None:
+    for way in ways(user("What?", **{name: "a.png"})):
+        says(way, f"A message has '{name}'", "under 'images'")
+    PROCESSOR(conversations=user("What?", **{name: None}))
