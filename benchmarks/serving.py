@@ -309,22 +309,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"])
     sections = ["decode", "generate", "engine", "second", "http", "steady"]
-    if importlib.util.find_spec("vllm") is not None:
-        sections.append("vllm")
-    parser.add_argument("--sections", nargs="+", default=sections)
+    parser.add_argument("--sections", nargs="+", default=[*sections, "vllm"])
     parser.add_argument("--requests", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 128, 256])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokenizer", type=Path, help="of the section vllm")
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
+    at_hand = importlib.util.find_spec("vllm") is not None
+    args.sections = [section for section in args.sections if section != "vllm" or at_hand]
     device, report, failed = torch.device(args.device), Report(args.markdown), 0
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     report.add(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}", "")
     report.add("| size | section | requests | time | more |", "| --- | --- | --- | --- | --- |")
     for size in args.sizes:
         failed += Bench(size, device, report).run(args)
-    if importlib.util.find_spec("vllm") is None:
+    if not at_hand:
         report.add("\nvLLM was not at hand.")
     return failed
 

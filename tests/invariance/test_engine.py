@@ -90,6 +90,24 @@ def test_batch_is_single(
             assert one.ids == by_generate(model, processor, text, tokens)
 
 
+def test_a_host_that_is_a_step_ahead_writes_the_same(
+    model: DeepseekVLV2ForCausalLM, processor: DeepseekVLV2Processor
+) -> None:
+    """As on a GPU: tokens are looked at when the next step has begun, and answers end and join meanwhile."""
+    found = []
+    for late in (False, True):
+        with running_engine(model, prefill_chunk=64, prefill_tokens=128) as engine:
+            engine._late = late
+            asked = [request(p, 5 + 3 * i, ignore_eos=True) for i, p in enumerate(prompts(model, processor))]
+            engine.submit([one for one, _ in asked])
+            answers = [listener.wait() for _, listener in asked]
+            ends = frozenset(one.ids[2] for one in answers)  # each stops at its third token, or before
+            again = [request(p, 9, stop_token_ids=ends) for p in prompts(model, processor)]
+            engine.submit([one for one, _ in again])
+            found.append([(one.ids, one.reason) for one in (*answers, *(listener.wait() for _, listener in again))])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_chunks_do_not_matter(
     attn: str,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from support import noise_image
-from test_vllm_engine import benchmark
+from vllm_support import vllm_checkpoint
 
 from deepseek_vl2.cli import batch
 from deepseek_vl2.cli.batch_files import Job
@@ -35,7 +35,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespace]:
     noise_image(1, 300, 200).save(folder / "one.png")
     parser = ArgumentParser()
     batch.add_arguments(parser)
-    checkpoint = benchmark().write_checkpoint("tiny", folder / "tiny")
+    checkpoint = vllm_checkpoint().write_checkpoint("tiny", folder / "tiny")
     given = ["--model", str(checkpoint), "--dtype", "float32", "--max_new_tokens", "6", "--batch_size", "3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")

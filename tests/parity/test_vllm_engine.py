@@ -5,16 +5,15 @@ Without a GPU: ``VLLM_MLA_DISABLE=1 VLLM_CPU_KVCACHE_SPACE=1 pytest tests/parity
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from support import noise_image
+from vllm_support import vllm_checkpoint
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 
@@ -29,16 +28,6 @@ QUESTIONS: list[tuple[str, list[Image.Image]]] = [
     ("Write  two  words.", []),
     ("<image>\nWhat is this?", IMAGES[:1]),
 ]
-
-
-def benchmark() -> ModuleType:
-    """Import benchmarks/vllm_checkpoint.py, which makes checkpoints of the released head sizes."""
-    path = Path(__file__).parents[2] / "benchmarks" / "vllm_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("vllm_checkpoint", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Engines:
@@ -76,7 +65,7 @@ def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # a function goes to the model, see `apply_model`
         register()
         folder = tmp_path_factory.mktemp("vllm") / request.param
-        made = Engines(benchmark().write_checkpoint(request.param, folder))
+        made = Engines(vllm_checkpoint().write_checkpoint(request.param, folder))
         yield made
         made.llm.llm_engine.engine_core.shutdown()
 

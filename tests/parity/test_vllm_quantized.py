@@ -8,15 +8,14 @@ Run as ``VLLM_MLA_DISABLE=1 pytest tests/parity/test_vllm_quantized.py``.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from vllm_support import vllm_checkpoint
 
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM
 from deepseek_vl2.models.quantizer import WeightOnlyConfig
@@ -44,20 +43,10 @@ PART = re.compile(r"(.*)\.(weight_packed|weight_scale|weight)")
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj")
 
 
-def made_checkpoints() -> ModuleType:
-    """Import benchmarks/vllm_checkpoint.py, which knows configs of the released head sizes."""
-    path = Path(__file__).parents[2] / "benchmarks" / "vllm_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("vllm_checkpoint", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module", params=["tiny", "small", "base"])
 def released(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a checkpoint with released head sizes and few layers; 128 does not divide the dense layer's width."""
-    fields = made_checkpoints().config_fields(request.param)
+    fields = vllm_checkpoint().config_fields(request.param)
     sizes = {"vocab_size": 1024, "num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}
     fields["language_config"] = {**fields["language_config"], **sizes, "intermediate_size": 1088}
     fields["vision_config"] = {**fields["vision_config"], "layers": 1}

@@ -207,7 +207,7 @@ def row_scale(
 
 
 @triton.jit
-def row_scale_of(
+def group_scale(
     scale_ptr: tl.tensor,
     rows: tl.tensor,
     size: tl.tensor,
@@ -216,13 +216,9 @@ def row_scale_of(
     GROUP: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """Return the scale of some rows' columns from ``start`` on, [rows]; 1 where whole rows have one."""
-    if GROUP > 0:
-        places = (rows // ROW_BLOCK).to(tl.int64) * count + start // GROUP
-        scale = tl.load(scale_ptr + places, mask=(rows < size) & (start < count * GROUP), other=0.0)
-    else:
-        scale = 1.0
-    return scale
+    """Return the scale of some rows' columns from ``start`` on, [rows]."""
+    places = (rows // ROW_BLOCK).to(tl.int64) * count + start // GROUP
+    return tl.load(scale_ptr + places, mask=(rows < size) & (start < count * GROUP), other=0.0)
 
 
 @triton.jit
@@ -250,13 +246,12 @@ def load_tile(
         PER_BYTE: tl.constexpr = 2 if KIND == INT4 else 1
         bytes_ptr = packed_ptr.to(tl.pointer_type(tl.uint8), bitcast=True) if KIND == INT4 else packed_ptr
         row_bytes = width * 4 if KIND == INT4 else width
-        scale = row_scale_of(scale_ptr, rows, size, start, count, GROUP, ROW_BLOCK)
         columns = tl.multiple_of(start // PER_BYTE, BLOCK_K // PER_BYTE) + tl.arange(0, BLOCK_K // PER_BYTE)
         held = (rows < size)[:, None] & (columns < row_bytes)[None, :]
         part = tl.load(bytes_ptr + rows.to(tl.int64)[:, None] * row_bytes + columns[None, :], mask=held, other=0)
         tile = unpack_pairs(part, KIND, DTYPE)
         if GROUP > 0:
-            tile = (tile * scale[:, None]).to(DTYPE)
+            tile = (tile * group_scale(scale_ptr, rows, size, start, count, GROUP, ROW_BLOCK)[:, None]).to(DTYPE)
     else:
         PER: tl.constexpr = 8 if KIND == INT4 else 1
         # The compiler does not see what the quotient is a multiple of, and would read word by word.

@@ -1,0 +1,49 @@
+"""Threads leave the interpreter to the engine while it launches, and not for long."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from deepseek_vl2.engine import launching
+from deepseek_vl2.engine.launching import Launching
+
+
+def seconds_of(work: Callable[[], None]) -> float:
+    start = time.monotonic()
+    work()
+    return time.monotonic() - start
+
+
+def test_nobody_waits_where_nothing_is_launched() -> None:
+    gate = Launching()
+    with gate:
+        pass
+    assert seconds_of(gate.wait) < launching.LONGEST_SECONDS / 2
+
+
+def test_a_long_launch_is_not_waited_for() -> None:
+    gate = Launching()
+    with gate:
+        assert launching.LONGEST_SECONDS * 0.9 < seconds_of(gate.wait) < 2
+
+
+def test_others_work_while_the_engine_waits_for_the_device() -> None:
+    gate, passed = Launching(), threading.Event()
+
+    def work() -> None:
+        gate._over.wait(5)
+        passed.set()
+
+    with gate:
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert not passed.wait(0.05)
+        with gate.paused():
+            assert passed.wait(5)
+        assert not gate._over.is_set(), "it launches again"
+    thread.join()
+    with gate.paused():
+        pass
+    assert gate._over.is_set(), "nothing was launched before"
