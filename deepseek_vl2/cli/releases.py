@@ -9,8 +9,8 @@ MODEL_TYPE = "deepseek_vl_v2"  # of config.json
 # a token in 16 bits.
 RELEASES = {
     "deepseek-ai/deepseek-vl2-tiny": (3_370_501_440, 4_142_743_936, 2_918_075_520, 61_440),
-    "deepseek-ai/deepseek-vl2-small": (16_148_349_504, 17_030_342_912, 9_849_029_760, 31_104),
-    "deepseek-ai/deepseek-vl2": (27_480_134_248, 28_619_279_312, 16_235_035_856, 34_560),
+    "deepseek-ai/deepseek-vl2-small": (16_148_349_504, 17_086_744_832, 9_932_194_944, 31_104),
+    "deepseek-ai/deepseek-vl2": (27_480_134_248, 28_744_616_912, 16_419_847_376, 34_560),
 }
 # Of all three: tokens of images of usual sizes, width x height.
 IMAGE_TOKENS = {"640x480": 1023, "1024x768": 1415, "1920x1080": 1807, "1080x1920": 1835}
