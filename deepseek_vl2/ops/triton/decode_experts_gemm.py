@@ -123,8 +123,7 @@ def _gate_up_gemm_kernel(
         present = tl.arange(0, BLOCK_B) < count
         gate = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
         up = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-        UNROLL: tl.constexpr = 128 // BLOCK_K if KIND != PLAIN and BLOCK_K < 128 else 1
-        for start in tl.range(0, H, BLOCK_K, num_stages=STAGES, loop_unroll_factor=UNROLL):
+        for start in tl.range(0, H, BLOCK_K, num_stages=STAGES):
             h = start + tl.arange(0, BLOCK_K)
             if KIND == PLAIN:
                 offsets = n[:, None] * H + h[None, :]
@@ -213,8 +212,7 @@ def _down_gemm_kernel(
         n = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
         present = tl.arange(0, BLOCK_B) < count
         total = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-        UNROLL: tl.constexpr = 128 // BLOCK_K if KIND != PLAIN and BLOCK_K < 128 else 1
-        for start in tl.range(0, size, BLOCK_K, num_stages=STAGES, loop_unroll_factor=UNROLL):
+        for start in tl.range(0, size, BLOCK_K, num_stages=STAGES):
             i = start + tl.arange(0, BLOCK_K)
             if KIND == PLAIN:
                 mask = (n < H)[:, None] & (i < size)[None, :]
@@ -269,7 +267,7 @@ def gate_up_gemm(
         return
     (rows, hidden), fmt = x_BH.shape, format_of(parts[0])
     stages = 3 if fmt["KIND"] or is_narrow(rows, hidden) else 4
-    width = tile_columns(hidden, fmt, 128 if fmt["KIND"] else 64)
+    width = tile_columns(hidden, 128 if fmt["KIND"] else 64)
     sizes = {"BLOCK_N": 64, "BLOCK_K": width, "STAGES": stages, "num_warps": 4, **blocks}
     sizes["BLOCK_N"] = min(
         sizes["BLOCK_N"], power_of_two(max(weights.intermediate_size, weights.shared_intermediate_size), 16)
@@ -316,7 +314,7 @@ def down_gemm(
     rows, hidden, fmt = out.shape[0], out.shape[-1], format_of(parts[0])
     widest = max(weights.intermediate_size, weights.shared_intermediate_size)
     wide = bool(fmt["KIND"]) or is_narrow(rows, hidden)
-    cut_by = {"BLOCK_K": tile_columns(widest, fmt, 128 if wide else 64), "STAGES": 3 if wide else 4}
+    cut_by = {"BLOCK_K": tile_columns(widest, 128 if wide else 64), "STAGES": 3 if wide else 4}
     sizes = {"BLOCK_N": 64, "num_warps": 4, **cut_by, **blocks}
     sizes["BLOCK_N"] = min(sizes["BLOCK_N"], power_of_two(hidden, 16))
     cut = row_blocks(rows, 0 if topk_ids_BK is None else topk_ids_BK.shape[1])

@@ -88,8 +88,7 @@ def _gemm_kernel(
     b = tl.program_id(2) * BLOCK_B + tl.arange(0, BLOCK_B)
     # The weight stands on the left: its many rows fill the matrix unit, and the few tokens are its narrow side.
     total = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
-    UNROLL: tl.constexpr = 128 // BLOCK_K if KIND != PLAIN and BLOCK_K < 128 else 1
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES, loop_unroll_factor=UNROLL):
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         if KIND == PLAIN:
             weight_offsets = n.to(tl.int64)[:, None] * W_N + k[None, :] * W_K
@@ -118,7 +117,7 @@ def gemm_blocks(rows: int, outputs: int, inputs: int, programs: int, fmt: dict[s
     block_n = 64 if outputs >= 64 * programs else 32 if outputs > 1280 or rows > 16 else 16
     return {
         "BLOCK_N": min(block_n, power_of_two(outputs, 16)),
-        "BLOCK_K": tile_columns(inputs, fmt),
+        "BLOCK_K": tile_columns(inputs),
         "BLOCK_B": min(power_of_two(rows, 16), 64),
         "STAGES": 3 if fmt["KIND"] else 4,
         "num_warps": 4,

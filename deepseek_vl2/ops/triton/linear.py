@@ -53,7 +53,7 @@ def dequantize(weight: QuantWeight, dtype: torch.dtype) -> torch.Tensor:
     (rows, columns), fmt = weight.shape, format_of(weight)
     out = torch.empty(rows, columns, dtype=dtype, device=weight.device)
     block_n, block_k = (64, 512) if INTERPRETED.value else (16, 256)
-    block_k = tile_columns(columns, fmt, block_k)
+    block_k = tile_columns(columns, block_k)
     _dequantize_kernel[(triton.cdiv(rows, block_n), triton.cdiv(columns, block_k))](
         numbers_of(weight), scale_of(weight), out, N=rows, K=columns, BLOCK_N=block_n, BLOCK_K=block_k, **fmt,
         num_warps=4,

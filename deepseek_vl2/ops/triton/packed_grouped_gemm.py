@@ -55,8 +55,7 @@ def _grouped_kernel(
         p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
         gate = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
         up = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-        UNROLL: tl.constexpr = 64 // BLOCK_K if BLOCK_K < 64 else 1
-        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES, loop_unroll_factor=UNROLL):
+        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             k = start + tl.arange(0, BLOCK_K)
             x = tl.load(rows_ptr + p[None, :] * K + k[:, None], mask=(p < end)[None, :] & (k < K)[:, None], other=0.0)
             weight = load_tile(
@@ -87,7 +86,7 @@ def grouped_blocks(routed_tokens: int, experts: int, width: int, fmt: dict[str, 
     """
     few = routed_tokens <= 64 * experts
     sizes = {"BLOCK_P": 64 if few else 128, "BLOCK_N": 128, "STAGES": 3, "num_warps": 8}
-    return {**sizes, "BLOCK_K": tile_columns(width, fmt, 64)}
+    return {**sizes, "BLOCK_K": tile_columns(width, 64)}
 
 
 def _grouped(

@@ -106,14 +106,13 @@ def check_weights(weights: Sequence[Weight]) -> None:
             raise ValueError(f"The kernels read rows without gaps; got shape {list(weight.shape)}, {weight.stride()}.")
 
 
-def tile_columns(columns: int, fmt: dict[str, int], most: int = 128) -> int:
-    """Return how many columns of a packed matrix a step of a GEMM takes: a power of two, of one group.
+def tile_columns(columns: int, most: int = 128) -> int:
+    """Return how many columns of a packed matrix a step of a GEMM takes: a power of two.
 
-    But not in the interpreter, which takes its time for a step of int4, however few columns that has.
+    Of several groups where there are as many: their scales are then read ahead with the numbers, and a step that is no
+    wider than a group would wait for its scale.
     """
-    width = min(max(triton.next_power_of_2(columns), 16), most)
-    many = fmt["KIND"] == INT4.value and INTERPRETED.value
-    return min(width, fmt["GROUP"]) if fmt["GROUP"] and not many else width
+    return min(max(triton.next_power_of_2(columns), 16), most)
 
 
 # ---------------------------------------------------------------- inside of kernels
@@ -189,9 +188,34 @@ def load_scale(
 
     Those of int4's words, of 8 columns, have the words' own layout: no number has to change threads for them.
     """
-    group = (start + tl.arange(0, BLOCK_K // STEP) * STEP) // GROUP
+    # What the quotient is a multiple of the compiler does not see, and would read scale by scale.
+    first = tl.multiple_of(start // GROUP, BLOCK_K // GROUP if BLOCK_K > GROUP else 1)
+    if STEP == GROUP:
+        group = first + tl.arange(0, BLOCK_K // STEP)
+    else:
+        group = first + tl.arange(0, BLOCK_K // STEP) * STEP // GROUP
     places = (rows // ROW_BLOCK).to(tl.int64)[:, None] * count + group[None, :]
     return tl.load(scale_ptr + places, mask=(rows < size)[:, None] & (group < count)[None, :], other=0.0)
+
+
+@triton.jit
+def load_column_scale(
+    scale_ptr: tl.tensor,
+    rows: tl.tensor,
+    size: tl.tensor,
+    start: tl.tensor,
+    count: tl.tensor,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """Return the scale of each column, [rows, BLOCK_K], or of all of them, [rows, 1]; each is read once."""
+    STEP: tl.constexpr = GROUP if GROUP < BLOCK_K else BLOCK_K
+    scale = load_scale(scale_ptr, rows, size, start, count, BLOCK_K, STEP, GROUP, ROW_BLOCK)
+    if STEP < BLOCK_K:
+        spread = tl.broadcast_to(scale[:, :, None], rows.shape[0], BLOCK_K // STEP, STEP)
+        scale = tl.reshape(spread, rows.shape[0], BLOCK_K)
+    return scale
 
 
 @triton.jit
@@ -204,21 +228,6 @@ def row_scale(
     else:
         scale = 1.0
     return scale
-
-
-@triton.jit
-def group_scale(
-    scale_ptr: tl.tensor,
-    rows: tl.tensor,
-    size: tl.tensor,
-    start: tl.tensor,
-    count: tl.tensor,
-    GROUP: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-) -> tl.tensor:
-    """Return the scale of some rows' columns from ``start`` on, [rows]."""
-    places = (rows // ROW_BLOCK).to(tl.int64) * count + start // GROUP
-    return tl.load(scale_ptr + places, mask=(rows < size) & (start < count * GROUP), other=0.0)
 
 
 @triton.jit
@@ -241,8 +250,7 @@ def load_tile(
     A packed row has ``width`` numbers and ``count`` scales.
     """
     HALF: tl.constexpr = tl.float16 == DTYPE or tl.bfloat16 == DTYPE
-    if HALF and (GROUP if GROUP > 0 else BLOCK_K) >= BLOCK_K and not INTERPRETED:
-        # All columns share a scale.
+    if HALF and not INTERPRETED:
         PER_BYTE: tl.constexpr = 2 if KIND == INT4 else 1
         bytes_ptr = packed_ptr.to(tl.pointer_type(tl.uint8), bitcast=True) if KIND == INT4 else packed_ptr
         row_bytes = width * 4 if KIND == INT4 else width
@@ -251,7 +259,8 @@ def load_tile(
         part = tl.load(bytes_ptr + rows.to(tl.int64)[:, None] * row_bytes + columns[None, :], mask=held, other=0)
         tile = unpack_pairs(part, KIND, DTYPE)
         if GROUP > 0:
-            tile = (tile * group_scale(scale_ptr, rows, size, start, count, GROUP, ROW_BLOCK)[:, None]).to(DTYPE)
+            scale = load_column_scale(scale_ptr, rows, size, start, count, BLOCK_K, GROUP, ROW_BLOCK)
+            tile = (tile * scale).to(DTYPE)
     else:
         PER: tl.constexpr = 8 if KIND == INT4 else 1
         # The compiler does not see what the quotient is a multiple of, and would read word by word.
@@ -259,8 +268,9 @@ def load_tile(
         held = (rows < size)[:, None] & (columns < width)[None, :]
         part = tl.load(packed_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=held, other=0)
         scale = part
-        if GROUP > 0:
-            STEP: tl.constexpr = 8 if KIND == INT4 else BLOCK_K
-            scale = load_scale(scale_ptr, rows, size, start, count, BLOCK_K, STEP, GROUP, ROW_BLOCK)
+        if GROUP > 0 and KIND == INT4:
+            scale = load_scale(scale_ptr, rows, size, start, count, BLOCK_K, PER, GROUP, ROW_BLOCK)
+        elif GROUP > 0:
+            scale = load_column_scale(scale_ptr, rows, size, start, count, BLOCK_K, GROUP, ROW_BLOCK)
         tile = unpack(part, scale, KIND, GROUP).to(DTYPE)
     return tile
