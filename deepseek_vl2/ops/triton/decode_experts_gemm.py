@@ -31,34 +31,38 @@ from .weights import (
 
 
 @triton.jit
-def rows_of_expert(
+def slots_of_expert(
     ids_ptr: tl.tensor,
     expert: tl.tensor,
-    block: tl.tensor,
     rows: tl.tensor,
     TOP_K: tl.constexpr,
     TOP_K_PAD: tl.constexpr,
     ROWS_PAD: tl.constexpr,
-    BLOCK_B: tl.constexpr,
 ) -> tl.tensor:
-    """Return which rows selected an expert, the slot in which each has it, and how many there are in this block.
-
-    Each program sorts out its own rows: it counts, for every row that has the expert, how many stand before it, and
-    takes those numbered ``block`` * BLOCK_B and on. No sorting pass runs before, and no other program is waited for.
-    """
+    """Return in which slot each row has an expert, -1 for none, [ROWS_PAD], and how many rows have it."""
     b = tl.arange(0, ROWS_PAD)
     k = tl.arange(0, TOP_K_PAD)
     held = (b < rows)[:, None] & (k < TOP_K)[None, :]
     same = tl.load(ids_ptr + b[:, None] * TOP_K + k[None, :], mask=held, other=-1) == expert
-    has = tl.sum(same.to(tl.int32), axis=1) > 0
-    slot = tl.sum(tl.where(same, k[None, :], 0), axis=1)
+    slots = tl.max(tl.where(same, k[None, :], -1), axis=1)
+    return slots, tl.sum((slots >= 0).to(tl.int32), axis=0)
+
+
+@triton.jit
+def rows_of_block(slots: tl.tensor, first: tl.tensor, ROWS_PAD: tl.constexpr, BLOCK_B: tl.constexpr) -> tl.tensor:
+    """Return the rows that have an expert, those numbered ``first`` and on, and the slot in which each has it.
+
+    Each program sorts out its own rows: it counts, for every row that has the expert, how many stand before it. No
+    sorting pass runs before, and no other program is waited for.
+    """
+    b = tl.arange(0, ROWS_PAD)
+    has = slots >= 0
     before = tl.sum((has[None, :] & (b[None, :] < b[:, None])).to(tl.int32), axis=1)
-    wanted = block * BLOCK_B + tl.arange(0, BLOCK_B)
+    wanted = first + tl.arange(0, BLOCK_B)
     taken = has[None, :] & (before[None, :] == wanted[:, None])
     row = tl.sum(tl.where(taken, b[None, :], 0), axis=1)
-    row_slot = tl.sum(tl.where(taken, slot[None, :], 0), axis=1)
-    count = tl.sum(has.to(tl.int32), axis=0) - block * BLOCK_B
-    return row, row_slot, count
+    row_slot = tl.sum(tl.where(taken, slots[None, :], 0), axis=1)
+    return row, row_slot
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -92,35 +96,41 @@ def _gate_up_gemm_kernel(
 ) -> None:
     PER: tl.constexpr = 8 if KIND == INT4 else 1
     SCALES: tl.constexpr = 1 if GROUP == 0 else (H + GROUP - 1) // GROUP
-    program = tl.program_id(0) // ROW_BLOCKS
-    row_block = tl.program_id(0) % ROW_BLOCKS
     shared_blocks: tl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
     blocks: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    # Blocks of rows beyond the first, of which routed experts seldom have any, come last and end at once.
+    programs = tl.num_programs(0) // ROW_BLOCKS
+    program = tl.program_id(0) % programs
+    row_block = tl.program_id(0) // programs
     routed = program >= shared_blocks
-    row = row_block * BLOCK_B + tl.arange(0, BLOCK_B)
-    count = rows - row_block * BLOCK_B
     size = tl.where(routed, I, S)
     block = program
+    row = row_block * BLOCK_B + tl.arange(0, BLOCK_B)
+    count = rows
     gate_ptr = shared_gate_ptr
     up_ptr = shared_up_ptr
     gate_scale_ptr = shared_gate_scale_ptr
     up_scale_ptr = shared_up_scale_ptr
     out_ptr = shared_ptr
     place = row
+    slots = tl.full([ROWS_PAD], -1, tl.int32)
     if TOP_K > 0:
         if routed:
             expert = (program - shared_blocks) // blocks
             block = (program - shared_blocks) % blocks
-            row, slot, count = rows_of_expert(ids_ptr, expert, row_block, rows, TOP_K, TOP_K_PAD, ROWS_PAD, BLOCK_B)
-            place = row * TOP_K + slot
+            slots, count = slots_of_expert(ids_ptr, expert, rows, TOP_K, TOP_K_PAD, ROWS_PAD)
             gate_ptr = gate_up_ptr + expert.to(tl.int64) * (2 * I * (H // PER))
             up_ptr = gate_ptr + I * (H // PER)
             gate_scale_ptr = gate_up_scale_ptr + expert.to(tl.int64) * (2 * I // ROW_BLOCK * SCALES)
             up_scale_ptr = gate_scale_ptr + I // ROW_BLOCK * SCALES
             out_ptr = routed_ptr
-    if count > 0:
-        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        present = tl.arange(0, BLOCK_B) < count
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    if count > row_block * BLOCK_B:
+        if TOP_K > 0:
+            if routed:
+                row, slot = rows_of_block(slots, row_block * BLOCK_B, ROWS_PAD, BLOCK_B)
+                place = row * TOP_K + slot
+        present = tl.arange(0, BLOCK_B) < count - row_block * BLOCK_B
         gate = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
         up = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
         for start in tl.range(0, H, BLOCK_K, num_stages=STAGES):
@@ -141,7 +151,6 @@ def _gate_up_gemm_kernel(
             x = tl.load(x_ptr + row[None, :] * H + h[:, None], mask=present[None, :] & (h < H)[:, None], other=0.0)
             gate = dot(gate_weight, x, gate)
             up = dot(up_weight, x, up)
-        launch_dependents(PDL_LAUNCH)  # not before: programs of the next kernel would take the place of these
         if KIND != PLAIN and GROUP == 0:
             gate *= row_scale(gate_scale_ptr, n, size, KIND, GROUP)[:, None]
             up *= row_scale(up_scale_ptr, n, size, KIND, GROUP)[:, None]
@@ -152,6 +161,7 @@ def _gate_up_gemm_kernel(
             out.to(out_ptr.dtype.element_ty),
             mask=present[None, :] & (n < size)[:, None],
         )
+    launch_dependents(PDL_LAUNCH)  # not before: programs of the next kernel would take the place of these
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -185,32 +195,39 @@ def _down_gemm_kernel(
     PER: tl.constexpr = 8 if KIND == INT4 else 1
     SCALES: tl.constexpr = 1 if GROUP == 0 else (I + GROUP - 1) // GROUP
     SHARED_SCALES: tl.constexpr = 1 if GROUP == 0 else (S + GROUP - 1) // GROUP
-    program = tl.program_id(0) // ROW_BLOCKS
-    row_block = tl.program_id(0) % ROW_BLOCKS
     blocks: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     shared_blocks: tl.constexpr = blocks if S > 0 else 0
+    programs = tl.num_programs(0) // ROW_BLOCKS
+    program = tl.program_id(0) % programs
+    row_block = tl.program_id(0) // programs
     routed = program >= shared_blocks
-    row = row_block * BLOCK_B + tl.arange(0, BLOCK_B)
-    count = rows - row_block * BLOCK_B
     size = tl.where(routed, I, S)
+    block = program
+    row = row_block * BLOCK_B + tl.arange(0, BLOCK_B)
+    count = rows
     in_ptr = shared_intermediate_ptr
     matrix = shared_down_ptr
     scale_ptr = shared_down_scale_ptr
     out_ptr = shared_ptr
     place = row
+    slots = tl.full([ROWS_PAD], -1, tl.int32)
     if TOP_K > 0:
         if routed:
             expert = (program - shared_blocks) // blocks
-            row, slot, count = rows_of_expert(ids_ptr, expert, row_block, rows, TOP_K, TOP_K_PAD, ROWS_PAD, BLOCK_B)
-            place = row * TOP_K + slot
+            block = (program - shared_blocks) % blocks
+            slots, count = slots_of_expert(ids_ptr, expert, rows, TOP_K, TOP_K_PAD, ROWS_PAD)
             in_ptr = routed_intermediate_ptr
             matrix = down_ptr + expert.to(tl.int64) * (H * (I // PER))
             scale_ptr = down_scale_ptr + expert.to(tl.int64) * ((H + ROW_BLOCK - 1) // ROW_BLOCK * SCALES)
             out_ptr = routed_ptr
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     grid_wait(PDL)  # the ids are older: the kernel before this one starts when all before it have ended
-    if count > 0:
-        n = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-        present = tl.arange(0, BLOCK_B) < count
+    if count > row_block * BLOCK_B:
+        if TOP_K > 0:
+            if routed:
+                row, slot = rows_of_block(slots, row_block * BLOCK_B, ROWS_PAD, BLOCK_B)
+                place = row * TOP_K + slot
+        present = tl.arange(0, BLOCK_B) < count - row_block * BLOCK_B
         total = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
         for start in tl.range(0, size, BLOCK_K, num_stages=STAGES):
             i = start + tl.arange(0, BLOCK_K)
@@ -218,9 +235,11 @@ def _down_gemm_kernel(
                 mask = (n < H)[:, None] & (i < size)[None, :]
                 weight = tl.load(matrix + n[:, None] * size + i[None, :], mask=mask, other=0.0)
             else:
-                width, count = tl.where(routed, I // PER, S // PER), tl.where(routed, SCALES, SHARED_SCALES)
+                width, scales = tl.where(routed, I // PER, S // PER), tl.where(routed, SCALES, SHARED_SCALES)
                 dtype = in_ptr.dtype.element_ty
-                weight = load_tile(matrix, scale_ptr, n, H, start, width, count, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype)
+                weight = load_tile(
+                    matrix, scale_ptr, n, H, start, width, scales, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype
+                )
             x_mask = present[None, :] & (i < size)[:, None]
             x = tl.load(in_ptr + place[None, :] * size + i[:, None], mask=x_mask, other=0.0)
             total = dot(weight, x, total)
@@ -234,7 +253,7 @@ def _down_gemm_kernel(
 
 
 def row_blocks(rows: int, top_k: int) -> dict[str, int]:
-    """Return the blocks of rows of the GEMM kernels: of 16, launched for the most there can be."""
+    """Return the blocks of rows of the GEMM kernels, of 16: launched for the most there can be."""
     return {
         "TOP_K": top_k,
         "TOP_K_PAD": power_of_two(top_k, 2),
