@@ -22,13 +22,12 @@ from . import cuda_graphs
 from .cuda_graphs import Capture, CapturedGraph, GraphCache
 from .decode import DecoderWeights
 from .kv_cache import KVCache
-from .prefill import PackedTokens, Pools, first_norm, prefill_layer, run_linear
+from .prefill import STEP, PackedTokens, Pools, first_norm, padded_length, prefill_layer, run_linear
 from .rows import upload
 from .runner import Part
 
 logger = logging.getLogger(__name__)
 
-STEP = 128
 # Numbers of prompts and lengths are captured apart, and more than eight prompts seldom come in the same number again.
 MOST_PROMPTS = 8
 # Of a pass: the device takes longer for more than the host for launching them, and the host is a pass ahead.
@@ -39,6 +38,8 @@ MOST_WASTE = 1.15
 # Replayed one behind the other. Each reads all experts' weights: of more, the device loses what the host gains.
 FEW_GROUPS = 3
 MAX_GRAPHS = 32
+# Tokens of prompts that a server captures before it is asked: of a picture and a question, of several small ones.
+MOST_ALONE = 2048
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 
@@ -59,11 +60,6 @@ class PrefillInputs:
     cos_LP: torch.Tensor
     sin_LP: torch.Tensor
     logits_BV: torch.Tensor
-
-
-def padded_length(tokens: int, most: int) -> int:
-    """Return the length that a prompt is padded to."""
-    return min(-(-tokens // STEP) * STEP, most)
 
 
 def group_prompts(lengths: Sequence[int], most: int) -> list[list[int]]:
@@ -171,8 +167,10 @@ class PromptGraphs:
 
     def _graph(self, parts: Sequence[Part]) -> CapturedGraph:
         """Return the graph of that many prompts of the longest one's length."""
-        length = padded_length(max(part.segment.new for part in parts), len(self.tables[0]))
-        return self.graphs.get((len(parts), length, cuda_graphs.modes()), lambda: self._new_graph(len(parts), length))
+        return self._graph_of(len(parts), padded_length(max(part.segment.new for part in parts), len(self.tables[0])))
+
+    def _graph_of(self, prompts: int, length: int) -> CapturedGraph:
+        return self.graphs.get((prompts, length, cuda_graphs.modes()), lambda: self._new_graph(prompts, length))
 
     def _new_graph(self, prompts: int, length: int) -> CapturedGraph:
         language, pools, rows = self.language, self.kv_cache.pools, prompts * length
@@ -181,6 +179,19 @@ class PromptGraphs:
                 self.embeds_NH = self.embeds_NH.new_zeros(rows, self.embeds_NH.shape[1])
             given = static_inputs(self.weights, self.tables, self.embeds_NH[:rows], prompts)
         return CapturedGraph(given, lambda: run_captured(language(), pools, given))
+
+    def capture_lengths(self) -> None:
+        """Capture prefills of one prompt, of all lengths up to `MOST_ALONE`: nobody then waits for one of them.
+
+        What they share with prompts of other kinds is compiled and planned then, too.
+        """
+        # The longest first: it makes the buffers that all share.
+        for length in range(min(MOST_ALONE, len(self.tables[0])) // STEP * STEP, 0, -STEP):
+            graph = self._graph_of(1, length)
+            extents = upload([[0], [1]], self.embeds_NH.device)
+            graph.buffers.extents_2B.copy_(extents)  # one token, which goes to the pool's scratch tokens
+            graph.used = True
+            self._replay(graph)
 
     def run(self, parts: Sequence[Part], embeds: Sequence[torch.Tensor]) -> torch.Tensor:
         """Replay the graph of a group; returns each prompt's last logits, [B, V], float32."""
@@ -191,9 +202,12 @@ class PromptGraphs:
         segments = [part.segment for part in parts]
         extents = upload([[s.start for s in segments], [s.new for s in segments]], given.extents_2B.device)
         given.extents_2B.copy_(extents)
+        self._replay(graph)
+        # A copy, before the graph is replayed for others.
+        return given.logits_BV.clone()
+
+    def _replay(self, graph: CapturedGraph) -> None:
         reason = graph(self.capture)
         if reason is not None:
             logger.warning("Prompts are launched, not replayed: %s", reason)
             self.capture = None
-        # A copy, before the graph is replayed for others.
-        return given.logits_BV.clone()

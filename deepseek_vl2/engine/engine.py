@@ -180,15 +180,15 @@ class Engine:
                         self._wake.wait(timeout=0.1)
 
     def warm_up(self) -> None:
-        """Capture the decoding steps of all batch sizes, which takes seconds on a GPU and nothing elsewhere.
+        """Capture decoding steps of all batch sizes and prompts of usual lengths: seconds on a GPU, nothing elsewhere.
 
         Without it each is captured when it is first needed, and the answers under way wait. A KV cache that grows
         makes what was captured void: `EngineOptions.kv_cache_tokens` gives it its size.
         """
         with self._driver, self._device_context(), torch.inference_mode():
             start = time.monotonic()
-            self.runner.capture_steps(self.rows)
-            logger.debug("Decoding steps were captured in %.1f s.", time.monotonic() - start)
+            self.runner.capture_all(self.rows)
+            logger.debug("Steps and prompts were captured in %.1f s.", time.monotonic() - start)
 
     def start(self) -> None:
         """Let a thread of the engine's own drive it."""

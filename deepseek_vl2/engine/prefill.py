@@ -2,7 +2,8 @@
 
 Dense products and attention itself are PyTorch's; kernels take what lies between: norms and sums, rotations, the cache,
 the choice of experts and their products. Whole prompts that are padded to one length attend in one call; see
-`captured_prefill`.
+`captured_prefill`. Of whole prompts of several lengths each attends over a window that ends at a multiple of `STEP`
+tokens: cuDNN plans its attention anew for each length that it has not met, which takes the host milliseconds.
 
 Shape suffixes: N tokens of all segments, H hidden size, P rotated part of a head, K keys of all segments, V vocabulary.
 """
@@ -30,6 +31,11 @@ from .weights import read_experts, read_linear, read_router_config
 Pools = Sequence[tuple[torch.Tensor, ...]]
 Tables = dict[torch.device, tuple[torch.Tensor, torch.Tensor]]
 
+# Lengths that attention sees are multiples of this many tokens.
+STEP = 128
+# A pass has a multiple of this many rows: kernels are compiled once, and not for any number of rows besides.
+ROWS_STEP = 16
+
 
 @dataclass
 class PackedTokens:
@@ -39,7 +45,8 @@ class PackedTokens:
         segments: whose they are.
         slots_N: index in the pool of each.
         cos_NP: cosines of their positions, and ``sin_NP``.
-        last: of each segment, the index of the last token that is not padding; ``None``: there is no padding.
+        last: of each part, all as long, the index of the last token that is not padding; ``None``: there is no padding.
+        windows: rows over which each segment attends, from its own first one on; ``None``: its own.
         masks: of the segments that have cached tokens before them; made once a pass.
     """
 
@@ -48,6 +55,7 @@ class PackedTokens:
     cos_NP: torch.Tensor
     sin_NP: torch.Tensor
     last: torch.Tensor | None = None
+    windows: Sequence[int] | None = None
     masks: list[torch.Tensor | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -63,7 +71,12 @@ class PackedTokens:
     @property
     def alike(self) -> bool:
         """Whether all segments are whole prompts of one length, padding included."""
-        return not self.has_past and len({segment.new for segment in self.segments}) == 1
+        return self.windows is None and not self.has_past and len({segment.new for segment in self.segments}) == 1
+
+    @property
+    def part(self) -> int:
+        """Rows of each part that `last` has an entry for."""
+        return len(self.slots_N) // (1 if self.last is None else len(self.last))
 
 
 def run_linear(module: Any, x_NI: torch.Tensor) -> torch.Tensor:
@@ -103,17 +116,23 @@ def attend_alike(
 def attend_segments(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tokens: PackedTokens, scaling: float
 ) -> torch.Tensor:
-    """Return the attention, [N, heads, size], of each segment over its own tokens."""
+    """Return the attention, [N, heads, size], of each segment over its own tokens.
+
+    A window reaches into the rows behind its segment, which no token of that sees; what they get there is overwritten
+    by the next segment. Padding gets something too: it may not hold NaN, which values times 0 would spread.
+    """
     out = query.new_empty(len(query), query.shape[1], values.shape[-1])
-    first = first_key = 0
-    for segment, mask in zip(tokens.segments, tokens.masks, strict=True):
-        end, end_key = first + segment.new, first_key + (segment.end if tokens.has_past else segment.new)
+    first = first_key = end = 0
+    for index, (segment, mask) in enumerate(zip(tokens.segments, tokens.masks, strict=True)):
+        window = segment.new if tokens.windows is None else tokens.windows[index]
+        end, end_key = first + window, first_key + (segment.end if tokens.has_past else window)
         parts = (query[first:end], keys[first_key:end_key], values[first_key:end_key])
-        q, k, v = (part.transpose(0, 1)[None] for part in parts)
-        causal, grouped = mask is None and segment.new > 1, q.shape[1] != k.shape[1]
+        q, k, v = (part.unflatten(0, (1, -1)).transpose(1, 2) for part in parts)
+        causal, grouped = mask is None and window > 1, q.shape[1] != k.shape[1]
         attended = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scaling, enable_gqa=grouped)
         out[first:end] = attended[0].transpose(0, 1)
-        first, first_key = end, end_key
+        first, first_key = first + segment.new, first_key + (segment.end if tokens.has_past else segment.new)
+    out[end:] = 0
     return out
 
 
@@ -189,7 +208,7 @@ def prefill_layer(
         add_and_norm(mlp(normed_NH[None])[0], following)
         return
     bias = mlp.gate.e_score_correction_bias if routing.method == NOAUX_TC else None
-    ids, weights = router.route_tokens(normed_NH, mlp.gate.weight, bias, routing, tokens.last, tokens.segments[0].new)
+    ids, weights = router.route_tokens(normed_NH, mlp.gate.weight, bias, routing, tokens.last, tokens.part)
     outputs, row_map = prefill_experts.permuted_experts(normed_NH, *read_experts(mlp.experts), ids)
     shared = None if mlp.shared_experts is None else run_mlp(mlp.shared_experts, normed_NH)
     scale, eps = following.weight, following.variance_epsilon
@@ -212,9 +231,9 @@ def run_packed(
     Layers may lie on several devices: hidden states follow them.
     """
     layers = language.model.layers
-    positions = torch.cat([torch.arange(s.past, s.end) for s in segments])
-    slots = torch.cat([torch.arange(s.start + s.past, s.start + s.end) for s in segments])
-    places = {device: place_tokens(segments, positions, slots, device, tables[device]) for device in tables}
+    windows, padding = pad_attention(segments)
+    embeds_NH = F.pad(embeds_NH, (0, 0, 0, padding)) if padding else embeds_NH
+    places = {device: place_tokens(segments, windows, padding, device, tables[device]) for device in tables}
     device = layers[0].input_layernorm.weight.device
     with device_of(device):
         hidden, normed = first_norm(layers[0].input_layernorm, embeds_NH.to(device).contiguous())
@@ -242,18 +261,44 @@ class MovedNorm:
         self.variance_epsilon = module.variance_epsilon
 
 
+def padded_length(tokens: int, most: int) -> int:
+    """Return the length, a multiple of `STEP` or ``most``, that a prompt is padded to."""
+    return min(-(-tokens // STEP) * STEP, most)
+
+
+def pad_attention(segments: Sequence[Segment]) -> tuple[list[int] | None, int]:
+    """Return the windows over which whole prompts attend, and how many rows of padding follow the last one.
+
+    Prompts of one length attend in one call, and those behind cached tokens by masks of their own: neither is padded.
+    """
+    if any(s.past for s in segments) or (len(segments) > 1 and len({s.new for s in segments}) == 1):
+        return None, 0
+    windows = [padded_length(s.new, 2**31) for s in segments]
+    tokens = sum(s.new for s in segments)
+    # A prompt before the last one may reach as far.
+    ends, first = [], 0
+    for segment, window in zip(segments, windows, strict=True):
+        ends.append(first + window)
+        first += segment.new
+    return windows, -(-max(ends) // ROWS_STEP) * ROWS_STEP - tokens
+
+
 def place_tokens(
     segments: Sequence[Segment],
-    positions_N: torch.Tensor,
-    slots_N: torch.Tensor,
+    windows: Sequence[int] | None,
+    padding: int,
     device: torch.device,
     tables: tuple[torch.Tensor, torch.Tensor],
 ) -> PackedTokens:
-    """Return where tokens stand, on a device; positions and slots come from the host."""
-    numbers = torch.stack((positions_N, slots_N))
+    """Return where tokens stand, on a device; those of padding write to the pool's scratch tokens."""
+    rest = torch.zeros(padding, dtype=torch.long)
+    positions = torch.cat([*(torch.arange(s.past, s.end) for s in segments), rest])
+    slots = torch.cat([*(torch.arange(s.start + s.past, s.start + s.end) for s in segments), rest])
+    numbers = torch.stack((positions, slots))
     numbers = numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
     cos, sin = (table.index_select(0, numbers[0]) for table in tables)
-    return PackedTokens(segments, numbers[1].contiguous(), cos, sin)
+    last = upload([[sum(s.new for s in segments) - 1]], device)[0] if padding else None
+    return PackedTokens(segments, numbers[1].contiguous(), cos, sin, last, windows)
 
 
 def device_of(device: torch.device) -> Any:

@@ -52,8 +52,8 @@ class Runner(Protocol):
             The logits, [count, V], float32, valid until the next call, and the likeliest ids, where they are known.
         """
 
-    def capture_steps(self, rows: Rows) -> None:
-        """Make ready what decoding these rows will need, whatever their number: the first answers need not wait."""
+    def capture_all(self, rows: Rows) -> None:
+        """Make ready what prompts, and decoding these rows, will need: the first answers need not wait."""
 
     def pool_changed(self) -> None:
         """Forget what holds addresses of the KV cache's pool."""
@@ -119,7 +119,7 @@ class ModuleRunner:
         rows.positions[:count] += 1
         return logits, None
 
-    def capture_steps(self, rows: Rows) -> None:
+    def capture_all(self, rows: Rows) -> None:
         """Nothing: modules run as they are."""
 
     def pool_changed(self) -> None:

@@ -145,12 +145,14 @@ class TritonRunner:
         with torch.inference_mode():
             self._new_step(Rows(1, self.device, [stage.device for stage in self.stages]), 1)
 
-    def capture_steps(self, rows: Rows) -> None:
-        """See `Runner.capture_steps`."""
+    def capture_all(self, rows: Rows) -> None:
+        """See `Runner.capture_all`."""
         for each, most in ((rows, self.max_batch), (self._short_rows(), min(SHORT, self.max_batch))):
             for bucket in BUCKETS:
                 if bucket <= most:
                     self._step(each, bucket)
+        if self.prompts.capture is not None:
+            self.prompts.capture_lengths()
 
     def pool_changed(self) -> None:
         """See `Runner.pool_changed`."""

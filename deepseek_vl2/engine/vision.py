@@ -224,6 +224,18 @@ def encode_tiles(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor | None:
         encoder.lock.release()
 
 
+@torch.inference_mode()
+def warm_up(model: Any) -> None:
+    """Capture the graphs of up to `MAX_TILES` tiles, which takes seconds on a GPU; elsewhere nothing is done."""
+    weight, side = model.vision.patch_embed.proj.weight, model.config.vision_config.image_size
+    if weight.device.type != "cuda":
+        return
+    for count in range(MAX_TILES, 0, -1):  # the most first: they make the buffers that all share
+        tiles = weight.new_zeros(count, 3, side, side)
+        for _ in range(2):  # launched, and then captured
+            encode_tiles(model, tiles)
+
+
 def begin(model: Any, images: torch.Tensor, crops: torch.Tensor) -> Callable[[], torch.Tensor] | None:
     """Begin to encode the images of a batch; returns what waits for the embeddings of its tiles, [V, L, H].
 

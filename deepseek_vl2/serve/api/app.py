@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from deepseek_vl2 import __version__
+from deepseek_vl2.engine import vision
 from deepseek_vl2.engine.detokenizer import token_bytes_of
 from deepseek_vl2.engine.engine import end_ids
 from deepseek_vl2.engine.holder import engine_of, existing_engine, release_model
@@ -150,7 +151,9 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        await anyio.to_thread.run_sync(self.engine.warm_up)  # who is answered first waits no longer than who is last
+        # Who is answered first waits no longer than who is last.
+        await anyio.to_thread.run_sync(self.engine.warm_up)
+        await anyio.to_thread.run_sync(vision.warm_up, self.model)
         self.engine.start()
         yield
         await self.grammars.stop()
