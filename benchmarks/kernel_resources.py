@@ -44,7 +44,16 @@ from deepseek_vl2.models import DeepseekVLV2Config
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2ForCausalLM
 from deepseek_vl2.models.quantizer import WeightOnlyConfig, plan_formats, replace_layers
 from deepseek_vl2.models.siglip_vit import VisionTransformer
-from deepseek_vl2.ops.triton import decode_mla, grouped_gemm, image_resize, norm, prefill_experts, rope, router
+from deepseek_vl2.ops.triton import (
+    decode_gemm,
+    decode_mla,
+    grouped_gemm,
+    image_resize,
+    norm,
+    prefill_experts,
+    rope,
+    router,
+)
 
 RELEASES = Path(__file__).resolve().parents[1] / "tests" / "golden" / "releases"
 # Bytes of shared memory that a program may have.
@@ -108,16 +117,20 @@ class Compiler:
     def compiling(self) -> Iterator[None]:
         """Compile kernels where they would be launched."""
         before, room = JITFunction.__getitem__, decode_mla.shared_memory
+        asking: tuple[Any, ...] = (decode_mla, decode_gemm)
 
         def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
             return lambda *args, **options: build(kernel, args, options, self)
 
         JITFunction.__getitem__ = launcher
-        decode_mla.shared_memory = lambda device: SHARED[self.architecture]  # type: ignore[assignment]
+        for module in asking:
+            module.shared_memory = lambda device: SHARED[self.architecture]
         try:
             yield
         finally:
-            JITFunction.__getitem__, decode_mla.shared_memory = before, room
+            JITFunction.__getitem__ = before
+            for module in asking:
+                module.shared_memory = room
 
 
 def describe(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, str]:

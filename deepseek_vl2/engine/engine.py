@@ -22,7 +22,7 @@ from .detokenizer import TokenLogprobs
 from .embedding import Embedder
 from .fetch import Fetch, Pending
 from .image_cache import ImageCache
-from .kv_cache import SCRATCH, KVCache, layer_shapes
+from .kv_cache import SCRATCH, KVCache, OutOfTokens, layer_shapes
 from .launching import Launching
 from .placement import Placement, place
 from .request import Answer, Request
@@ -187,7 +187,13 @@ class Engine:
         """
         with self._driver, self._device_context(), torch.inference_mode():
             start = time.monotonic()
-            self.runner.capture_all(self.rows)
+            try:
+                scratch = self.kv_cache.allocate(self.options.prefill_tokens)
+            except OutOfTokens:  # a pool that grows, or is small
+                scratch = None
+            self.runner.capture_all(self.rows, scratch)
+            if scratch is not None:
+                self.kv_cache.free(scratch)
             logger.debug("Steps and prompts were captured in %.1f s.", time.monotonic() - start)
 
     def start(self) -> None:

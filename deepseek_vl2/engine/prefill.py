@@ -31,10 +31,9 @@ from .weights import read_experts, read_linear, read_router_config
 Pools = Sequence[tuple[torch.Tensor, ...]]
 Tables = dict[torch.device, tuple[torch.Tensor, torch.Tensor]]
 
-# Lengths that attention sees are multiples of this many tokens.
+# Lengths that attention sees, and the rows of a pass, are multiples of this: the libraries that choose kernels by the
+# number of rows, and load them then, have met it before.
 STEP = 128
-# A pass has a multiple of this many rows: kernels are compiled once, and not for any number of rows besides.
-ROWS_STEP = 16
 
 
 @dataclass
@@ -261,9 +260,10 @@ class MovedNorm:
         self.variance_epsilon = module.variance_epsilon
 
 
-def padded_length(tokens: int, most: int) -> int:
-    """Return the length, a multiple of `STEP` or ``most``, that a prompt is padded to."""
-    return min(-(-tokens // STEP) * STEP, most)
+def padded_length(tokens: int, most: int | None = None) -> int:
+    """Return the length that a prompt is padded to: a multiple of `STEP`, or ``most``."""
+    padded = -(-tokens // STEP) * STEP
+    return padded if most is None else min(padded, most)
 
 
 def pad_attention(segments: Sequence[Segment]) -> tuple[list[int] | None, int]:
@@ -273,14 +273,14 @@ def pad_attention(segments: Sequence[Segment]) -> tuple[list[int] | None, int]:
     """
     if any(s.past for s in segments) or (len(segments) > 1 and len({s.new for s in segments}) == 1):
         return None, 0
-    windows = [padded_length(s.new, 2**31) for s in segments]
+    windows = [padded_length(s.new) for s in segments]
     tokens = sum(s.new for s in segments)
     # A prompt before the last one may reach as far.
     ends, first = [], 0
     for segment, window in zip(segments, windows, strict=True):
         ends.append(first + window)
         first += segment.new
-    return windows, -(-max(ends) // ROWS_STEP) * ROWS_STEP - tokens
+    return windows, padded_length(max(ends)) - tokens
 
 
 def place_tokens(

@@ -13,7 +13,7 @@ from weakref import ref
 import torch
 
 from ..models.cache import CACHE_NAME, PackedCache, Segment
-from .kv_cache import KVCache, device_of
+from .kv_cache import Extent, KVCache, device_of
 from .rows import Rows
 
 
@@ -52,8 +52,13 @@ class Runner(Protocol):
             The logits, [count, V], float32, valid until the next call, and the likeliest ids, where they are known.
         """
 
-    def capture_all(self, rows: Rows) -> None:
-        """Make ready what prompts, and decoding these rows, will need: the first answers need not wait."""
+    def capture_all(self, rows: Rows, scratch: Extent | None) -> None:
+        """Make ready what prompts, and decoding these rows, will need: the first answers need not wait.
+
+        Args:
+            rows: those of the engine.
+            scratch: a part of the pool that nobody needs; ``None``: there is none.
+        """
 
     def pool_changed(self) -> None:
         """Forget what holds addresses of the KV cache's pool."""
@@ -119,7 +124,7 @@ class ModuleRunner:
         rows.positions[:count] += 1
         return logits, None
 
-    def capture_all(self, rows: Rows) -> None:
+    def capture_all(self, rows: Rows, scratch: Extent | None) -> None:
         """Nothing: modules run as they are."""
 
     def pool_changed(self) -> None:

@@ -17,10 +17,11 @@ from weakref import ref
 
 import torch
 
+from ..models.cache import Segment
 from . import cuda_graphs, prefill
 from .captured_prefill import PromptGraphs
 from .decode import DecodeBuffers, DecoderWeights, decode_stage, new_buffers
-from .kv_cache import KVCache
+from .kv_cache import Extent, KVCache
 from .rows import Rows, new_rows, upload
 from .runner import Part
 from .weights import rotary_tables
@@ -51,6 +52,13 @@ def stages_of(weights: DecoderWeights) -> list[Stage]:
         else:
             stages.append(Stage(index, index + 1, device))
     return stages
+
+
+def launched_lengths(most: int) -> list[list[int]]:
+    """Return the lengths of prompts of some passes, up to a number of tokens: their kernels are found and loaded."""
+    picture = 1408  # about what a picture and a question take
+    counts = range(2, most // picture + 1)
+    return [[picture - index for index in range(count)] for count in counts]
 
 
 class CapturedStep:
@@ -145,7 +153,7 @@ class TritonRunner:
         with torch.inference_mode():
             self._new_step(Rows(1, self.device, [stage.device for stage in self.stages]), 1)
 
-    def capture_all(self, rows: Rows) -> None:
+    def capture_all(self, rows: Rows, scratch: Extent | None) -> None:
         """See `Runner.capture_all`."""
         for each, most in ((rows, self.max_batch), (self._short_rows(), min(SHORT, self.max_batch))):
             for bucket in BUCKETS:
@@ -153,6 +161,11 @@ class TritonRunner:
                     self._step(each, bucket)
         if self.prompts.capture is not None:
             self.prompts.capture_lengths()
+        if scratch is not None and self.device.type == "cuda":
+            for passes in launched_lengths(scratch.capacity):
+                starts = [scratch.start + sum(passes[:i]) for i in range(len(passes))]
+                parts = [Part(Segment(s, 0, n), ids=[0] * n) for s, n in zip(starts, passes, strict=True)]
+                self._prefill_packed(parts)
 
     def pool_changed(self) -> None:
         """See `Runner.pool_changed`."""

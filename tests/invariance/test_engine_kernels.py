@@ -87,7 +87,8 @@ def kernels_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(support, "_unsupported_weights", lambda language: None)
         monkeypatch.setattr(decode, "multiprocessors", lambda device: 3)  # run one after the other
         monkeypatch.setattr(triton_runner, "SHORT", 3)
-        monkeypatch.setattr(captured_prefill, "STEP", 4)
+        for module in (captured_prefill, prefill):
+            monkeypatch.setattr(module, "STEP", 4)
         for module in (prefix_cache, scheduler):
             monkeypatch.setattr(module, "BLOCK", 4)
 
@@ -292,7 +293,7 @@ def test_prompts_of_about_one_length_are_replayed_together(kind: str, monkeypatc
 
 def test_which_prompts_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a kind met before, few tokens in few groups, all of them whole prompts."""
-    monkeypatch.setattr(captured_prefill, "STEP", 128)
+    monkeypatch.setattr(prefill, "STEP", 128)
     engine = by_kernels(made_model("small"), EngineOptions(kv_cache_tokens=256))
     runner = engine.runner
     assert isinstance(runner, TritonRunner)

@@ -285,9 +285,13 @@ def gate_up_gemm(
         gate_up_gemm(x_BH, weights.shared_alone, None, shared_BS, **blocks)
         return
     (rows, hidden), fmt = x_BH.shape, format_of(parts[0])
-    stages = 3 if fmt["KIND"] or is_narrow(rows, hidden) else 4
-    width = tile_columns(hidden, 128 if fmt["KIND"] else 64)
-    sizes = {"BLOCK_N": 64, "BLOCK_K": width, "STAGES": stages, "num_warps": 4, **blocks}
+    narrow = is_narrow(rows, hidden)
+    sizes = {"BLOCK_N": 64, "BLOCK_K": tile_columns(hidden, 64), "STAGES": 3 if narrow else 4, "num_warps": 4}
+    if fmt["KIND"]:
+        sizes |= {"BLOCK_K": tile_columns(hidden), "STAGES": 3}
+    if fmt["KIND"] == INT4.value:
+        sizes |= {"BLOCK_N": 32, "num_warps": 2}
+    sizes |= blocks
     sizes["BLOCK_N"] = min(
         sizes["BLOCK_N"], power_of_two(max(weights.intermediate_size, weights.shared_intermediate_size), 16)
     )
@@ -333,8 +337,9 @@ def down_gemm(
     rows, hidden, fmt = out.shape[0], out.shape[-1], format_of(parts[0])
     widest = max(weights.intermediate_size, weights.shared_intermediate_size)
     wide = bool(fmt["KIND"]) or is_narrow(rows, hidden)
+    block_n = 128 if fmt["KIND"] and rows > 4 else 64
     cut_by = {"BLOCK_K": tile_columns(widest, 128 if wide else 64), "STAGES": 3 if wide else 4}
-    sizes = {"BLOCK_N": 64, "num_warps": 4, **cut_by, **blocks}
+    sizes = {"BLOCK_N": block_n, "num_warps": 4, **cut_by, **blocks}
     sizes["BLOCK_N"] = min(sizes["BLOCK_N"], power_of_two(hidden, 16))
     cut = row_blocks(rows, 0 if topk_ids_BK is None else topk_ids_BK.shape[1])
     programs = (weights.num_experts + (weights.shared_intermediate_size > 0)) * triton.cdiv(hidden, sizes["BLOCK_N"])

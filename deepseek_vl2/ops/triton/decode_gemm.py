@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_rows, dot, grid_wait, launch_dependents, multiprocessors, power_of_two
+from .common import check_rows, dot, grid_wait, launch_dependents, multiprocessors, power_of_two, shared_memory
 from .decode_gemv import MAX_WEIGHTS, side_by_side
 from .weights import (
     INT4,
@@ -27,6 +27,9 @@ from .weights import (
     scale_of,
     tile_columns,
 )
+
+# Bytes of shared memory that 64 rows of 256 inputs take in three or four stages, beside the weights.
+WIDE_SHARED_BYTES = 150_000
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -112,14 +115,22 @@ def _gemm_kernel(
     tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=held)
 
 
-def gemm_blocks(rows: int, outputs: int, inputs: int, programs: int, fmt: dict[str, int]) -> dict[str, int]:
-    """Return the block sizes of a GEMM: enough programs for that many multiprocessors, 64 rows at most."""
-    block_n = 64 if outputs >= 64 * programs else 32 if outputs > 1280 or rows > 16 else 16
+def gemm_blocks(rows: int, outputs: int, inputs: int, device: torch.device, fmt: dict[str, int]) -> dict[str, int]:
+    """Return the block sizes of a GEMM: enough programs for the device's multiprocessors, 64 rows at most."""
+    block_n = 64 if outputs >= 64 * multiprocessors(device) else 32 if outputs > 1280 or rows > 16 else 16
+    block_k, stages = tile_columns(inputs), 4
+    if fmt["KIND"]:
+        # Rows of packed weights are short: more columns at a time, where there is memory for as many of the inputs.
+        roomy = rows <= 16 or shared_memory(device) > WIDE_SHARED_BYTES
+        block_k = tile_columns(inputs, 256) if roomy else block_k
+        stages = 4 if roomy and block_n < 64 else 3
+        if rows > 16 and roomy:
+            block_n, stages = (64, 3) if outputs > 2560 else (16, 4)
     return {
         "BLOCK_N": min(block_n, power_of_two(outputs, 16)),
-        "BLOCK_K": tile_columns(inputs),
+        "BLOCK_K": block_k,
         "BLOCK_B": min(power_of_two(rows, 16), 64),
-        "STAGES": 3 if fmt["KIND"] else 4,
+        "STAGES": stages,
         "num_warps": 4,
     }
 
@@ -181,7 +192,7 @@ def _launch_gemm(
     outputs = [weight.shape[-2] for weight in weights] + [0] * (MAX_WEIGHTS - len(weights))
     filled = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
     fmt = format_of(weights[0])
-    sizes = {**gemm_blocks(rows, groups * sum(outputs), inputs, multiprocessors(x_BGK.device), fmt), **blocks}
+    sizes = {**gemm_blocks(rows, groups * sum(outputs), inputs, x_BGK.device, fmt), **blocks}
     # Packed matrices are read without strides.
     strides = weights[0].stride() if isinstance(weights[0], torch.Tensor) else (inputs, 1)
     programs = sum(triton.cdiv(size, sizes["BLOCK_N"]) for size in outputs)

@@ -79,14 +79,17 @@ def _grouped_kernel(
         tl.store(out_ptr + p[None, :] * N + n[:, None], out.to(dtype), mask=held)
 
 
-def grouped_blocks(routed_tokens: int, experts: int, width: int, fmt: dict[str, int]) -> dict[str, Any]:
+def grouped_blocks(routed_tokens: int, experts: int, width: int, gated: bool) -> dict[str, Any]:
     """Return the block sizes: an expert has some 130 rows of a usual prompt.
 
-    Each of the 8 warps has 16 rows of weights of its own: of two that shared them, nibbles would change places.
+    Each warp has 16 rows of weights of its own: of two that shared them, nibbles would change places. Gates and ups
+    have two sums a program, and half as many rows of each.
     """
-    few = routed_tokens <= 64 * experts
-    sizes = {"BLOCK_P": 64 if few else 128, "BLOCK_N": 128, "STAGES": 3, "num_warps": 8}
-    return {**sizes, "BLOCK_K": tile_columns(width, 64)}
+    block_p = 64 if routed_tokens <= 64 * experts else 128
+    sizes = {"BLOCK_P": block_p, "BLOCK_K": tile_columns(width, 64)}
+    if gated:
+        return {**sizes, "BLOCK_N": 64, "STAGES": 4, "num_warps": 4}
+    return {**sizes, "BLOCK_N": 128, "STAGES": 3, "num_warps": 8}
 
 
 def _grouped(
@@ -98,7 +101,7 @@ def _grouped(
     if gated and outputs % fmt["ROW_BLOCK"]:
         raise ValueError(f"Blocks of 128 rows do not divide the {outputs} rows of an expert's gate.")
     out = rows_PK.new_empty(routed_tokens, outputs)
-    sizes = {**grouped_blocks(routed_tokens, experts, width, fmt), **blocks}
+    sizes = {**grouped_blocks(routed_tokens, experts, width, gated), **blocks}
     sizes["BLOCK_N"] = min(sizes["BLOCK_N"], power_of_two(outputs, 16))
     tiles = experts + routed_tokens // sizes["BLOCK_P"]
     _grouped_kernel[(tiles * triton.cdiv(outputs, sizes["BLOCK_N"]),)](
