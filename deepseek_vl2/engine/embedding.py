@@ -5,7 +5,7 @@ Shape suffixes: T tokens, H hidden size, V tiles, L tokens of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -48,30 +48,12 @@ def encode_tiles(prompts: Sequence[PromptImages], tiles_a_pass: int) -> list[tor
     tiles = [images.tiles(images.model.vision_device)[: images.views] for images in fresh]
     encoded: list[torch.Tensor] = []
     if tiles:
-        parts = [fresh[0].model.encode_tiles(piece) for piece in pieces_of(tiles, tiles_a_pass)]
+        together = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+        parts = [fresh[0].model.encode_tiles(piece) for piece in together.split(tiles_a_pass)]
         views = parts[0] if len(parts) == 1 else torch.cat(parts)
         encoded = list(views.split([images.views for images in fresh]))
     rest = iter(encoded)
     return [next(rest) if images.encoded is None else images.encoded() for images in prompts]
-
-
-def pieces_of(tiles: Sequence[torch.Tensor], most: int) -> Iterator[torch.Tensor]:
-    """Yield the tiles of several prompts in pieces that go through the tower together.
-
-    A piece is of whole prompts, so that their numbers of tiles come again and replay a captured graph; a prompt of more
-    tiles than go at once is split alone.
-    """
-    held: list[torch.Tensor] = []
-    for part in tiles:
-        if held and sum(map(len, held)) + len(part) > most:
-            yield torch.cat(held)
-            held = []
-        if len(part) > most:
-            yield from part.split(most)
-        else:
-            held.append(part)
-    if held:
-        yield held[0] if len(held) == 1 else torch.cat(held)
 
 
 def place_views(images: PromptImages, views_VLH: torch.Tensor) -> list[torch.Tensor | None]:

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import ref
@@ -196,12 +197,23 @@ class Engine:
                 self.kv_cache.free(scratch)
             logger.debug("Steps and prompts were captured in %.1f s.", time.monotonic() - start)
 
-    def start(self) -> None:
-        """Let a thread of the engine's own drive it."""
+    def start(self, prepare: Callable[[], None] | None = None) -> None:
+        """Let a thread of the engine's own drive it.
+
+        Args:
+            prepare: called first, in that thread, and waited for: cuDNN and cuBLAS plan for each thread anew, so that
+                `warm_up` elsewhere would leave that to the first answers.
+        """
         if self._thread is not None:
             raise RuntimeError("The engine has a thread already: another server has started it.")
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        prepared: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(prepare, prepared), name="engine", daemon=True)
         self._thread.start()
+        try:
+            prepared.result()
+        except BaseException:
+            self._thread = None
+            raise
 
     def stop(self) -> None:
         """Stop after the step at work; what is not finished fails with `EngineStopped`."""
@@ -213,7 +225,14 @@ class Engine:
         with self._driver:
             self._fail_everything(EngineStopped("The engine was stopped."))
 
-    def _run(self) -> None:
+    def _run(self, prepare: Callable[[], None] | None, prepared: Future[None]) -> None:
+        try:
+            if prepare is not None:
+                prepare()
+        except BaseException as error:
+            prepared.set_exception(error)
+            return
+        prepared.set_result(None)
         with self._driver:
             try:
                 with self._device_context():

@@ -1,9 +1,9 @@
-"""Tiles through the vision tower and the projector, captured and replayed for each number of tiles.
+"""Tiles through the vision tower and the projector, captured and replayed for some numbers of tiles.
 
-A tile costs the device over a millisecond, so their number is not rounded up. A few tiles would be done before the host
-had launched the tower's operations; of many, the host is ahead. The modules are
-the model's own, but for sums and norms in the tower, which are by a kernel where `vision_kernels.unsupported_reason`
-has nothing against it.
+A tile costs the device over a millisecond, so their number is not rounded up; cuDNN plans its attention anew for each
+number that it has not met, which takes the host 100 ms. So a number that is not captured is cut into some that are. The
+modules are the model's own, but for sums and norms in the tower, which are by a kernel where
+`vision_kernels.unsupported_reason` has nothing against it.
 
 Shape suffixes: V tiles, S side of a tile in pixels, L tokens of a tile, H width of the language model.
 """
@@ -17,11 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..models.image_merge import real_grids, select_tiles
 from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
+from ..models.tiling import TileGrid
 from . import cuda_graphs, vision_kernels
+from . import images as pictures
 from .attached import attached
 from .cuda_graphs import CapturedGraph, GraphCache
 from .fingerprint import ModuleFingerprint
@@ -29,10 +32,11 @@ from .support import unsupported_bypass
 
 logger = logging.getLogger(__name__)
 
-# The device takes twice as long for these as the host to launch them. The graphs' memory grows with their number, and
-# is held: one for each number of tiles.
+# Up to so many tiles have a graph for each number, and a full pass has one. A graph's memory grows with its number of
+# tiles, and is held.
 MAX_TILES = 16
-MAX_GRAPHS = 16
+FULL_PASS = 32
+MAX_GRAPHS = 20
 KNOWN = ("torch.nn.", "timm.", "deepseek_vl2.")
 
 
@@ -203,10 +207,17 @@ def encoder_of(model: Any) -> Encoder | None:
         return encoder
 
 
+def cut(tiles: int) -> list[int]:
+    """Return numbers of tiles that have a graph each, and together are as many as given."""
+    sizes = [FULL_PASS] * (tiles // FULL_PASS)
+    rest = tiles % FULL_PASS
+    return [*sizes, *((MAX_TILES, rest - MAX_TILES) if rest > MAX_TILES else (rest,) if rest else ())]
+
+
 def encode_tiles(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor | None:
     """Return the embeddings, [V, L, H], of tiles; ``None`` where they must go through the model's own call.
 
-    Up to `MAX_TILES` replay a captured graph, unless another thread is at it.
+    They replay captured graphs, unless another thread is at it.
     """
     if (reason := unsupported_call(model, tiles_V3SS)) is not None:
         logger.debug("Tiles go through the model's own modules: %s.", reason)
@@ -214,26 +225,30 @@ def encode_tiles(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor | None:
     encoder = encoder_of(model)
     if encoder is None:
         return None
-    few = len(tiles_V3SS) <= MAX_TILES and encoder.broken is None
-    if not few or not encoder.lock.acquire(blocking=False):
+    if encoder.broken is not None or not encoder.lock.acquire(blocking=False):
         embeddings: torch.Tensor = model.projector(features_of(model.vision, tiles_V3SS))
         return embeddings
     try:
-        return encoder.encode(tiles_V3SS)
+        parts = [encoder.encode(part) for part in tiles_V3SS.split(cut(len(tiles_V3SS)))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     finally:
         encoder.lock.release()
 
 
 @torch.inference_mode()
 def warm_up(model: Any) -> None:
-    """Capture the graphs of up to `MAX_TILES` tiles, which takes seconds on a GPU; elsewhere nothing is done."""
+    """Capture all graphs of tiles, which takes seconds on a GPU; elsewhere nothing is done."""
     weight, side = model.vision.patch_embed.proj.weight, model.config.vision_config.image_size
     if weight.device.type != "cuda":
         return
-    for count in range(MAX_TILES, 0, -1):  # the most first: they make the buffers that all share
+    # The most first: they make the buffers that all share.
+    for count in (FULL_PASS, *range(MAX_TILES, 0, -1)):
         tiles = weight.new_zeros(count, 3, side, side)
         for _ in range(2):  # launched, and then captured
             encode_tiles(model, tiles)
+    picture = pictures.upload(np.zeros((side, 2 * side + 1, 3), np.uint8), weight.device)
+    tiles = torch.empty(2, side, side, 3, dtype=torch.uint8, device=weight.device)
+    pictures.write_view(picture, TileGrid(2, 1), (127, 127, 127), tiles)  # its kernels, too
 
 
 def begin(model: Any, images: torch.Tensor, crops: torch.Tensor) -> Callable[[], torch.Tensor] | None:

@@ -13,7 +13,7 @@ from capture_support import DEVICE, ON_GPU, Capture, NoHost, NoLaunch, poison, p
 from support import GREEDY, mini_inputs, mini_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deepseek_vl2.engine import backend, cuda_graphs, embedding, vision, vision_kernels
+from deepseek_vl2.engine import backend, cuda_graphs, vision, vision_kernels
 from deepseek_vl2.engine.attached import attached
 from deepseek_vl2.ops.triton import norm
 
@@ -76,17 +76,12 @@ def test_more_tiles_than_before_leave_earlier_graphs_alone(capture: Capture) -> 
     assert len(storages) == 2  # of one tile, and of four
 
 
-def test_pieces_are_of_whole_prompts() -> None:
-    def pieces(*counts: int, most: int = 32) -> list[int]:
-        tiles = torch.arange(sum(counts)).float().view(-1, 1, 1, 1)
-        found = list(embedding.pieces_of(tiles.split(counts), most))
-        assert torch.equal(torch.cat(found), tiles)
-        return [len(piece) for piece in found]
-
-    assert pieces(7, 7, 7, 7, 7) == [28, 7]
-    assert pieces(7) == [7] and pieces(16, 16, 1) == [32, 1]
-    assert pieces(3, 40, 5, 27, 70) == [3, 32, 8, 32, 32, 32, 6]
-    assert pieces(2, 1, most=1) == [1, 1, 1]
+def test_tiles_are_cut_into_numbers_that_are_captured() -> None:
+    """Each new number would cost the host a plan of attention."""
+    assert vision.cut(1) == [1] and vision.cut(16) == [16] and vision.cut(32) == [32]
+    assert vision.cut(17) == [16, 1] and vision.cut(35) == [32, 3] and vision.cut(95) == [32, 32, 16, 15]
+    sizes = {size for tiles in range(1, 200) for size in vision.cut(tiles)}
+    assert all(sum(vision.cut(tiles)) == tiles for tiles in range(1, 200)) and len(sizes) <= vision.MAX_GRAPHS
 
 
 @pytest.mark.skipif(ON_GPU, reason="see test_on_a_gpu")
@@ -178,15 +173,24 @@ def test_tiles_that_go_through_the_modules() -> None:
 
 
 @torch.no_grad()
-def test_many_tiles_and_a_busy_encoder_go_uncaptured(capture: Capture) -> None:
-    model, given, many = mini_model("tiny").to(DEVICE), pixels(1), pixels(vision.MAX_TILES + 1)
-    encoded = vision.encode_tiles(model, many)
-    assert encoded is not None and torch.allclose(encoded, plain(model, many), atol=1e-6)
+def test_many_tiles_replay_several_graphs(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vision, "MAX_TILES", 2)
+    monkeypatch.setattr(vision, "FULL_PASS", 4)
+    model, given = mini_model("tiny").to(DEVICE), pixels(7)  # as 4, 2 and 1
+    for _ in range(3):
+        encoded = vision.encode_tiles(model, given)
+        assert encoded is not None and torch.allclose(encoded, plain(model, given), atol=1e-6)
+    assert (capture.captures, capture.replays) == (3, 6)
+
+
+@torch.no_grad()
+def test_a_busy_encoder_leaves_tiles_uncaptured(capture: Capture) -> None:
+    model, given = mini_model("tiny").to(DEVICE), pixels(1)
+    assert vision.encode_tiles(model, given) is not None and len(encoder_of(model).graphs.held) == 1
     with encoder_of(model).lock:
         busy = vision.encode_tiles(model, given)
         assert busy is not None and torch.allclose(busy, plain(model, given), atol=1e-6)
-    assert capture.captures == 0 and not encoder_of(model).graphs.held
-    assert vision.encode_tiles(model, given) is not None and len(encoder_of(model).graphs.held) == 1
+    assert capture.captures == 0 and len(encoder_of(model).graphs.held) == 1
 
 
 @torch.no_grad()

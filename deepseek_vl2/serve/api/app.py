@@ -7,10 +7,12 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import anyio
 import anyio.to_thread
+import torch
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
@@ -151,15 +153,20 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        # Who is answered first waits no longer than who is last.
-        await anyio.to_thread.run_sync(self.engine.warm_up)
-        await anyio.to_thread.run_sync(vision.warm_up, self.model)
-        self.engine.start()
+        await anyio.to_thread.run_sync(self.engine.start, self._warm_up)
         yield
         await self.grammars.stop()
         await anyio.to_thread.run_sync(self.engine.stop)
         if existing_engine(self.model) is self.engine:
             release_model(self.model)  # with the server's bounds, which are not for whoever generates later
+
+    def _warm_up(self) -> None:
+        """See that who is answered first waits no longer than who is last."""
+        for warm_up in (self.engine.warm_up, partial(vision.warm_up, self.model)):
+            try:
+                warm_up()
+            except torch.OutOfMemoryError:
+                logger.warning("There is too little memory to capture all ahead: the first requests wait longer.")
 
     async def abort(self) -> None:
         """End the requests at work, each with the answer that the server shuts down."""
