@@ -7,7 +7,7 @@ Released shapes, random weights in bfloat16; each request one 1024x768 picture o
 1,434 prompt tokens, 65 new ones. Sections: ``decode`` (ms a step of the engine), ``generate`` (one batch of 64),
 ``engine`` (requests handed to the engine), ``http`` (the server in a process of its own, pictures as JPEG), ``steady``
 (Poisson arrivals at 70 % of the best rate), ``second`` (the second question about one picture), ``vllm`` (its server
-with this package's plugin, asked the same; ``--tokenizer`` names a folder with the released tokenizer's files).
+with this package's plugin, asked the same).
 With ``--device cpu --sizes demo`` the program can be tried anywhere.
 """
 
@@ -151,7 +151,7 @@ class Bench:
 
         def vllm() -> Iterator[str]:
             with tempfile.TemporaryDirectory() as work:
-                command = vllm_server(self.size, Path(work), args.tokenizer, max(counts))
+                command = vllm_server(self.size, Path(work), max(counts))
                 with HttpBench(self.size, NEW, command, vllm_environment(Path(work))) as bench:
                     yield from bench.http([count for count in counts if count <= 64], "vLLM over http")
 
@@ -313,7 +313,6 @@ def main() -> int:
     parser.add_argument("--requests", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 128, 256])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tokenizer", type=Path, help="of the section vllm")
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     at_hand = importlib.util.find_spec("vllm") is not None

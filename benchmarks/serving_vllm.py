@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_end_to_end import CONFIGS
-from vllm_checkpoint import write_tokenizer
+from gpu_end_to_end import CONFIGS, random_config
+from serving_http import worded_tokenizer
 from vllm_plugin import plugin_path, without_flashinfer
 
 NAME = "model"
@@ -47,15 +46,19 @@ def vllm_environment(work: Path) -> dict[str, str]:
     return {**os.environ, **more}
 
 
-def vllm_server(size: str, work: Path, tokenizer: Path | None, most: int) -> Callable[[int], list[str]]:
+def vllm_server(size: str, work: Path, most: int) -> Callable[[int], list[str]]:
     """Return the command that serves a size on a port, to ``most`` requests at once; its files are written.
 
     No prompt and no picture is taken from a cache, since none comes twice.
     """
     folder = work / size
     folder.mkdir(parents=True)
-    shutil.copy(CONFIGS / size / "config.json", folder)
-    write_tokenizer(folder, tokenizer)
+    fields = json.loads((CONFIGS / size / "config.json").read_text(encoding="utf-8"))
+    # As `serving_http` has it: prompts are the same.
+    tokenizer = worded_tokenizer(random_config(size).language_config.vocab_size)
+    tokenizer.save_pretrained(folder)
+    fields["language_config"] |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     resolutions = [[384 * x, 384 * y] for x in range(1, 10) for y in range(1, 10) if x * y <= 9]
     fields = {"candidate_resolutions": resolutions, "processor_class": "DeepseekVLV2Processor"}
     (folder / "processor_config.json").write_text(json.dumps(fields), encoding="utf-8")
