@@ -12,6 +12,7 @@ from typing import Any
 
 import PIL
 import torch
+from kinds import KINDS as KINDS
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch import nn
@@ -24,7 +25,6 @@ from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 RELEASES = GOLDEN / "releases"
-KINDS = ("tiny", "small", "base")
 
 # A tile of the mini models: 70 pixels are 5 x 5 patches, and those 3 x 3 tokens.
 MINI_TILE = 70
