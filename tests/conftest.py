@@ -1,4 +1,8 @@
-"""Fixtures: the golden checkpoints, written once a session, and what is loaded from them."""
+"""Fixtures: the golden checkpoints, written once a session, and what is loaded from them.
+
+Imports what takes seconds only where tests are collected: the process that hands out work to others has no use for it,
+and they start after it.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,31 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
+from kinds import KINDS
+
+if TYPE_CHECKING:
+    from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 
 # Before anything imports PyTorch: idle threads of one worker must not spin while another one works.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Before anything imports triton: without a GPU, kernels run on the CPU.
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-from support import CHECKPOINTS, KINDS
 
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+def pytest_collectstart() -> None:
+    """Before anything imports triton: without a GPU, kernels run on the CPU."""
+    if "TRITON_INTERPRET" not in os.environ:
+        import torch
+
+        os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 
 @pytest.fixture(scope="session")
 def golden_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
     """Provide the directory of a kind's golden checkpoint; it is written at the first call."""
+    from support import CHECKPOINTS
+
     root = tmp_path_factory.mktemp("golden")
 
     def directory(kind: str) -> Path:
@@ -37,6 +49,10 @@ def golden_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call
 @pytest.fixture(scope="session")
 def golden_model(golden_checkpoint: Callable[[str], Path]) -> Callable[..., DeepseekVLV2ForCausalLM]:
     """Return a kind's golden model in float32, in evaluation mode. Tests share it: change nothing in it."""
+    import torch
+
+    from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+
     loaded: dict[tuple[str, str], DeepseekVLV2ForCausalLM] = {}
 
     def model(kind: str, attn: str = "sdpa") -> DeepseekVLV2ForCausalLM:
@@ -53,6 +69,8 @@ def golden_model(golden_checkpoint: Callable[[str], Path]) -> Callable[..., Deep
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with the tokenizer's and the processor's files and no weights."""
+    from support import CHECKPOINTS
+
     out = tmp_path_factory.mktemp("tokenizer")
     CHECKPOINTS.tokenizer_files(out)
     return out
@@ -61,6 +79,8 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def processor(tokenizer_dir: Path) -> DeepseekVLV2Processor:
     """Return the processor of the golden checkpoints. Tests share it: change nothing in it."""
+    from deepseek_vl2.models import DeepseekVLV2Processor
+
     return DeepseekVLV2Processor.from_pretrained(tokenizer_dir)
 
 
@@ -73,6 +93,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True, scope="module")
 def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run small models in one thread: they gain nothing from more, and on a busy machine lose much to waiting."""
+    import torch
+
     threads = torch.get_num_threads()
     if request.path.name not in ("test_golden_model.py", "test_golden_training.py"):
         torch.set_num_threads(1)

@@ -10,19 +10,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import PIL
 import torch
-from PIL import Image
+from kinds import KINDS as KINDS
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from torch import nn
 
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2Config, DeepseekV2ForCausalLM
+from deepseek_vl2.models.views import scale_image
 from deepseek_vl2.utils.demo import byte_tokenizer, candidate_resolutions
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 RELEASES = GOLDEN / "releases"
-KINDS = ("tiny", "small", "base")
 
 # A tile of the mini models: 70 pixels are 5 x 5 patches, and those 3 x 3 tokens.
 MINI_TILE = 70
@@ -53,6 +55,13 @@ def case_images(case: dict[str, Any]) -> list[Image.Image]:
     """Return a case's images, opened as the original opened them."""
     names = case.get("images") or [n for m in case["conversation"] for n in m.get("images") or []]
     return [golden_image(name) for name in names]
+
+
+def pad_as_pillow_13(image: Image.Image, size: tuple[int, int], color: tuple[int, int, int]) -> Image.Image:
+    """Return what Pillow 13's ``ImageOps.pad`` makes of an image; earlier releases scale the sides in another order."""
+    if int(PIL.__version__.partition(".")[0]) < 13:
+        image = scale_image(image, ImageOps.contain(image, size).size)
+    return ImageOps.pad(image, size, color=color)
 
 
 @cache

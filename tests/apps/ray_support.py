@@ -1,4 +1,4 @@
-"""What the tests on Ray share: a cluster of two nodes on this machine's loopback."""
+"""What the tests on Ray share: a cluster of one or two nodes on this machine's loopback."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ HEALTH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000,
 
 
 @contextlib.contextmanager
-def two_nodes(**head: Any) -> Iterator[Any]:
-    """Run a cluster of two nodes of one CPU each, and end it."""
+def loopback_cluster(nodes: int = 2, **head: Any) -> Iterator[Any]:
+    """Run a cluster of nodes of one CPU each, and end it; ``head`` has further options of the first one."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -33,7 +33,8 @@ def two_nodes(**head: Any) -> Iterator[Any]:
             head_node_args={**node, "include_dashboard": False, "_system_config": settings, **head},
         )
         try:
-            cluster.add_node(**node)
+            for _ in range(nodes - 1):
+                cluster.add_node(**node)
             yield cluster
         finally:
             cluster.shutdown()

@@ -1,4 +1,4 @@
-"""``batch --ray`` on a cluster of two nodes: an actor and a node are killed, and each line has one answer."""
+"""``batch --ray`` on a cluster of one or two nodes: an actor and a node are killed, and each line has one answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from ray_support import actors_of, kill_actor, two_nodes
+from ray_support import actors_of, kill_actor, loopback_cluster
 
 from deepseek_vl2.cli.main import main
 from deepseek_vl2.utils.io import nano_is_installed
@@ -30,8 +30,8 @@ OPTIONS = ("--max_new_tokens", "4", "--dtype", "float32", "--device", "cpu", "--
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    """Run a cluster that the test may break."""
-    with two_nodes() as running:
+    """Run a cluster of two nodes that the test may break."""
+    with loopback_cluster() as running:
         yield running
 
 
@@ -79,7 +79,30 @@ def alone(questions: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> lis
     return records(output)
 
 
-@pytest.mark.parametrize("lines", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_killed_actor_is_replaced_and_each_line_has_one_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions, output = write_questions(tmp_path, 16), tmp_path / "a.jsonl"
+    part = tmp_path / "a.jsonl.part0"
+    with loopback_cluster(nodes=1) as cluster:
+        process = start(cluster, questions, output, "--batch_size", "2")
+        try:
+            wait_for(process, lambda: part.exists() and part.read_bytes().count(b"\n") >= 1)
+            kill_actor(cluster.head_node, "LineWorker")
+            assert part.read_bytes().count(b"\n") < 15
+            errors = process.communicate(timeout=120)[1]
+        finally:
+            process.kill()
+    assert process.returncode == 1 and "Traceback" not in errors, errors
+    assert errors.count("A worker died and is replaced") == 1, errors
+    assert [record["line"] for record in records(output)] == list(range(1, 16))
+    (error,) = records(tmp_path / "a.jsonl.errors")
+    assert error["line"] == 16 and "Not JSON" in error["error"]
+    assert records(output) == alone(questions, tmp_path / "b.jsonl", monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [60, 1000])
 def test_a_killed_actor_and_a_killed_node_lose_and_double_nothing(
     lines: int, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from ray_support import actors_of, two_nodes
+from ray_support import actors_of, loopback_cluster
 from server_support import data_url, image_part, wait_until
 
 from deepseek_vl2.utils.io import load_pretrained_model, nano_is_installed
@@ -88,7 +88,7 @@ def application() -> Iterator[Application]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        with two_nodes(num_cpus=2) as cluster:
+        with loopback_cluster(num_cpus=2) as cluster:
             ray.init(address=cluster.address, log_to_driver=False)
             try:
                 serve.start(http_options={"host": "127.0.0.1", "port": port})

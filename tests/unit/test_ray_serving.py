@@ -18,6 +18,7 @@ from starlette.responses import StreamingResponse
 from deepseek_vl2.integrations.ray.affinity import Route, ranked, route_of, within_bounds
 from deepseek_vl2.integrations.ray.asgi import Head, HttpRequest, respond
 from deepseek_vl2.integrations.ray.ingress import Ingress
+from deepseek_vl2.serve.api import errors
 from deepseek_vl2.serve.api.response_store import ResponseStore, new_id, replica_of
 
 CHAT = "/v1/chat/completions"
@@ -262,7 +263,8 @@ def test_the_router_prefers_and_passes_over() -> None:
     assert len(two) == 2 and len(rest) == 1
 
 
-def test_strangers_and_large_bodies_reach_no_replica() -> None:
+def test_strangers_and_large_bodies_reach_no_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "DRAIN_SECONDS", 0.1)  # nothing follows here that could be read
     app, asked = ingress(key="right")
     head, text = asyncio.run(collect(app, request_of(CHAT, b"{}")))
     assert head.status == 401 and json.loads(text)["error"]["code"] == "invalid_api_key"

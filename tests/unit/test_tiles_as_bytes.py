@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
+from support import pad_as_pillow_13
 
 from deepseek_vl2.models import DeepseekVLV2Processor
 from deepseek_vl2.models.tiling import select_best_resolution
@@ -60,7 +61,7 @@ def wanted(processor: Processor, images: list[Image.Image]) -> torch.Tensor:
                 shown = rgb.resize(scaled, Image.Resampling.BICUBIC)
                 field.paste(shown, (round((box[0] - shown.width) * 0.5), round((box[1] - shown.height) * 0.5)))
             else:
-                field = ImageOps.pad(rgb, box, color=(127, 127, 127))
+                field = pad_as_pillow_13(rgb, box, (127, 127, 127))
             views.append(field)
         tiles.append(views[0])
         corners = [(x, y) for y in range(0, size[1], side) for x in range(0, size[0], side)]

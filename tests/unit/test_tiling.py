@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from support import CHECKPOINTS
+from support import CHECKPOINTS, pad_as_pillow_13
 
 from deepseek_vl2.models.processing_deepseek_vl_v2 import select_best_resolution as exported
 from deepseek_vl2.models.tiling import (
@@ -162,7 +162,7 @@ def test_views_equal_pillows_padding_and_cutting(grid: TileGrid) -> None:
         if round(size[0] * fits) < 1 or round(size[1] * fits) < 1:
             continue  # Pillow cannot: see below
         image = noise(*size)
-        field = ImageOps.pad(image, box, color=GRAY)
+        field = pad_as_pillow_13(image, box, GRAY)
         corners = [(x * 384, y * 384) for y in range(grid.down) for x in range(grid.across)]
         want = np.stack([np.asarray(field.crop((x, y, x + 384, y + 384))) for x, y in corners])
         assert np.array_equal(tiles_of(image, grid, 384), want), size
