@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .quantization import PackedWeight, WeightFormat, dequantize, packed_linear, quantize
-from .quantized_layers import packed_experts_forward, set_module
+from .quantized_layers import count_weights, packed_experts_forward, set_module
 from .quantizer import unpack_experts
 
 BLOCK_4BIT = 64  # weights that share an absmax
@@ -35,6 +35,12 @@ def as_bits(numbers: torch.Tensor) -> torch.Tensor:
 def as_numbers(bits: torch.Tensor) -> torch.Tensor:
     """Return the float32 numbers of `as_bits`."""
     return bits.view(torch.float32)
+
+
+def bits_of_4bit(nested: bool) -> float:
+    """Return the bits that a weight in 4 bits takes, scales included."""
+    scale = 8 + 32 / NESTED_BLOCK if nested else 32
+    return 4 + scale / BLOCK_4BIT
 
 
 def check_blocks(name: str, rows: int, columns: int) -> None:
@@ -101,9 +107,9 @@ def linear_of_odd_rows() -> type[nn.Linear]:
 
 
 class BnbExperts(nn.Module):
-    """All routed experts of a layer, gate_up_proj [E, 2I, H] and down_proj [E, H, I], beside bitsandbytes' layers; frozen.
+    """All routed experts of a layer beside bitsandbytes' layers, gate_up_proj [E, 2I, H] and down_proj [E, H, I]; frozen.
 
-    Each is a parameter of packed numbers under its own name, and buffers of scales. A subclass says how they are packed.
+    Each is a parameter of packed numbers under its own name, and buffers of scales; a subclass says how it is packed.
 
     Args:
         experts: in whose place these stand; `DeepseekV2Experts`.
@@ -243,7 +249,7 @@ class Bnb4bitExperts(BnbExperts):
 
 
 class Bnb8bitExperts(BnbExperts):
-    """Experts in int8 with a scale for each row, as bitsandbytes packs a linear layer; what they multiply is not packed."""
+    """Experts in int8 with a scale for each row, as bitsandbytes packs a linear layer; their inputs are not rounded."""
 
     FORMAT = WeightFormat("int8")
 
@@ -277,8 +283,20 @@ class Bnb8bitExperts(BnbExperts):
 def bnb_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield a model's linear layers of bitsandbytes and their names."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and any(b.__module__.startswith("bitsandbytes.") for b in type(module).__mro__):
+        if isinstance(module, nn.Linear) and any(
+            b.__module__.startswith("bitsandbytes.") for b in type(module).__mro__
+        ):
             yield name, module
+
+
+def count_unpacked(model: nn.Module) -> int:
+    """Return how many weights a model has, as `count_weights` does, where bitsandbytes may hold some."""
+    count = count_weights(model)
+    for module in model.modules():
+        if isinstance(module, BnbExperts):
+            numbers = sum(rows * columns for rows, columns in module.shapes.values())
+            count += module.num_experts * numbers - sum(held.numel() for held in module.parameters())
+    return count + sum(layer.in_features * layer.out_features - layer.weight.numel() for _, layer in bnb_linears(model))
 
 
 def dense_linear(layer: Any, dtype: torch.dtype | None = None) -> nn.Linear:

@@ -58,8 +58,7 @@ class WithExpertsConfig(BitsAndBytesConfig):
         """
         if config.llm_int8_has_fp16_weight or config.llm_int8_enable_fp32_cpu_offload:
             raise ValueError(
-                "llm_int8_has_fp16_weight and llm_int8_enable_fp32_cpu_offload hold weights unpacked, experts included: "
-                "leave them out."
+                "llm_int8_has_fp16_weight and llm_int8_enable_fp32_cpu_offload hold weights unpacked: leave them out."
             )
         if config.bnb_4bit_quant_storage != torch.uint8:
             raise ValueError("bnb_4bit_quant_storage is uint8 here: experts are held as bytes.")

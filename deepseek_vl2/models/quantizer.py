@@ -254,8 +254,8 @@ def check_foreign(quantization: Any, has_experts: bool) -> None:
         return
     if getattr(quantization, "packs_experts", False):
         raise ValueError(
-            "Experts are packed while they are read: load the checkpoint from its directory or hub id, from safetensors "
-            "files and without a tp_plan."
+            "Experts are packed while they are read: load the checkpoint from its directory or hub id, from "
+            "safetensors files and without a tp_plan."
         )
     name = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
     raise ValueError(

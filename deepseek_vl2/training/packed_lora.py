@@ -53,7 +53,13 @@ class PackedLoraExperts(nn.Module, LoraLayer):
     other_param_names = ("r", "lora_alpha", "scaling")
 
     def __init__(
-        self, base_layer: PackedExperts | BnbExperts, adapter_name: str, config: Any, r: int = 0, lora_alpha: int = 1, **kwargs: Any
+        self,
+        base_layer: PackedExperts | BnbExperts,
+        adapter_name: str,
+        config: Any,
+        r: int = 0,
+        lora_alpha: int = 1,
+        **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
         LoraLayer.__init__(self, base_layer, **kwargs)
@@ -150,12 +156,14 @@ def merge_bnb_linears(model: nn.Module) -> None:
     Raises:
         ValueError: an adapter is no plain product (DoRA, a bias), or a merged weight is not finite.
     """
-    adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer) and isinstance(m, nn.Module)]
+    adapted: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     for name, layer in adapted:
         base: Any = layer.get_base_layer()
         if not any(found is base for _, found in bnb_linears(base)):
             continue
-        adapters = [each for each in layer.active_adapters if each in layer.lora_A and each not in layer.merged_adapters]
+        adapters = [
+            each for each in layer.active_adapters if each in layer.lora_A and each not in layer.merged_adapters
+        ]
         if any(layer.lora_variant.get(each) or layer.lora_bias.get(each) for each in adapters):
             raise ValueError(f"The adapter of {name} is no plain product (DoRA, or with a bias) and cannot be merged.")
         dense = dense_linear(base, torch.float32)

@@ -31,10 +31,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
 }
 # The values of nf4, from the QLoRA paper (arXiv 2305.14314, appendix E).
-LEVELS = torch.tensor(
-    [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
-    + [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
-)
+BELOW = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004]
+ABOVE = [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+LEVELS = torch.tensor([*BELOW, 0.0, *ABOVE])
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +153,9 @@ def test_logits_of_int8_are_near_the_unpacked_model(released: dict[str, Path]) -
     assert (plain - packed).norm() < 0.03 * plain.norm()  # bitsandbytes rounds what its linear layers multiply too
 
 
-@pytest.mark.parametrize(("kind", "name"), [("tiny", "nf4"), ("small", "nf4 twice"), ("base", "nf4"), ("small", "int8")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("tiny", "nf4"), ("small", "nf4 twice"), ("base", "nf4"), ("small", "int8")]
+)
 def test_adapters_train_merge_and_reload(kind: str, name: str, released: dict[str, Path], tmp_path: Path) -> None:
     base = load(released[kind], name)
     frozen = {key: tensor.clone() for key, tensor in base.state_dict().items()}
@@ -275,6 +276,13 @@ def test_layers_that_are_named_stay_as_they_are(released: dict[str, Path]) -> No
     assert not any(name.startswith("language.model.layers.1.") for name, _ in bnb_linears(model))
     assert isinstance(model.language.model.layers[1].mlp.experts, DeepseekV2Experts)
     assert len(experts_of(model)) == 1
+
+
+def test_adapters_that_peft_puts_on_packed_numbers_are_an_error(released: dict[str, Path]) -> None:
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    model = get_peft_model(load(released["small"]), config)
+    with pytest.raises(ValueError, match="dtype"):
+        logits(model)
 
 
 def test_a_packed_model_is_not_saved(released: dict[str, Path], tmp_path: Path) -> None:

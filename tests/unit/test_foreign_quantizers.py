@@ -14,7 +14,6 @@ from support import mini_config, mini_model
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "BitsAndBytesConfig": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "TorchAoConfig": {},
     "FineGrainedFP8Config": {},
     "QuantoConfig": {"weights": "int8"},
@@ -54,9 +53,17 @@ def test_quantizers_that_leave_the_experts_are_refused(name: str, released: Path
 
 def test_auto_classes_refuse_them_too(released: Path) -> None:
     with pytest.raises(ValueError, match="use quantize="):
-        transformers.AutoModelForCausalLM.from_pretrained(
-            released, quantization_config=foreign_config("BitsAndBytesConfig")
-        )
+        transformers.AutoModelForCausalLM.from_pretrained(released, quantization_config=foreign_config("QuantoConfig"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_without_bitsandbytes_its_config_says_what_is_missing(
+    bits: int, released: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"transformers.quantizers.quantizer_bnb_{bits}bit.is_bitsandbytes_available", lambda: False)
+    config = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    with pytest.raises(ImportError, match="pip install -U bitsandbytes"):
+        DeepseekVLV2ForCausalLM.from_pretrained(released, quantization_config=config)
 
 
 def test_weights_that_do_not_come_from_files_are_refused_too(released: Path) -> None:
