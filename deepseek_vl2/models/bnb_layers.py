@@ -107,7 +107,7 @@ def linear_of_odd_rows() -> type[nn.Linear]:
 
 
 class BnbExperts(nn.Module):
-    """All routed experts of a layer beside bitsandbytes' layers, gate_up_proj [E, 2I, H] and down_proj [E, H, I]; frozen.
+    """All routed experts of a layer, for bitsandbytes: gate_up_proj [E, 2I, H] and down_proj [E, H, I]; frozen.
 
     Each is a parameter of packed numbers under its own name, and buffers of scales; a subclass says how it is packed.
 
@@ -129,6 +129,9 @@ class BnbExperts(nn.Module):
             "gate_up_proj": (2 * self.intermediate_size, self.hidden_size),
             "down_proj": (self.hidden_size, self.intermediate_size),
         }
+        for part, shape in self.shapes.items():  # as they are read: transformers casts to a parameter's dtype first
+            unpacked = torch.empty(self.num_experts, *shape, dtype=dtype)
+            self.register_parameter(part, nn.Parameter(unpacked, requires_grad=False))
 
     def quantized(self, part: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the tensors, by their names here, that hold a part's weights, [E, O, I]."""
@@ -160,11 +163,7 @@ class BnbExperts(nn.Module):
         return packed_experts_forward(self.run_expert, self.num_experts, hidden_NH, ids_NK, weights_NK)
 
     def _declare(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        tensor = torch.empty(shape, dtype=dtype)
-        if name in self.shapes:
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        else:
-            self.register_buffer(name, tensor)
+        self.register_buffer(name, torch.empty(shape, dtype=dtype))
 
 
 class Bnb4bitExperts(BnbExperts):
@@ -182,7 +181,6 @@ class Bnb4bitExperts(BnbExperts):
         for part, (rows, columns) in self.shapes.items():
             check_blocks("an expert", rows, columns)
             blocks = rows * columns // BLOCK_4BIT
-            self._declare(part, (self.num_experts, rows * columns // 2), torch.uint8)
             absmax_dtype = torch.uint8 if self.nested else torch.int32
             self._declare(f"{part}_absmax", (self.num_experts, blocks), absmax_dtype)
             if self.nested:
@@ -255,8 +253,7 @@ class Bnb8bitExperts(BnbExperts):
 
     def __init__(self, experts: Any, options: Any, dtype: torch.dtype) -> None:
         super().__init__(experts, options, dtype)
-        for part, (rows, columns) in self.shapes.items():
-            self._declare(part, (self.num_experts, rows, columns), torch.int8)
+        for part, (rows, _) in self.shapes.items():
             self._declare(f"{part}_scale", (self.num_experts, rows, 1), torch.int32)
 
     def quantized(self, part: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -115,12 +115,6 @@ class WithExperts:
             return name in module.shapes
         return bool(super().param_needs_quantization(model, param_name, **kwargs))  # type: ignore[misc]
 
-    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
-        """Return the bytes of an element of a parameter: experts are declared as they are held."""
-        if isinstance(get_module_from_name(model, param_name)[0], BnbExperts):
-            return param.element_size()
-        return float(super().param_element_size(model, param_name, param))  # type: ignore[misc]
-
     def get_quantize_ops(self) -> ConversionOps:
         """Return what packs a parameter once it is read."""
         return QuantizeExperts(super().get_quantize_ops(), self.not_finite)  # type: ignore[misc]
