@@ -10,6 +10,7 @@ channels.
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -37,6 +38,14 @@ def as_numbers(bits: torch.Tensor) -> torch.Tensor:
     return bits.view(torch.float32)
 
 
+def functional() -> Any:
+    """Return the module bitsandbytes.functional.
+
+    No statement imports it: transformers takes those for what code that comes with a checkpoint cannot do without.
+    """
+    return importlib.import_module("bitsandbytes.functional")
+
+
 def bits_of_4bit(nested: bool) -> float:
     """Return the bits that a weight in 4 bits takes, scales included."""
     scale = 8 + 32 / NESTED_BLOCK if nested else 32
@@ -58,11 +67,9 @@ def unpack_blocks(packed: torch.Tensor, state: Any) -> torch.Tensor:
     Its kernel for CPUs takes each row to begin with a block of its own (seen in 0.50.2): so blocks are what it is given
     for rows.
     """
-    from bitsandbytes.functional import dequantize_4bit
-
     blocks = copy.copy(state)
     blocks.shape = torch.Size((state.shape.numel() // state.blocksize, state.blocksize))
-    weight: torch.Tensor = dequantize_4bit(packed, blocks)
+    weight: torch.Tensor = functional().dequantize_4bit(packed, blocks)
     return weight.view(state.shape)
 
 
@@ -84,18 +91,16 @@ def product_4bit(x: torch.Tensor, packed: torch.Tensor, state: Any) -> torch.Ten
     if state.shape[1] % state.blocksize:
         odd: torch.Tensor = UnpackedProduct.apply(x, packed, state)
         return odd
-    from bitsandbytes import matmul_4bit
-
-    out: torch.Tensor = matmul_4bit(x, packed, quant_state=state)
+    out: torch.Tensor = importlib.import_module("bitsandbytes").matmul_4bit(x, packed, quant_state=state)
     return out
 
 
 @cache
 def linear_of_odd_rows() -> type[nn.Linear]:
     """Return bitsandbytes' linear layer for matrices whose rows are not whole blocks; see `unpack_blocks`."""
-    from bitsandbytes.nn import Linear4bit
+    linear: Any = importlib.import_module("bitsandbytes.nn").Linear4bit
 
-    class OddRowsLinear4bit(Linear4bit):  # type: ignore[misc]
+    class OddRowsLinear4bit(linear):  # type: ignore[misc]
         """A linear layer in 4 bits, [..., I] to [..., O]."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -191,9 +196,7 @@ class Bnb4bitExperts(BnbExperts):
 
     def quantized(self, part: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the tensors, by their names here, that hold a part's weights, [E, O, I]."""
-        from bitsandbytes.functional import quantize_4bit
-
-        packed, state = quantize_4bit(
+        packed, state = functional().quantize_4bit(
             weight.contiguous(), blocksize=BLOCK_4BIT, compress_statistics=self.nested, quant_type=self.quant_type
         )
         absmax = state.absmax.view(self.num_experts, -1)
@@ -221,9 +224,7 @@ class Bnb4bitExperts(BnbExperts):
 
     def _packed(self, part: str, expert: int) -> tuple[torch.Tensor, Any]:
         """Return one expert's matrix as bitsandbytes' functions take it: bytes, [O * I / 2, 1], and their state."""
-        from bitsandbytes.functional import QuantState
-
-        state = QuantState(
+        state = functional().QuantState(
             self.absmax(part, expert),
             shape=torch.Size(self.shapes[part]),
             blocksize=BLOCK_4BIT,

@@ -96,7 +96,8 @@ class CheckpointLoadingMixin:
 
         Of those, ``dtype`` (or ``torch_dtype``), ``device_map``, ``attn_implementation`` ("sdpa", "eager",
         "flash_attention_2", ...) and ``vision_attention_backend`` ("sdpa", "eager", "xformers") are the usual ones.
-        ``quantization_config=WeightOnlyConfig(...)`` packs the weights while they are read, matrix by matrix.
+        ``quantization_config=WeightOnlyConfig(...)`` packs the weights while they are read, matrix by matrix;
+        transformers' ``BitsAndBytesConfig`` packs them by bitsandbytes, experts included.
 
         Raises:
             ValueError: tensors are missing, extra or of another shape; each is named. With

@@ -10,7 +10,9 @@ import pytest
 import transformers
 from safetensors.torch import load_file
 from support import mini_config, mini_model
+from transformers.dynamic_module_utils import get_imports
 
+from deepseek_vl2 import models
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -87,3 +89,9 @@ def test_the_number_of_experts_has_the_name_that_others_ask_for() -> None:
     config = mini_config("small").get_text_config()
     assert config.num_experts == config.n_routed_experts == 8
     assert "num_experts" not in config.to_dict()
+
+
+def test_code_that_comes_with_a_checkpoint_needs_no_bitsandbytes() -> None:
+    files = list(Path(models.__path__[0]).glob("*.py"))
+    assert len(files) > 50
+    assert not any("bitsandbytes" in get_imports(file) for file in files)
