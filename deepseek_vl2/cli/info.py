@@ -57,6 +57,8 @@ def run(args: Namespace) -> int:
         if args.model is not None:
             facts["model"] = known_or_read(args.model, args.context)
         facts["fits"] = what_fits(facts.get("model"), facts["devices"], args.dtype, args.context)
+        if args.model is not None:
+            facts["training"] = what_trains(facts["model"], facts["devices"])
     if args.json:
         print(json.dumps(facts, ensure_ascii=False))
     else:
@@ -133,6 +135,7 @@ def model_facts(name: str, context: int) -> dict[str, Any]:
     from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM
     from deepseek_vl2.models.checkpoint import released_shapes
     from deepseek_vl2.models.checkpoint_check import check_config
+    from deepseek_vl2.training.memory import AdapterMemory, adapter_memory
     from deepseek_vl2.utils.io import resolve_model_path
     from deepseek_vl2.utils.memory import model_sizes, stored_sizes
 
@@ -143,9 +146,10 @@ def model_facts(name: str, context: int) -> dict[str, Any]:
     with torch.device("meta"):
         shapes = released_shapes(DeepseekVLV2ForCausalLM(config), config)
     parts = count_parameters(shapes, config.language_config)
-    sizes = model_sizes(config)
+    sizes, adapters = model_sizes(config), adapter_memory(config)
     if getattr(config, "quantization_config", None) is not None:
         sizes = stored_sizes(config, source)
+        adapters = AdapterMemory(sizes.weights, adapters.numbers)
     return {
         "name": name,
         "parameters": parts,
@@ -158,6 +162,7 @@ def model_facts(name: str, context: int) -> dict[str, Any]:
         "cache_bytes_per_token": sizes.cache,
         "weights_bytes": sizes.weights,
         "needed_bytes": {kind: sizes.needed(kind, context) for kind in sizes.weights},
+        "training_bytes": adapters.methods(parts["total"]),
         **stored_facts(source, shapes),
     }
 
@@ -243,6 +248,14 @@ def what_fits(
     return rows
 
 
+def what_trains(model: dict[str, Any], machine: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the memory that each way to fine-tune a model holds, activations aside, and where it is."""
+    return [
+        {"method": method, "needed": needed, "fits": [entry["device"] for entry in machine if entry["free"] >= needed]}
+        for method, needed in model["training_bytes"].items()
+    ]
+
+
 def shown_precisions(known: dict[str, int], dtype: str) -> list[str]:
     """Return in which precisions a model is shown: of those that are not packed, the one that was asked for."""
     return [kind for kind in known if kind not in DTYPES or kind == dtype]
@@ -269,6 +282,12 @@ def sections(facts: dict[str, Any], args: Namespace) -> list[str]:
         places = ", ".join(row["fits"]) or "not on this machine"
         lines.append(f"  {row['model']:34} {row['precision']:9} {row['needed'] / GB:6.1f} GB   {places}")
     parts.append("\n".join(lines))
+    if "training" in facts:
+        lines = ["fine-tuning, about (adapters of rank 16, experts too); activations come on top"]
+        for row in facts["training"]:
+            places = ", ".join(row["fits"]) or "not on one device of this machine"
+            lines.append(f"  {row['method']:44} {row['needed'] / GB:6.1f} GB   {places}")
+        parts.append("\n".join(lines))
     lines = ["devices"]
     for entry in facts["devices"]:
         lines.append(

@@ -12,6 +12,12 @@ RELEASES = {
     "deepseek-ai/deepseek-vl2-small": (16_148_349_504, 17_086_744_832, 9_932_194_944, 31_104),
     "deepseek-ai/deepseek-vl2": (27_480_134_248, 28_744_616_912, 16_419_847_376, 34_560),
 }
+# What training adapters needs: their numbers, of rank 16 with those of experts; and bytes of the weights in nf4.
+ADAPTERS = {
+    "deepseek-ai/deepseek-vl2-tiny": (63_091_712, 2_878_041_540),
+    "deepseek-ai/deepseek-vl2-small": (235_311_104, 9_697_992_192),
+    "deepseek-ai/deepseek-vl2": (346_601_472, 16_016_249_216),
+}
 # Of all three: tokens of images of usual sizes, width x height.
 IMAGE_TOKENS = {"640x480": 1023, "1024x768": 1415, "1920x1080": 1807, "1080x1920": 1835}
 
@@ -55,6 +61,14 @@ def release_sizes(name: str) -> Any:
     return Sizes({**weights, "int8": eight_bits, "int4": int4, "fp8": eight_bits}, cache)
 
 
+def release_training(name: str) -> dict[str, int]:
+    """Return the bytes of each way to fine-tune a release."""
+    from deepseek_vl2.training.memory import AdapterMemory
+
+    numbers, nf4 = ADAPTERS[name]
+    return AdapterMemory({**release_sizes(name).weights, "nf4": nf4}, numbers).methods(RELEASES[name][0])
+
+
 def release_facts(name: str, context: int) -> dict[str, Any]:
     """Return a release's facts as ``info`` gathers them, from this table alone.
 
@@ -81,4 +95,5 @@ def release_facts(name: str, context: int) -> dict[str, Any]:
         "cache_bytes_per_token": sizes.cache,
         "weights_bytes": sizes.weights,
         "needed_bytes": {kind: sizes.needed(kind, context) for kind in sizes.weights},
+        "training_bytes": release_training(name),
     }

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.generation import GenerationConfig
 
+from .bnb_quantizer import WithExpertsConfig, with_experts
 from .bundled import locate_bundled
 from .calibration import CalibratedPacking
 from .checkpoint import OPTIONAL_TENSORS, StoredTensors, check_shapes, conversion_rules, find_files, released_shapes
@@ -95,7 +96,8 @@ class CheckpointLoadingMixin:
 
         Of those, ``dtype`` (or ``torch_dtype``), ``device_map``, ``attn_implementation`` ("sdpa", "eager",
         "flash_attention_2", ...) and ``vision_attention_backend`` ("sdpa", "eager", "xformers") are the usual ones.
-        ``quantization_config=WeightOnlyConfig(...)`` packs the weights while they are read, matrix by matrix.
+        ``quantization_config=WeightOnlyConfig(...)`` packs the weights while they are read, matrix by matrix;
+        transformers' ``BitsAndBytesConfig`` packs them by bitsandbytes, experts included.
 
         Raises:
             ValueError: tensors are missing, extra or of another shape; each is named. With
@@ -137,10 +139,13 @@ class CheckpointLoadingMixin:
 
         Returns ``None`` for what is left to transformers: other formats, special requests, weights on the disk.
         """
-        wanted = options.get("quantization_config")
+        wanted = with_experts(options.get("quantization_config"))
+        if wanted is not None:
+            options["quantization_config"] = wanted
         special = [name for name in SPECIAL_OPTIONS if options.get(name) is not None]
-        if isinstance(wanted, WeightOnlyConfig):
+        if isinstance(wanted, WeightOnlyConfig | WithExpertsConfig):
             special.remove("quantization_config")
+        if isinstance(wanted, WeightOnlyConfig):
             # A copy: one config may load several models, each with formats of its own.
             options["quantization_config"] = wanted = wanted.copy()
         if source is None or special or options.get("use_safetensors") is False:
@@ -175,14 +180,14 @@ class CheckpointLoadingMixin:
             options["config"] = config = copy.deepcopy(config)  # the caller's own stays as it is
             del config.quantization_config
             wanted = options["quantization_config"] = WeightOnlyConfig.of_file(packed)
-        elif wanted is not None:
+        elif isinstance(wanted, WeightOnlyConfig):
             wanted.formats = plan_formats(model, wanted)
             wanted.scale_dtype = dtype_of_scales(config, stored, options)
         if not stays_in_memory(model, options):
             return None
         if packed is not None:
             return Checkpoint(packed.state, is_packed=True, files=stored.files)
-        if wanted is not None:
+        if isinstance(wanted, WeightOnlyConfig):
             state, dtype = stored.fused(), dtype_of_scales(config, stored, options)
             packed_for = None
             if wanted.calibration is not None:

@@ -147,11 +147,19 @@ class PackedExperts(PackedModule):
         packed, scale = self.packed(name)
         return PackedWeight(packed[expert], scale[expert])
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of the weights where they are unpacked."""
+        return self.packed("gate_up_proj").scale.dtype
+
+    def product(self, name: str, rows_LI: torch.Tensor, expert: int) -> torch.Tensor:
+        """Return rows times one expert's matrix, [L, O]."""
+        return packed_linear(rows_LI, self.expert(name, expert), self.formats[name])
+
     def run_expert(self, rows_LH: torch.Tensor, expert: int) -> torch.Tensor:
         """Return one expert's output for some rows, [L, H] in and out."""
-        gate_up = packed_linear(rows_LH, self.expert("gate_up_proj", expert), self.formats["gate_up_proj"])
-        gate, up = gate_up.chunk(2, dim=-1)
-        return packed_linear(self.act_fn(gate) * up, self.expert("down_proj", expert), self.formats["down_proj"])
+        gate, up = self.product("gate_up_proj", rows_LH, expert).chunk(2, dim=-1)
+        return self.product("down_proj", self.act_fn(gate) * up, expert)
 
     def forward(self, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of each token's experts, [N, H]; summed in float32."""

@@ -189,7 +189,7 @@ def unpack_layers(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             set_module(model, name, unpack_experts(layer, dtype))
 
 
-def unpack_experts(layer: PackedExperts, dtype: torch.dtype | None = None) -> DeepseekV2Experts:
+def unpack_experts(layer: Any, dtype: torch.dtype | None = None) -> DeepseekV2Experts:
     """Return plain experts with a layer's weights unpacked."""
     with torch.device("meta"):
         experts = DeepseekV2Experts(layer.config)
@@ -252,6 +252,11 @@ def check_foreign(quantization: Any, has_experts: bool) -> None:
     """
     if quantization is None or isinstance(quantization, WeightOnlyConfig) or not has_experts:
         return
+    if getattr(quantization, "packs_experts", False):
+        raise ValueError(
+            "Experts are packed while they are read: load the checkpoint from its directory or hub id, from "
+            "safetensors files and without a tp_plan."
+        )
     name = quantization.get("quant_method") if isinstance(quantization, dict) else type(quantization).__name__
     raise ValueError(
         f"{name} quantizes linear layers alone and would leave the routed experts, most of the weights, as they are: "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import BitsAndBytesConfig
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models.bnb_layers import count_unpacked
 from deepseek_vl2.models.quantizer import WeightOnlyConfig
 from deepseek_vl2.utils.io import resolve_model_path
 from deepseek_vl2.utils.progress import Progress
@@ -52,9 +55,33 @@ def load_base(args: Namespace) -> DeepseekVLV2ForCausalLM:
         resolve_model_path(args.model),
         dtype=torch.bfloat16 if halved else torch.float32,
         attn_implementation=args.attention,
-        quantization_config=None if args.quantize is None else WeightOnlyConfig(args.quantize),
+        **frozen_weights(args),
     )
     return model
+
+
+def frozen_weights(args: Namespace) -> dict[str, Any]:
+    """Return what ``from_pretrained`` is told of packed weights.
+
+    Raises:
+        ValueError: nf4 shall be sharded.
+    """
+    if args.quantize is None:
+        return {}
+    if args.quantize != "nf4":
+        return {"quantization_config": WeightOnlyConfig(args.quantize)}
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError("Weights of bitsandbytes are not sharded: use --quantize int4 with --use_fsdp.")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32,
+    )
+    # accelerate refuses to move such a model to the device that it is trained on.
+    on_gpu = torch.cuda.is_available() and not args.cpu
+    place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
+    return {"quantization_config": config, "device_map": {"": place}}
 
 
 def load_model(args: Namespace) -> tuple[DeepseekVLV2Processor, Any]:
@@ -160,9 +187,8 @@ def save_result(trainer: VLTrainer, args: Namespace) -> None:
 
 def describe(trainer: VLTrainer, args: Namespace, checkpoint: Path | None) -> str:
     """Return what is about to happen, for a person."""
-    parameters = list(trainer.model.parameters())
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    everything = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    everything = count_unpacked(trainer.model)
     batch = args.batch_size * args.accumulation * trainer.args.world_size
     lines = [
         f"{args.model}: {trained:,} of {everything:,} parameters are trained ({args.method}, {args.precision}).",

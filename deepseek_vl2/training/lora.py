@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import ProcessorMixin
 
+from deepseek_vl2.models.bnb_layers import BnbExperts
 from deepseek_vl2.models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
 from deepseek_vl2.models.quantized_layers import PackedExperts, PackedLinear, packed_layers
 
@@ -59,7 +60,7 @@ def lora_config(
     if rank < 1:
         raise ValueError(f"The rank of adapters must be at least 1, got {rank}.")
     wanted = "experts" in parts and has_experts(model)
-    packed = [name for name, layer in packed_layers(model) if isinstance(layer, PackedExperts)] if wanted else []
+    packed = packed_experts(model) if wanted else []
     experts = list(EXPERT_PARAMETERS) if wanted and not packed else None
     if dropout > 0 and wanted:
         raise ValueError(
@@ -79,9 +80,14 @@ def lora_config(
     return know_packed(model, config)
 
 
+def packed_experts(model: nn.Module) -> list[str]:
+    """Return the names of a model's packed experts, whichever way they are packed."""
+    return [name for name, layer in model.named_modules() if isinstance(layer, PackedExperts | BnbExperts)]
+
+
 def know_packed(model: nn.Module, config: Any) -> Any:
     """Tell PEFT's config of packed layers, where a model has some; returns it."""
-    if not any(True for _ in packed_layers(model)):
+    if not any(True for _ in packed_layers(model)) and not packed_experts(model):
         return config
     from .packed_lora import know_packed_layers
 
@@ -138,10 +144,13 @@ def merge_lora(model: Any) -> DeepseekVLV2ForCausalLM:
     Raises:
         ValueError: a merged weight is not finite.
     """
-    merged: DeepseekVLV2ForCausalLM = model.merge_and_unload(safe_merge=True)
-    if getattr(merged, "hf_quantizer", None) is not None:
-        from .packed_lora import forget_packing
+    packed = getattr(model.get_base_model(), "hf_quantizer", None) is not None
+    if packed:
+        from .packed_lora import forget_packing, merge_bnb_linears
 
+        merge_bnb_linears(model)
+    merged: DeepseekVLV2ForCausalLM = model.merge_and_unload(safe_merge=True)
+    if packed:
         forget_packing(merged)
     return merged
 

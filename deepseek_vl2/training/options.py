@@ -54,8 +54,9 @@ def _add_method_options(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--quantize",
-        choices=("int4", "int8", "fp8"),
-        help="hold the frozen weights packed under the adapters (QLoRA); the merged model is unpacked",
+        choices=("int4", "int8", "fp8", "nf4"),
+        help="hold the frozen weights packed under the adapters (QLoRA; nf4 needs bitsandbytes); the merged model is "
+        "unpacked",
     )
     group.add_argument("--lora_rank", type=int, default=16, help="rank of the adapters (default: %(default)s)")
     group.add_argument("--lora_alpha", type=float, help="scale of the adapters; default: twice the rank")
@@ -145,6 +146,8 @@ def check_options(args: Namespace) -> None:
         raise UsageError(f"--epochs must be positive, not {args.epochs:g}.")
     if args.method == "full" and args.quantize is not None:
         raise UsageError("--quantize packs frozen weights: it needs --method lora.")
+    if args.quantize == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError("--quantize nf4 needs the package bitsandbytes: pip install bitsandbytes, or use int4.")
     if args.method == "lora" and (args.stage is not None or args.freeze):
         raise UsageError("--stage and --freeze choose weights to train: they need --method full.")
     if args.stage == 1 and "language" not in args.freeze:

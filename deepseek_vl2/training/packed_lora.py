@@ -12,10 +12,16 @@ import torch
 from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 
+from deepseek_vl2.models.bnb_layers import BnbExperts, bnb_linears, dense_linear, unpack_bnb
 from deepseek_vl2.models.checkpoint import conversion_rules
 from deepseek_vl2.models.moe import DeepseekV2Experts
-from deepseek_vl2.models.quantization import packed_linear
-from deepseek_vl2.models.quantized_layers import PackedExperts, PackedLinear, packed_experts_forward, packed_layers
+from deepseek_vl2.models.quantized_layers import (
+    PackedExperts,
+    PackedLinear,
+    packed_experts_forward,
+    packed_layers,
+    set_module,
+)
 from deepseek_vl2.models.quantizer import EXPERT_PARTS
 
 
@@ -47,7 +53,13 @@ class PackedLoraExperts(nn.Module, LoraLayer):
     other_param_names = ("r", "lora_alpha", "scaling")
 
     def __init__(
-        self, base_layer: PackedExperts, adapter_name: str, config: Any, r: int = 0, lora_alpha: int = 1, **kwargs: Any
+        self,
+        base_layer: PackedExperts | BnbExperts,
+        adapter_name: str,
+        config: Any,
+        r: int = 0,
+        lora_alpha: int = 1,
+        **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
         LoraLayer.__init__(self, base_layer, **kwargs)
@@ -70,18 +82,18 @@ class PackedLoraExperts(nn.Module, LoraLayer):
             "gate_up_proj": (2 * base.intermediate_size, base.hidden_size),
             "down_proj": (base.hidden_size, base.intermediate_size),
         }
-        scale = base.gate_up_proj_scale
+        kind = {"dtype": base.weight_dtype, "device": next(base.parameters()).device}
         for part, (rows, columns) in sizes.items():
-            first = torch.empty(base.num_experts, r, columns, dtype=scale.dtype, device=scale.device)
+            first = torch.empty(base.num_experts, r, columns, **kind)
             nn.init.uniform_(first, -(columns**-0.5), columns**-0.5)  # what PEFT's own start from
-            second = torch.zeros(base.num_experts, rows, r, dtype=scale.dtype, device=scale.device)
+            second = torch.zeros(base.num_experts, rows, r, **kind)
             getattr(self, f"lora_{part}_A")[adapter_name] = nn.Parameter(first)
             getattr(self, f"lora_{part}_B")[adapter_name] = nn.Parameter(second)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _product(self, part: str, rows_LI: torch.Tensor, expert: int) -> torch.Tensor:
         base: Any = self.get_base_layer()
-        out = packed_linear(rows_LI, base.expert(part, expert), base.formats[part])
+        out = base.product(part, rows_LI, expert)
         if self.disable_adapters:
             return out
         for name in self.active_adapters:
@@ -107,7 +119,7 @@ class PackedLoraExperts(nn.Module, LoraLayer):
         base: Any = self.get_base_layer()
         if not merge:
             return base
-        dtype = base.gate_up_proj_scale.dtype
+        dtype = base.weight_dtype
         with torch.device("meta"):
             merged = DeepseekV2Experts(base.config)
         for part in EXPERT_PARTS:
@@ -130,8 +142,35 @@ def check_finite(weight: torch.Tensor, wanted: bool) -> None:
 
 def know_packed_layers(config: Any) -> Any:
     """Tell PEFT's config how packed layers are adapted; returns it."""
-    config._register_custom_module({PackedLinear: PackedLoraLinear, PackedExperts: PackedLoraExperts})
+    config._register_custom_module(
+        {PackedLinear: PackedLoraLinear, PackedExperts: PackedLoraExperts, BnbExperts: PackedLoraExperts}
+    )
     return config
+
+
+def merge_bnb_linears(model: nn.Module) -> None:
+    """Put plain layers with their adapters added in the places of adapted layers of bitsandbytes.
+
+    PEFT itself would pack the sum again, which rounds the adapters away.
+
+    Raises:
+        ValueError: an adapter is no plain product (DoRA, a bias), or a merged weight is not finite.
+    """
+    adapted: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+    for name, layer in adapted:
+        base: Any = layer.get_base_layer()
+        if not any(found is base for _, found in bnb_linears(base)):
+            continue
+        adapters = [
+            each for each in layer.active_adapters if each in layer.lora_A and each not in layer.merged_adapters
+        ]
+        if any(layer.lora_variant.get(each) or layer.lora_bias.get(each) for each in adapters):
+            raise ValueError(f"The adapter of {name} is no plain product (DoRA, or with a bias) and cannot be merged.")
+        dense = dense_linear(base, torch.float32)
+        for each in adapters:
+            dense.weight.data += layer.get_delta_weight(each).float()
+        check_finite(dense.weight, True)
+        set_module(model, name, dense.to(base.plain_dtype))
 
 
 def forget_packing(model: Any) -> None:
@@ -142,5 +181,6 @@ def forget_packing(model: Any) -> None:
         return
     if any(True for _ in packed_layers(model)):
         unpack_layers(model)
+    unpack_bnb(model)
     model.hf_quantizer.remove_quantization_config(model)
     model._weight_conversions = conversion_rules()

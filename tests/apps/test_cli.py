@@ -332,19 +332,27 @@ def test_info_of_a_checkpoint(model_path: str, capsys: pytest.CaptureFixture[str
     assert {row["model"] for row in facts["fits"]} >= {model_path, "deepseek-ai/deepseek-vl2"}
     precisions = {row["precision"] for row in facts["fits"] if row["model"] == model_path}
     assert precisions == {"bfloat16", "int8", "int4", "fp8"}
+    trained = {row["method"]: row["needed"] for row in facts["training"]}
+    assert trained["full"] == 16 * counts["total"]
+    assert trained["LoRA bfloat16"] > trained["QLoRA int8"] > trained["QLoRA int4"] > trained["QLoRA nf4"] > 0
     assert main(["info", model_path]) == 0
-    assert "3 of 8 experts a token" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "3 of 8 experts a token" in told and "fine-tuning" in told and "QLoRA nf4" in told
+    assert main(["info"]) == 0
+    assert "fine-tuning" not in capsys.readouterr().out
 
 
 def test_info_counts_the_releases(capsys: pytest.CaptureFixture[str]) -> None:
     """The released configs, without weights: totals as published, cache as the architecture says."""
     from deepseek_vl2.cli.info import RELEASES, model_facts
+    from deepseek_vl2.cli.releases import release_facts
 
     for kind, name in zip(("tiny", "small", "base"), RELEASES, strict=True):
         facts = model_facts(str(ROOT / "tests" / "golden" / "releases" / kind), 4096)
         weights = facts["weights_bytes"]
         counts = (facts["parameters"]["total"], weights["int8"], weights["int4"], facts["cache_bytes_per_token"])
         assert counts == RELEASES[name] and weights["fp8"] == weights["int8"]
+        assert facts["training_bytes"] == release_facts(name, 4096)["training_bytes"]
         assert facts["image_tokens"]["1024x768"] == 1415
         assert "no safetensors files" in facts["problem"]
 

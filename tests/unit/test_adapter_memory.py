@@ -21,7 +21,8 @@ pytest.importorskip("peft")
 TRAINED = {"experts too": ("attention", "mlp", "experts"), "without experts": ("attention", "mlp")}
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 ROW = re.compile(
-    r"^\| (\w+) \| (experts too|without experts) \| ([\d.]+) M \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", re.M
+    r"^\| (\w+) \| (experts too|without experts) \| ([\d.]+) M \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+    re.M,
 )
 
 
@@ -52,5 +53,5 @@ def test_the_page_says_what_is_computed(kind: str) -> None:
     assert rows.keys() == TRAINED.keys()
     for name, parts in TRAINED.items():
         found = AdapterMemory(memory.weights, adapter_numbers(model, parts=parts))
-        held = [f"{found.held(precision) / 1e9:.1f}" for precision in ("bfloat16", "int8", "int4")]
+        held = [f"{found.held(precision) / 1e9:.1f}" for precision in ("bfloat16", "int8", "int4", "nf4")]
         assert rows[name] == [f"{found.numbers / 1e6:.1f}", *held]

@@ -70,10 +70,18 @@ def stopped_early(output: Path, last: int) -> Path:
     return stopped
 
 
+@pytest.mark.parametrize("weights", ["int4", "nf4"])
 def test_adapters_over_packed_weights_end_in_a_plain_checkpoint(
-    run: Callable[..., int], files: Path, tmp_path: Path
+    weights: str, run: Callable[..., int], files: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    assert run("--quantize", "int4", "--max_steps", "2", "--lora_rank", "2") == 0
+    if weights == "nf4":
+        pytest.importorskip("bitsandbytes")
+    assert run("--quantize", weights, "--max_steps", "2", "--lora_rank", "2", "--cpu") == 0
+    whole = DeepseekVLV2ForCausalLM.from_pretrained(files / "model").num_parameters()
+    trained, everything = (
+        int(n.replace(",", "")) for n in re.findall(r"([\d,]+) of ([\d,]+) para", capsys.readouterr().out)[0]
+    )
+    assert whole == everything - trained
     assert released_names(tmp_path / "out") == released_names(files / "model")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
 
@@ -151,6 +159,7 @@ def test_adapters_are_merged_into_a_model_that_loads(run: Callable[..., int], fi
 MISTAKES = {
     "--method lora --freeze vision": (2, "--stage and --freeze choose weights to train: they need --method full."),
     "--method full --quantize int4": (2, "--quantize packs frozen weights: it needs --method lora."),
+    "--method full --quantize nf4": (2, "--quantize packs frozen weights: it needs --method lora."),
     "--method full --freeze vision projector language": (2, "--freeze names every part"),
     "--eval_every 5": (2, "--eval_every needs --eval_data."),
     "--max_length 0": (2, "--max_length must be positive, not 0."),

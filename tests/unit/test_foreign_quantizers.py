@@ -10,11 +10,12 @@ import pytest
 import transformers
 from safetensors.torch import load_file
 from support import mini_config, mini_model
+from transformers.dynamic_module_utils import get_imports
 
+from deepseek_vl2 import models
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "BitsAndBytesConfig": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "TorchAoConfig": {},
     "FineGrainedFP8Config": {},
     "QuantoConfig": {"weights": "int8"},
@@ -54,9 +55,17 @@ def test_quantizers_that_leave_the_experts_are_refused(name: str, released: Path
 
 def test_auto_classes_refuse_them_too(released: Path) -> None:
     with pytest.raises(ValueError, match="use quantize="):
-        transformers.AutoModelForCausalLM.from_pretrained(
-            released, quantization_config=foreign_config("BitsAndBytesConfig")
-        )
+        transformers.AutoModelForCausalLM.from_pretrained(released, quantization_config=foreign_config("QuantoConfig"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_without_bitsandbytes_its_config_says_what_is_missing(
+    bits: int, released: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"transformers.quantizers.quantizer_bnb_{bits}bit.is_bitsandbytes_available", lambda: False)
+    config = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    with pytest.raises(ImportError, match="pip install -U bitsandbytes"):
+        DeepseekVLV2ForCausalLM.from_pretrained(released, quantization_config=config)
 
 
 def test_weights_that_do_not_come_from_files_are_refused_too(released: Path) -> None:
@@ -80,3 +89,9 @@ def test_the_number_of_experts_has_the_name_that_others_ask_for() -> None:
     config = mini_config("small").get_text_config()
     assert config.num_experts == config.n_routed_experts == 8
     assert "num_experts" not in config.to_dict()
+
+
+def test_code_that_comes_with_a_checkpoint_needs_no_bitsandbytes() -> None:
+    files = list(Path(models.__path__[0]).glob("*.py"))
+    assert len(files) > 50
+    assert not any("bitsandbytes" in get_imports(file) for file in files)
