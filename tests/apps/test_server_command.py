@@ -15,6 +15,7 @@ pytest.importorskip("llguidance")
 
 from deepseek_vl2.serve.api import command
 from deepseek_vl2.serve.api.chat import EventStream
+from deepseek_vl2.serve.api.decode_process import Decoders
 from deepseek_vl2.serve.api.images import decode_images, image_error
 from deepseek_vl2.serve.api.settings import ImageLimits
 
@@ -72,7 +73,7 @@ def test_times_are_finite(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_is_no_image_is_told_as_such() -> None:
     with pytest.raises(type(image_error("", "")), match="not an image of a known format"):
-        decode_images([("messages.0", b"<svg/>")], ImageLimits())
+        decode_images([("messages.0", b"<svg/>")], ImageLimits(), Decoders())
 
 
 def test_a_client_that_stays_and_reads_nothing_holds_a_stream_only_so_long() -> None:

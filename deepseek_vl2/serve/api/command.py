@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -357,6 +358,7 @@ def run(args: argparse.Namespace) -> int:
             args.host,
             KEY_VARIABLE,
         )
+    gc.collect()  # what stays is never looked at again while the server runs
     listening = http_server(server, args.shutdown_seconds, host=args.host, port=args.port, log_level=args.log_level)
     with contextlib.suppress(KeyboardInterrupt):
         listening.run()
