@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers.generation import GenerationConfig
 
+from .config_fields import is_whole
+
 # Of ``generate`` itself; transformers hands them on to the model.
 NOT_FOR_FORWARD = ("tokenizer", "assistant_tokenizer")
 
@@ -76,10 +78,6 @@ def check_prompt(input_ids: Any, inputs_embeds: Any, attention_mask: Any, config
         )
 
 
-def _is_whole(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
-
-
 def check_settings(setting: Callable[[str], Any], generation_config: Any) -> None:
     """Raise ``ValueError`` for settings of another kind than ``generate`` takes; it checks the ranges of most itself.
 
@@ -90,17 +88,17 @@ def check_settings(setting: Callable[[str], Any], generation_config: Any) -> Non
     if generation_config is not None and not isinstance(generation_config, GenerationConfig):
         raise ValueError(f"generation_config must be a GenerationConfig, got {describe(generation_config)}.")
     most = setting("max_new_tokens")
-    if most is not None and not _is_whole(most):
+    if most is not None and not is_whole(most):
         raise ValueError(f"max_new_tokens must be a whole number, got {most!r}.")
     for name in ("num_beams", "num_return_sequences"):
         value = setting(name)
-        if value is not None and (not _is_whole(value) or value < 1):
+        if value is not None and (not is_whole(value) or value < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = setting(name)
         several = isinstance(value, (list, tuple))
         wrong = [i for i in (value if several else [value]) if i is not None and not isinstance(i, torch.Tensor)]
-        if any(not _is_whole(i) for i in wrong):
+        if any(not is_whole(i) for i in wrong):
             raise ValueError(f"{name} must be a token's id, got {value!r}.")
     stop = setting("stop_strings")
     if stop is not None and (not stop or not all(isinstance(each, str) and each for each in stop)):
