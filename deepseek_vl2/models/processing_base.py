@@ -201,8 +201,11 @@ class BaseProcessor(ProcessorMixin):
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, t: Any, **kwargs: Any) -> str:
-        """Return the text of token ids."""
-        return self.tokenizer.decode(t, **kwargs)
+        """Return the text of token ids; raise ``ValueError`` for what are none, such as the -100 of labels."""
+        try:
+            return self.tokenizer.decode(t, **kwargs)
+        except (OverflowError, TypeError) as error:
+            raise ValueError(f"decode takes token ids, whole numbers from 0 on: {error}.") from error
 
     def new_chat_template(self) -> Conversation:
         """Return a fresh copy of this processor's prompt template."""
