@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncIterator
@@ -13,6 +14,7 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("llguidance")
 
+from deepseek_vl2.cli.options import whole_number
 from deepseek_vl2.serve.api import command
 from deepseek_vl2.serve.api.chat import EventStream
 from deepseek_vl2.serve.api.decode_process import Decoders
@@ -92,3 +94,13 @@ def test_a_client_that_stays_and_reads_nothing_holds_a_stream_only_so_long() -> 
     stream = EventStream(events(), lambda: closed.append(True), seconds=0.05)
     asyncio.run(asyncio.wait_for(stream({"type": "http"}, receive, send), 10))
     assert closed == [True]
+
+
+def test_ports_have_an_end(capsys: pytest.CaptureFixture[str]) -> None:
+    for text, says in (("65536", "they end at 65535"), ("-1", "negative"), ("x", "invalid")):
+        with pytest.raises(SystemExit):
+            parsed("--port", text)
+        assert says in capsys.readouterr().err
+    assert parsed("--port", "65535").port == 65_535
+    with pytest.raises(argparse.ArgumentTypeError, match="at most 65535, not 65536"):
+        whole_number(1, 65_535)("65536")
