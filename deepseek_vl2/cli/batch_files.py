@@ -54,7 +54,11 @@ def iter_jobs(path: Path) -> Iterator[Job]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: it is a directory, or a device.
     """
+    if path.exists() and not path.is_file():
+        kind = "a directory" if path.is_dir() else "no regular file"
+        raise ValueError(f"{path} is {kind}: name a file of one JSON object a line.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     with open(path, "rb") as file:
@@ -188,13 +192,17 @@ def locked(output: Path) -> Iterator[int | None]:
 
     Raises:
         ValueError: another run works on the output.
+        OSError: nothing can be written beside it.
     """
     if fcntl is None:
         yield None
         return
     path = lock_file(output)
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise OSError(f"Nothing can be written into {output.parent}: {error.strerror}.") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Whoever held it may have removed it meanwhile: then it keeps nobody off.

@@ -159,7 +159,13 @@ def missing_module(name: str, command: Command, error: ModuleNotFoundError) -> s
 
 
 def first_lines(error: BaseException) -> str:
-    """Return an error's first paragraph: what follows in the libraries' long messages helps nobody here."""
+    """Return an error's first paragraph: what follows in the libraries' long messages helps nobody here.
+
+    The system's errors are told by their words, behind the name of the file where there is one, without their number.
+    """
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        file = "" if error.filename is None else f"{error.filename}: "
+        return f"{file}{error.strerror}"
     return str(error).strip().partition("\n\n")[0] or type(error).__name__
 
 

@@ -60,8 +60,8 @@ def number(least: float, most: float = math.inf, above: bool = False) -> Callabl
     return convert
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """Return a converter for options that are whole numbers from ``least`` on."""
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return a converter for options that are whole numbers from ``least`` on, up to ``most`` if there is one."""
 
     def convert(text: str) -> int:
         try:
@@ -70,6 +70,8 @@ def whole_number(least: int) -> Callable[[str], int]:
             raise ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < least:
             raise ArgumentTypeError(f"must be {'positive' if least == 1 else f'at least {least}'}, not {text}")
+        if most is not None and value > most:
+            raise ArgumentTypeError(f"must be at most {most}, not {text}")
         return value
 
     return convert

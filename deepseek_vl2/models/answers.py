@@ -74,6 +74,8 @@ class GroundingProcessor:
         """
         if isinstance(text, str):
             return read_boxes(text, _listed(images), image)
+        if not isinstance(text, (list, tuple)) or not all(isinstance(each, str) for each in text):
+            raise ValueError(f"An answer is a text, or a list of some, got {type(text).__name__}: decode it first.")
         rows = [None] * len(text) if images is None else list(images)
         if len(rows) != len(text):
             raise ValueError(f"{len(text)} answers were given, and images of {len(rows)}.")

@@ -24,6 +24,16 @@ def as_images(source: Any) -> list[Any]:
     return list(source) if source.ndim == 4 else [source]
 
 
+def _numbers_of(source: torch.Tensor) -> NDArray[Any]:
+    """Return what a tensor holds as an array; floats of less than 32 bits become such."""
+    if source.is_quantized:
+        source = source.dequantize()
+    tensor = (source if source.layout == torch.strided else source.to_dense()).detach().cpu()
+    if tensor.is_floating_point() and tensor.element_size() < 4:
+        tensor = tensor.float()
+    return tensor.resolve_conj().resolve_neg().numpy()
+
+
 def image_of_array(source: Any) -> Image.Image:
     """Return an array as a PIL image.
 
@@ -38,8 +48,7 @@ def image_of_array(source: Any) -> Image.Image:
     if isinstance(source, torch.Tensor):
         if source.is_meta:
             raise ValueError("An image on the device meta has no pixels.")
-        tensor = (source if source.layout == torch.strided else source.to_dense()).detach().cpu()
-        pixels = (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy()
+        pixels = _numbers_of(source)
     else:
         pixels = source
     shape = list(pixels.shape)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import EllipsisType
+from types import EllipsisType, NoneType
 from typing import Any
 
 from PIL import Image
 
 from .array_images import as_images, is_array
+from .config_fields import check_sizes, is_whole
 from .image_modes import Background
 from .messages import IMAGE_PLACEHOLDER, check_messages, messages_to_conversation
 from .prompt_encoding import check_tags
@@ -33,6 +34,14 @@ class ImageOptions:
     max_pixels: int | None = None
     background: Background | EllipsisType = ...
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.cropping, (bool, NoneType)):
+            raise ValueError(f"cropping must be True, False or None, got {self.cropping!r}.")
+        if self.max_pixels is not None and not is_whole(self.max_pixels):
+            raise ValueError(f"max_pixels must be a whole number, got {self.max_pixels!r}.")
+        if self.candidate_resolutions is not None:
+            check_sizes("candidate_resolutions", self.candidate_resolutions)
+
 
 def as_image_list(images: Any) -> Any:
     """Return the images of a call as a list: a single one, whatever it is given as, becomes a list of one."""
@@ -40,6 +49,8 @@ def as_image_list(images: Any) -> Any:
         return as_images(images)
     if isinstance(images, (Image.Image, str, bytes, bytearray, os.PathLike)) or hasattr(images, "read"):
         return [images]
+    if images is not None and (isinstance(images, Mapping) or not isinstance(images, Iterable)):
+        raise ValueError(f"images is a list of images, got {type(images).__name__}.")
     return images
 
 
@@ -50,8 +61,17 @@ def as_list(text: Any, prompt: Any, conversations: Any) -> tuple[list[Any], bool
             check_messages(conversations)  # says what a conversation is
         single = not conversations or isinstance(conversations[0], Mapping)
         return ([conversations] if single else list(conversations)), single
-    source = prompt if text is None else text
-    return ([source], True) if isinstance(source, str) else (list(source), False)
+    name, source = ("prompt", prompt) if text is None else ("text", text)
+    if isinstance(source, str):
+        return [source], True
+    if source is None:
+        check_messages(source)
+    texts = list(source) if isinstance(source, Iterable) and not isinstance(source, (bytes, bytearray, Mapping)) else []
+    wrong = next((each for each in texts if not isinstance(each, str)), None)
+    if not texts or wrong is not None:
+        found = f"{source!r:.40}" if wrong is None else type(wrong).__name__
+        raise ValueError(f"{name} must be a text, or a list of some, got {found}.")
+    return texts, False
 
 
 def distribute_images(

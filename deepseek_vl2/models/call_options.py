@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .batch import OutputWithTiles, VLChatProcessorOutput
+from .config_fields import COUNT, FROM_ZERO
 
 GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
 PADDINGS = (True, False, "longest", "max_length", "do_not_pad", "left", "right")
@@ -60,8 +61,10 @@ class BatchOptions:
             raise ValueError(f"truncation must be True or False, got {self.truncation!r}: ends are cut.")
         if self.return_tensors is not None and self.return_tensors not in TENSORS:
             raise ValueError(f"return_tensors must be 'pt' or 'np', got {self.return_tensors!r}.")
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"max_length must be positive, got {self.max_length}.")
+        if self.max_length is not None and not COUNT.allows(self.max_length):
+            raise ValueError(f"max_length must be positive, got {self.max_length!r}.")
+        if self.pad_to_multiple_of is not None and not FROM_ZERO.allows(self.pad_to_multiple_of):
+            raise ValueError(f"pad_to_multiple_of must be {FROM_ZERO}, got {self.pad_to_multiple_of!r}.")
         if self.max_length is not None and not self.truncation and self.padding != "max_length":
             raise ValueError("max_length does nothing alone: give truncation=True, padding='max_length' or both.")
 

@@ -21,7 +21,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.utils import cached_file
 
-from .checkpoint_check import HOLDS, read_json_object
+from .checkpoint_check import HOLDS, first_names, read_json_object
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -252,6 +252,8 @@ def find_files(source: Any, **hub: Any) -> list[Path] | None:
     weight_map = read_json_object(Path(index)).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map, which names the shard of each tensor.")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} names a shard by something else than a text.")
     names = sorted(set(weight_map.values()))
     files = {name: cached_file(source, name, **quiet, **hub) for name in names}
     absent = [name for name, file in files.items() if file is None]
@@ -277,6 +279,17 @@ def find_token_id(source: Any, token: str, **hub: Any) -> int | None:
             if entry.get("content") == token:
                 return int(entry["id"])
     return None
+
+
+def check_float(stored: StoredTensors) -> None:
+    """Raise ``ValueError`` for weights stored as whole numbers, without a word on what they stand for."""
+    whole = [name for name, each in stored.slices.items() if each.get_dtype() in (*INTEGER_DTYPES, "BOOL")]
+    if whole:
+        code = stored.slices[whole[0]].get_dtype()
+        raise ValueError(
+            f"{stored.files[whole[0]]} stores {first_names(whole)} as whole numbers ({code}), which are no weights: "
+            "its config.json names no quantization that they could be of."
+        )
 
 
 def _listing(title: str, lines: list[str]) -> list[str]:

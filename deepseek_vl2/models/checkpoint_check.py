@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .config_fields import is_whole
 from .configuration_deepseek import DeepseekV2Config
+from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
+from .generate_inputs import check_settings
+
+CONFIGS: dict[str, Any] = {each.model_type: each for each in (DeepseekV2Config, DeepseekVLV2Config)}
 
 HOLDS = "a checkpoint directory holds config.json, tokenizer.json and model.safetensors"
 MOST_NAMED = 3  # tensors in a message
@@ -40,7 +45,7 @@ def check_config(directory: Path, model_type: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it cannot be read, or is another model's.
+        ValueError: it cannot be read, is another model's, or holds what is impossible.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -51,7 +56,29 @@ def check_config(directory: Path, model_type: str) -> dict[str, Any]:
     if found != model_type:
         whose = "names no model_type" if found is None else f"is of a model of type {found!r}"
         raise ValueError(f"{path} {whose}, not {model_type!r}: it is no checkpoint of DeepSeek-VL2.")
+    try:
+        CONFIGS[model_type].from_dict(dict(config))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+    except (TypeError, AttributeError) as error:  # of transformers, for fields that are not ours
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+    check_generation_config(directory / "generation_config.json")
     return config
+
+
+def check_generation_config(path: Path) -> None:
+    """Check a checkpoint's generation_config.json, where there is one.
+
+    Raises:
+        ValueError: it cannot be read, or names what is no token.
+    """
+    if not path.is_file():
+        return
+    content = read_json_object(path)
+    try:
+        check_settings(content.get, None)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
 
 
 def _token_ids(path: Path) -> dict[str, int]:
@@ -65,7 +92,14 @@ def _token_ids(path: Path) -> dict[str, int]:
         ids = {str(pair[0]): index for index, pair in enumerate(vocabulary)}
     else:
         raise ValueError(f"{path} is no tokenizer: it has no vocabulary.")
-    ids.update({token["content"]: token["id"] for token in content.get("added_tokens") or []})
+    added = content.get("added_tokens") or []
+    entries = added if isinstance(added, list) else [added]
+    if not all(isinstance(each, dict) and {"content", "id"} <= set(each) for each in entries):
+        raise ValueError(f"{path} is no tokenizer: its added_tokens are no list of tokens with ids.")
+    ids.update({token["content"]: token["id"] for token in entries})
+    wrong = next((token for token, id_ in ids.items() if not is_whole(id_)), None)
+    if wrong is not None:
+        raise ValueError(f"{path} is no tokenizer: the id of {wrong!r} is {ids[wrong]!r}.")
     return ids
 
 
@@ -92,6 +126,9 @@ def check_tokenizer(directory: Path, config: dict[str, Any]) -> None:
         )
     settings = directory / "tokenizer_config.json"
     named = read_json_object(settings) if settings.is_file() else {}
+    length = named.get("model_max_length", 1)
+    if not isinstance(length, (int, float)) or isinstance(length, bool):
+        raise ValueError(f"{settings} cannot be used: model_max_length must be a number, got {length!r}.")
     wanted = {"bos_token": language.bos_token_id, "eos_token": language.eos_token_id}
     for name, expected in wanted.items():
         token = named.get(name)

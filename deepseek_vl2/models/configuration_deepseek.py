@@ -7,6 +7,42 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
+from .config_fields import (
+    ANY_NUMBER,
+    COUNT,
+    FROM_ZERO,
+    LAYERS,
+    OPTIONAL_COUNT,
+    OPTIONAL_FROM_ZERO,
+    POSITIVE,
+    SHARE,
+    FieldError,
+    check_fields,
+    check_mapping,
+)
+
+FIELDS = {
+    "vocab_size": COUNT,
+    "hidden_size": COUNT,
+    "intermediate_size": COUNT,
+    "moe_intermediate_size": COUNT,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": COUNT,
+    "num_key_value_heads": COUNT,
+    "n_shared_experts": OPTIONAL_FROM_ZERO,
+    "n_routed_experts": OPTIONAL_COUNT,
+    "num_experts_per_tok": OPTIONAL_FROM_ZERO,
+    "q_lora_rank": OPTIONAL_COUNT,
+    "n_group": OPTIONAL_FROM_ZERO,
+    "topk_group": OPTIONAL_FROM_ZERO,
+    "first_k_dense_replace": FROM_ZERO,
+    "max_position_embeddings": COUNT,
+    "rms_norm_eps": POSITIVE,
+    "rope_theta": POSITIVE,
+    "routed_scaling_factor": ANY_NUMBER,
+    "aux_loss_alpha": ANY_NUMBER,
+    "attention_dropout": SHARE,
+}
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
@@ -16,6 +52,14 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise a ``ValueError`` that names the field, the value and what would be accepted."""
     if value not in choices:
         raise ValueError(f"Unknown {name} {value!r}: expected one of {', '.join(map(repr, choices))}.")
+
+
+def as_number(name: str, value: Any) -> float:
+    """Return a number, also one that a config file holds as text; raise `FieldError` for what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise FieldError(f"{name} must be a number, got {value!r}.") from error
 
 
 def normalize_rope_parameters(
@@ -28,10 +72,11 @@ def normalize_rope_parameters(
     Returns a dict with ``rope_type``, ``rope_theta`` and, for the scaled kinds, ``factor`` and their own keys.
     Raises ``ValueError`` for an unknown kind or a missing or non-positive factor.
     """
-    merged = {**(rope_scaling or {}), **(rope_parameters or {})}
+    scaling, parameters = check_mapping("rope_scaling", rope_scaling), check_mapping("rope_parameters", rope_parameters)
+    merged = {**scaling, **parameters}
     old_name = merged.pop("type", None)
     merged.setdefault("rope_type", old_name or "default")
-    merged["rope_theta"] = float(merged.get("rope_theta") or rope_theta)
+    merged["rope_theta"] = as_number("rope_theta", merged.get("rope_theta") or rope_theta)
     check_choice("rope type", merged["rope_type"], ROPE_TYPES)
     if merged["rope_type"] != "default":
         factor = merged.get("factor")
@@ -178,7 +223,7 @@ class DeepseekV2Config(PretrainedConfig):
         self.hidden_act = hidden_act
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
-        self.rms_norm_eps = float(rms_norm_eps)
+        self.rms_norm_eps = as_number("rms_norm_eps", rms_norm_eps)
         self.use_cache = use_cache
         self.pad_token_id = pad_token_id
         self.bos_token_id = bos_token_id
@@ -211,6 +256,7 @@ class DeepseekV2Config(PretrainedConfig):
         )
 
     def _check(self) -> None:
+        check_fields(self, FIELDS)
         check_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
         check_choice("scoring_func", self.scoring_func, SCORING_FUNCTIONS)
         check_choice("topk_method", self.topk_method, TOPK_METHODS)

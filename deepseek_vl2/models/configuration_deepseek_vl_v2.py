@@ -9,7 +9,37 @@ from typing import Any, TypeVar
 from transformers import PretrainedConfig
 
 from .bundled import locate_bundled
+from .config_fields import (
+    ANY_NUMBER,
+    COUNT,
+    FROM_ZERO,
+    LAYERS,
+    OPTIONAL_FROM_ZERO,
+    POSITIVE,
+    FieldError,
+    check_fields,
+    check_mapping,
+    check_sizes,
+)
 from .configuration_deepseek import DeepseekV2Config, check_choice
+
+VISION_FIELDS = {
+    "image_size": COUNT,
+    "patch_size": COUNT,
+    "width": COUNT,
+    "layers": LAYERS,
+    "heads": COUNT,
+    "mlp_ratio": POSITIVE,
+    "num_classes": FROM_ZERO,
+    "num_recomputing_layers": FROM_ZERO,
+}
+PROJECTOR_FIELDS = {
+    "input_dim": COUNT,
+    "n_embed": COUNT,
+    "depth": ANY_NUMBER,  # its least depends on the type
+    "mlp_ratio": POSITIVE,
+    "downsample_ratio": COUNT,
+}
 
 PROJECTOR_TYPES = ("identity", "linear", "mlp_gelu", "downsample_mlp_gelu")
 GLOBAL_POOLS = ("", "avg", "token", "map")
@@ -91,6 +121,7 @@ class VisionEncoderConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def _check(self) -> None:
+        check_fields(self, VISION_FIELDS)
         check_choice("global_pool", self.global_pool, GLOBAL_POOLS)
         check_choice("vision attention_backend", self.attention_backend, VISION_ATTENTION_BACKENDS)
         if self.width % self.heads:
@@ -148,13 +179,12 @@ class MlpProjectorConfig(PretrainedConfig):
 
     def _check(self) -> None:
         check_choice("projector type", self.projector_type, PROJECTOR_TYPES)
+        check_fields(self, PROJECTOR_FIELDS)
         least_depth = 2 if self.projector_type == "downsample_mlp_gelu" else 1
         if self.depth < least_depth:
             raise ValueError(f"{self.projector_type!r} needs a depth of at least {least_depth}, got {self.depth}.")
         if self.token_pooling and self.projector_type == "downsample_mlp_gelu":
             raise ValueError("token_pooling merges patches already: it needs identity, linear or mlp_gelu.")
-        if self.downsample_ratio < 1:
-            raise ValueError(f"downsample_ratio must be at least 1, got {self.downsample_ratio}.")
 
 
 class DeepseekVLV2Config(PretrainedConfig):
@@ -198,22 +228,26 @@ class DeepseekVLV2Config(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         if not isinstance(vision_config, VisionEncoderConfig):
-            vision_config = VisionEncoderConfig(**(vision_config or {}))
+            vision_config = VisionEncoderConfig(**check_mapping("vision_config", vision_config))
         # transformers hands the renamed part over under either of its names
         language_config = kwargs.pop("text_config", None) if language_config is None else language_config
         if not isinstance(language_config, DeepseekV2Config):
-            language_config = DeepseekV2Config(**(language_config or {}))
+            language_config = DeepseekV2Config(**check_mapping("language_config", language_config))
         if not isinstance(projector_config, MlpProjectorConfig):
             widths = {"input_dim": vision_config.width, "n_embed": language_config.hidden_size}
-            projector_config = MlpProjectorConfig(**{**widths, **(projector_config or {})})
+            given = check_mapping("projector_config", projector_config)
+            projector_config = MlpProjectorConfig(**{**widths, **given})
         self.vision_config = vision_config
         self.projector_config = projector_config
         self.language_config = language_config
         check_choice("tile_tag", tile_tag, TILE_TAGS)
         self.tile_tag = tile_tag
         self.global_view_pos = global_view_pos
+        if not isinstance(global_view_pos, str):
+            raise FieldError(f"global_view_pos must be a text, 'head' in all releases, got {global_view_pos!r}.")
         self.image_token_id = image_token_id
-        self.candidate_resolutions = tuple((int(width), int(height)) for width, height in candidate_resolutions)
+        check_fields(self, {"image_token_id": OPTIONAL_FROM_ZERO})
+        self.candidate_resolutions = tuple(check_sizes("candidate_resolutions", candidate_resolutions))
         kwargs.setdefault("architectures", ["DeepseekVLV2ForCausalLM"])
         kwargs.setdefault("tie_word_embeddings", language_config.tie_word_embeddings)
         self.tie_word_embeddings = kwargs.pop("tie_word_embeddings")

@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .backend import backend
 from .cache import CACHE_NAME, new_cache, one_cache
 from .configuration_deepseek import DeepseekV2Config
+from .generate_inputs import NOT_FOR_FORWARD, check_prompt, check_settings, check_unseen_images
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ class ChunkedGenerationMixin(GenerationMixin):
     transformers cuts token ids into chunks; a prompt with images exists whole only as embeddings.
     """
 
+    # Of image tokens, where the model does not see the images itself.
+    unseen_token_id: int | None = None
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse what ``generate_batch`` and ``continuous_batching_context_manager`` start with."""
         raise NotImplementedError(
@@ -92,6 +96,17 @@ class ChunkedGenerationMixin(GenerationMixin):
             if source is not None:
                 return source
         return getattr(self.generation_config, name, None)
+
+    def check_call(self, input_ids: Any, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+        """Check what a call of ``generate`` is given; errors as `check_prompt`, and for images that nobody embeds."""
+        given = [kwargs.get(name) for name in ("past_key_values", "cache")]
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        check_settings(lambda name: self.generation_setting(name, generation_config, kwargs), generation_config)
+        fresh = all(held is None for held in given)
+        check_prompt(input_ids, embeds, mask, self.get_decoder().config, fresh)
+        drafts = getattr(generation_config, "is_assistant", False)  # from the text alone
+        if self.unseen_token_id is not None and fresh and not drafts and input_ids is not None and embeds is None:
+            check_unseen_images(input_ids, self.unseen_token_id)
 
     def prepare_call(self, prompt: torch.Tensor, generation_config: GenerationConfig | None, kwargs: Any) -> int:
         """Warn about a prompt that is too long, see to the cache, and return how many sequences each prompt gets.
@@ -180,6 +195,7 @@ class ChunkedGenerationMixin(GenerationMixin):
         Assisted decoding appends candidates to the ids alone, and expects their logits.
         """
         cache = one_cache(past_key_values, cache)
+        kwargs = {name: value for name, value in kwargs.items() if name not in NOT_FOR_FORWARD}
         if is_first_iteration and inputs_embeds is not None:
             candidates = input_ids.shape[1] - inputs_embeds.shape[1]
             if candidates > 0:
@@ -232,6 +248,7 @@ class ChunkedGenerationMixin(GenerationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """Decode greedily or by sampling: on the engine where it takes the call, or as transformers does."""
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in NOT_FOR_FORWARD}
         settings = (logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
         if (engine := backend()) is not None:
             ids = engine.generate(SampleCall(self, input_ids, *settings, model_kwargs))

@@ -20,6 +20,11 @@ def shortened(text: str) -> str:
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}… ({len(text):,} characters)"
 
 
+def is_address(source: str) -> bool:
+    """Whether a text is an http or https address."""
+    return source[:8].lower().startswith(("http://", "https://"))
+
+
 def download(url: str, most_bytes: int = MOST_BYTES, most_seconds: float = MOST_SECONDS) -> bytes:
     """Return what is at an http(s) address.
 

@@ -15,7 +15,7 @@ from .backend import backend
 from .cache import CACHE_NAME, one_cache
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .generation import ChunkedGenerationMixin, check_padding
-from .image_merge import check_image_inputs
+from .image_merge import check_image_inputs, check_no_images
 from .modeling_base import PROCESSOR_ONLY
 from .standard_images import ImageInputs
 
@@ -124,9 +124,12 @@ class ImageGenerationMixin(ChunkedGenerationMixin):
             kwargs.pop(name, None)
         if inputs is not None:
             kwargs.setdefault("input_ids", inputs)
+        self.check_call(kwargs.get("input_ids"), generation_config, kwargs)
         ids = [self.generation_setting(f"{n}_token_id", generation_config, kwargs) for n in ("pad", "eos")]
         check_padding(kwargs.get("input_ids"), kwargs.get("attention_mask"), *ids)
         standard = [kwargs.pop(name, None) for name in ("pixel_values", "image_sizes")]
+        if kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None:
+            check_no_images({name: kwargs.get(name) for name in IMAGE_INPUTS}, *standard)
         if kwargs.get("inputs_embeds") is None and any(value is not None for value in standard):
             given = ImageInputs(*(kwargs.get(name) for name in IMAGE_INPUTS))
             kwargs.update(self.named_images(kwargs.get("input_ids"), given, *standard)._asdict())

@@ -14,12 +14,14 @@ from urllib.parse import unquote_to_bytes
 from PIL import Image, UnidentifiedImageError
 
 from .array_images import image_of_array, is_array
-from .image_download import shortened
+from .image_download import is_address, shortened
 from .image_modes import WHITE, Background, as_rgb
 
 # Pillow warns from here on that a file may be a decompression bomb; we refuse it.
 MAX_IMAGE_PIXELS = 89_478_485
 BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+=*\s*")
+# With line breaks, and with the two characters that URLs need.
+BASE64_FORMS = str.maketrans({"-": "+", "_": "/", "\n": None, "\r": None, "\t": None, " ": None})
 LEAST_BASE64 = 200  # shorter, it may be a path that was misspelt
 
 
@@ -52,14 +54,20 @@ def to_rgb(image: Image.Image, name: str, background: Background = WHITE) -> Ima
         raise ValueError(f"{name} cannot be read as RGB: {error}.") from error
 
 
+def is_data_url(source: str) -> bool:
+    """Whether a text is a ``data:`` URL, however it is written."""
+    return source[:5].lower() == "data:"
+
+
 def _decode_data_url(url: str) -> bytes:
     header, separator, payload = url.partition(",")
     if not separator:
         raise ValueError("A data URL needs a comma between its header and its data.")
-    if not header.endswith(";base64"):
+    if not header.rstrip().lower().endswith(";base64"):
         return unquote_to_bytes(payload)
+    text = payload.translate(BASE64_FORMS).rstrip("=")
     try:
-        return base64.b64decode(payload, validate=True)
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except binascii.Error as error:
         raise ValueError(f"The data URL is not valid base64: {error}.") from error
 
@@ -91,9 +99,9 @@ def _open(source: Any) -> tuple[Image.Image, str]:
         return Image.open(io.BytesIO(_read_file(source))), "The image in the open file"
     if isinstance(source, (bytes, bytearray)):
         return Image.open(io.BytesIO(source)), "The image"
-    if isinstance(source, str) and source.startswith("data:"):
+    if isinstance(source, str) and is_data_url(source):
         return Image.open(io.BytesIO(_decode_data_url(source))), "The image in the data URL"
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
+    if isinstance(source, str) and is_address(source):
         raise ValueError(f"{source} is an address: download the image first and pass the file or the PIL image.")
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(
@@ -134,7 +142,7 @@ def load_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS, background: Back
 
 def read_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS, background: Background = WHITE) -> Image.Image:
     """Do what `load_image` does, errors included, without its last copy: the image may be of a file format's class."""
-    is_path = isinstance(source, (str, os.PathLike)) and not str(source).startswith("data:")
+    is_path = isinstance(source, (str, os.PathLike)) and not is_data_url(str(source))
     name = shortened(str(source)) if is_path else "The data"
     try:
         image, name = _open(source)

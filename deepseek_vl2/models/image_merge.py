@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .generate_inputs import check_image_numbers
 from .tiling import TileGrid, count_image_tokens
 
 
@@ -195,8 +196,9 @@ def check_image_inputs(
         others: see ``DeepseekVLV2ForCausalLM.prepare_inputs_embeds``.
 
     Raises:
-        ValueError: a part of the three is missing, or all; what is missing is named.
+        ValueError: a part of the three is missing, or all, or one is of another kind; it is named.
     """
+    check_image_numbers(images, images_spatial_crop)
     given = {
         "images": images,
         "images_seq_mask": images_seq_mask,
@@ -218,6 +220,16 @@ def check_image_inputs(
         f"{found}, but {_listed(missing)} {'are' if len(missing) > 1 else 'is'} missing: pass images, "
         "images_seq_mask and images_spatial_crop together, as the processor returns them."
     )
+
+
+def check_no_images(given: dict[str, Any], *standard: Any) -> None:
+    """Raise ``ValueError`` for images without a prompt that shows them."""
+    crops = given.get("images_spatial_crop")
+    shown = given.get("images") is not None and (crops is None or bool(crops.any()))
+    if shown or any(value is not None for value in standard):
+        raise ValueError(
+            "images were given without input_ids: pass all that the processor returns, generate(**inputs)."
+        )
 
 
 def check_no_image_tokens(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ WHITE = "white"
 Background = str | tuple[int, int, int] | None
 
 MAX_UINT16 = 65_535
+BLOCK_PIXELS = 1 << 18  # laid over a colour at a time: about 5 ms
 # A TIFF or PNG of 16 bits is opened in one of these; PNGs of before Pillow 11 are "I".
 MODES_OF_16_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 
@@ -79,12 +81,30 @@ def as_rgb(image: Image.Image, background: Background = WHITE) -> Image.Image:
     return image.convert("RGB")
 
 
+def _blocks(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Yield boxes (left, top, right, bottom) of a few pixels each that cover an image of (width, height)."""
+    width, height = size
+    across = min(width, BLOCK_PIXELS)
+    down = max(1, BLOCK_PIXELS // across)
+    for top in range(0, height, down):
+        for left in range(0, width, across):
+            yield left, top, min(left + across, width), min(top + down, height)
+
+
 def _over(image: Image.Image, background: Background) -> Image.Image:
-    """Lay an RGBA image over a colour."""
+    """Lay an RGBA image over a colour.
+
+    Pillow holds the interpreter's lock while it does: a second for a large picture, in which a server says nothing to
+    anybody. So it is done block by block, between which other threads run.
+    """
     assert background is not None
-    canvas = Image.new("RGBA", image.size, background)
-    canvas.alpha_composite(image)
-    return canvas.convert("RGB")
+    out = Image.new("RGB", image.size)
+    for box in _blocks(image.size):
+        block = image.crop(box)
+        canvas = Image.new("RGBA", block.size, background)
+        canvas.alpha_composite(block)
+        out.paste(canvas.convert("RGB"), box[:2])
+    return out
 
 
 def _gray_to_rgb(image: Image.Image, background: Background) -> Image.Image:

@@ -17,7 +17,15 @@ from transformers.generation import GenerationConfig
 from .bnb_quantizer import WithExpertsConfig, with_experts
 from .bundled import locate_bundled
 from .calibration import CalibratedPacking
-from .checkpoint import OPTIONAL_TENSORS, StoredTensors, check_shapes, conversion_rules, find_files, released_shapes
+from .checkpoint import (
+    OPTIONAL_TENSORS,
+    StoredTensors,
+    check_float,
+    check_shapes,
+    conversion_rules,
+    find_files,
+    released_shapes,
+)
 from .checkpoint_check import check_config, check_finite
 from .quantized_checkpoint import READABLE, PackedFile, logical_shapes, packed_while_read, packing_device
 from .quantizer import WeightOnlyConfig, check_foreign, plan_formats
@@ -173,6 +181,8 @@ class CheckpointLoadingMixin:
             model: Any = cls(config)  # type: ignore[call-arg]
         shapes = stored.shapes if packed is None else logical_shapes(stored, packed.layers)
         check_shapes(released_shapes(model, config), shapes, source)
+        if packed is None:
+            check_float(stored)
         automatic = all(options.get(name) in (None, "auto") for name in ("dtype", "torch_dtype"))
         if automatic and config.dtype is None and stored.dtype is not None:
             options["dtype"] = stored.dtype

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 from urllib.request import url2pathname
 
-from .image_download import download, shortened
+from .image_download import download, is_address, shortened
 
 Message = Mapping[str, Any]
 Role = Literal["user", "assistant", "system"]
@@ -226,6 +226,6 @@ def image_source(part: Message) -> Any:
 
 def _load_source(part: Message) -> Any:
     source = image_source(part)
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
+    if isinstance(source, str) and is_address(source):
         return download(source)
     return source

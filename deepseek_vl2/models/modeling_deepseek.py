@@ -452,7 +452,12 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
     def generate(
         self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> Any:
-        """Generate as transformers does; tuple caches and embeddings with ``prefill_chunk_size`` work too."""
+        """Generate as transformers does; tuple caches and embeddings with ``prefill_chunk_size`` work too.
+
+        Raises:
+            ValueError: what was given is no prompt, or one with image tokens: images are the whole model's to embed.
+        """
+        self.check_call(kwargs.get("input_ids") if inputs is None else inputs, generation_config, kwargs)
         prompts = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs)
         prompt = next((given for given in prompts if given is not None), None)
         if prompt is not None:

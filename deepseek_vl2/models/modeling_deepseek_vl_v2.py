@@ -118,6 +118,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ImageGenerationMixin,
         self.global_view_pos = config.global_view_pos
         if config.image_token_id is None:
             config.image_token_id = RELEASED_IMAGE_TOKEN_IDS.get(language.vocab_size)
+        self.language.unseen_token_id = config.image_token_id
         self.post_init()
         set_generation_ids(self, language)
 

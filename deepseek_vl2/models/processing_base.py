@@ -12,6 +12,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .bundled import locate_bundled
 from .checkpoint_check import check_config, check_tokenizer
+from .config_fields import ANY_WHOLE, COUNT, FieldError, check_channels, check_fields, check_sizes
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .conversation import Conversation, get_conv_template
 from .image_modes import WHITE, Background, check_background
@@ -24,6 +25,7 @@ from .messages import (
     is_own_template,
     messages_to_conversation,
 )
+from .processor_check import PROCESSOR_CONFIG, check_processor, check_processor_files, image_settings
 from .prompt_encoding import encode_with_literals, literal_ids
 from .tiling import Size, tile_grid
 from .turns import Turn, print_turns, walk_turns
@@ -57,13 +59,15 @@ class BaseProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> None:
         get_conv_template(sft_format)  # an unknown name is an error here, not at the first call
-        self.candidate_resolutions = [(int(width), int(height)) for width, height in candidate_resolutions]
+        self.candidate_resolutions = check_sizes("candidate_resolutions", candidate_resolutions)
+        if not self.candidate_resolutions:
+            raise FieldError("candidate_resolutions is empty: give at least one (width, height).")
         self.image_size = self.candidate_resolutions[0][0]
         self._check_resolutions(self.candidate_resolutions)
         self.patch_size = patch_size
         self.downsample_ratio = downsample_ratio
-        self.image_mean = tuple(image_mean)
-        self.image_std = tuple(image_std)
+        self.image_mean = check_channels("image_mean", image_mean)
+        self.image_std = check_channels("image_std", image_std, above=0)
         self.normalize = normalize
         self.image_transform = ImageTransform(mean=image_mean, std=image_std, normalize=normalize)
         self.image_token = image_token
@@ -72,6 +76,7 @@ class BaseProcessor(ProcessorMixin):
         self.sft_format = sft_format
         self.mask_prompt = mask_prompt
         self.ignore_id = ignore_id
+        check_fields(self, {"patch_size": COUNT, "downsample_ratio": COUNT, "ignore_id": ANY_WHOLE})
         self.background = check_background(background)
         self.transformers_defaults = transformers_defaults
         self._prepare_tokenizer(tokenizer)
@@ -92,6 +97,9 @@ class BaseProcessor(ProcessorMixin):
                 f"This {type(tokenizer).__name__} loses spaces. The tokenizers of DeepSeek-VL2 are byte-level: load "
                 "them with transformers.PreTrainedTokenizerFast, or use DeepseekVLV2Processor.from_pretrained."
             )
+        for name in ("bos_token", "eos_token"):
+            if getattr(tokenizer, name) is None:
+                raise ValueError(f"The tokenizer names no {name}: its tokenizer_config.json is missing, or lacks it.")
         # The position of a sample's last token must not depend on the batch: generation continues from there.
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
@@ -114,7 +122,13 @@ class BaseProcessor(ProcessorMixin):
         directory = Path(pretrained_model_name_or_path)
         if (directory / "config.json").is_file():
             check_tokenizer(directory, check_config(directory, DeepseekVLV2Config.model_type))
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # tokenizers' own has no class
+            files = f"The tokenizer of {pretrained_model_name_or_path} (tokenizer.json, tokenizer_config.json)"
+            raise ValueError(f"{files} cannot be read: {error}.") from error
         tokenizer.init_kwargs.pop("auto_map", None)
         return [tokenizer]
 
@@ -123,7 +137,23 @@ class BaseProcessor(ProcessorMixin):
         cls: type[Loaded], pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> Loaded:
         """Load a checkpoint's processor, or that of "nano"; arguments as in transformers."""
-        return super().from_pretrained(locate_bundled(pretrained_model_name_or_path), **kwargs)
+        source = locate_bundled(pretrained_model_name_or_path)
+        directory = Path(source) / (kwargs.get("subfolder") or "")
+        try:
+            processor = super().from_pretrained(source, **kwargs)
+        except FieldError as error:
+            raise ValueError(f"{directory / PROCESSOR_CONFIG} cannot be used: {error}") from error
+        if (directory / "config.json").is_file():
+            check_processor(processor, directory)
+        return processor
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Return what processor_config.json holds; what it lacks is taken from config.json."""
+        directory = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+        check_processor_files(directory)
+        content, rest = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        return {**image_settings(directory), **content}, rest
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -171,8 +201,11 @@ class BaseProcessor(ProcessorMixin):
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, t: Any, **kwargs: Any) -> str:
-        """Return the text of token ids."""
-        return self.tokenizer.decode(t, **kwargs)
+        """Return the text of token ids; raise ``ValueError`` for what are none, such as the -100 of labels."""
+        try:
+            return self.tokenizer.decode(t, **kwargs)
+        except (OverflowError, TypeError) as error:
+            raise ValueError(f"decode takes token ids, whole numbers from 0 on: {error}.") from error
 
     def new_chat_template(self) -> Conversation:
         """Return a fresh copy of this processor's prompt template."""

@@ -199,6 +199,8 @@ class DeepseekVLV2Processor(ChatTemplateProcessor, GroundingProcessor):
             conversations = self.messages_to_conversation(conversations)
         if conversations is not None and images is None:
             images = [image for message in conversations for image in message.get("images") or []]
+        if not isinstance(system_prompt, str):
+            raise ValueError(f"system_prompt must be a text, got {type(system_prompt).__name__}.")
         options = ImageOptions(cropping, candidate_resolutions, max_pixels, background)
         loaded, encoder = self._read_images(images, options)
         if conversations is not None:

@@ -131,7 +131,7 @@ class ChatTemplateProcessor(BaseProcessor):
     def _render(self, messages: Sequence[Message], settings: dict[str, Any]) -> str:
         try:
             return self.tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **settings)
-        except TemplateError as error:
+        except (TemplateError, ArithmeticError, TypeError) as error:
             raise ValueError(f"The chat template refuses the conversation: {error}") from error
 
     def _process_custom(

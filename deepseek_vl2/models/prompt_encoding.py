@@ -68,7 +68,25 @@ def literal_ids(tokenizer: PreTrainedTokenizerBase, image_token: str) -> dict[st
 
 
 def encode_with_literals(tokenizer: PreTrainedTokenizerBase, text: str, literals: Mapping[str, list[int]]) -> list[int]:
-    """Return the ids of a text, without bos and eos, in which escaped tags get the ids of their letters."""
+    """Return the ids of a text, without bos and eos, in which escaped tags get the ids of their letters.
+
+    Raises:
+        ValueError: it holds half a character.
+    """
+    try:
+        return _encode_with_literals(tokenizer, text, literals)
+    except TypeError as error:
+        half = re.search("[\ud800-\udfff]", text)
+        if half is None:
+            raise
+        raise ValueError(
+            f"A text holds U+{ord(half[0]):04X}, half of a character (a lone surrogate): read it with errors='replace'."
+        ) from error
+
+
+def _encode_with_literals(
+    tokenizer: PreTrainedTokenizerBase, text: str, literals: Mapping[str, list[int]]
+) -> list[int]:
     if ESCAPE not in text:
         return tokenizer.encode(text, add_special_tokens=False)
     pieces = re.split("(" + "|".join(map(re.escape, literals)) + ")", text)

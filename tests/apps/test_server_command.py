@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from argparse import ArgumentParser, Namespace
 from collections.abc import AsyncIterator
@@ -13,8 +14,10 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("llguidance")
 
+from deepseek_vl2.cli.options import whole_number
 from deepseek_vl2.serve.api import command
 from deepseek_vl2.serve.api.chat import EventStream
+from deepseek_vl2.serve.api.decode_process import Decoders
 from deepseek_vl2.serve.api.images import decode_images, image_error
 from deepseek_vl2.serve.api.settings import ImageLimits
 
@@ -72,7 +75,7 @@ def test_times_are_finite(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_is_no_image_is_told_as_such() -> None:
     with pytest.raises(type(image_error("", "")), match="not an image of a known format"):
-        decode_images([("messages.0", b"<svg/>")], ImageLimits())
+        decode_images([("messages.0", b"<svg/>")], ImageLimits(), Decoders())
 
 
 def test_a_client_that_stays_and_reads_nothing_holds_a_stream_only_so_long() -> None:
@@ -91,3 +94,13 @@ def test_a_client_that_stays_and_reads_nothing_holds_a_stream_only_so_long() -> 
     stream = EventStream(events(), lambda: closed.append(True), seconds=0.05)
     asyncio.run(asyncio.wait_for(stream({"type": "http"}, receive, send), 10))
     assert closed == [True]
+
+
+def test_ports_have_an_end(capsys: pytest.CaptureFixture[str]) -> None:
+    for text, says in (("65536", "they end at 65535"), ("-1", "negative"), ("x", "invalid")):
+        with pytest.raises(SystemExit):
+            parsed("--port", text)
+        assert says in capsys.readouterr().err
+    assert parsed("--port", "65535").port == 65_535
+    with pytest.raises(argparse.ArgumentTypeError, match="at most 65535, not 65536"):
+        whole_number(1, 65_535)("65536")

@@ -54,6 +54,7 @@ from .request_id import HEADER, RequestIds
 from .response_schemas import ResponsesRequest
 from .response_store import ResponseStore
 from .responses import ResponsesEndpoint
+from .responsive import responsive
 from .schemas import ChatRequest
 from .settings import Settings
 from .tokenizing import DetokenizeRequest, TokenizeRequest, TokenService
@@ -154,8 +155,10 @@ class Server:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         await anyio.to_thread.run_sync(self.engine.start, self._warm_up)
-        yield
+        with responsive():
+            yield
         await self.grammars.stop()
+        await anyio.to_thread.run_sync(self.generator.builder.decoders.stop)
         await anyio.to_thread.run_sync(self.engine.stop)
         if existing_engine(self.model) is self.engine:
             release_model(self.model)  # with the server's bounds, which are not for whoever generates later

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ from deepseek_vl2.cli.options import add_memory_arguments, default_model
 from deepseek_vl2.utils.progress import Progress, weights_reported
 
 PROGRAM = "deepseek-vl2 serve"
+MAX_PORT = 65_535
 DESCRIPTION = "Serve a model over HTTP, with OpenAI's chat completions API."
 EXAMPLES = """\
 examples:
@@ -48,6 +50,14 @@ def not_negative(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def port_number(text: str) -> int:
+    """Read the number of a port; 0 is any free one."""
+    value = not_negative(text)
+    if value > MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{text} is no port: they end at {MAX_PORT}")
     return value
 
 
@@ -85,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_http_arguments(group: Any) -> None:
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    group.add_argument("--port", type=not_negative, default=8000, help="port (default: %(default)s)")
+    group.add_argument("--port", type=port_number, default=8000, help="port (default: %(default)s)")
     group.add_argument("--served_model_name", metavar="NAME", help="name in requests (default: the model's own)")
     group.add_argument(
         "--api_key", action="append", default=[], metavar="KEY",
@@ -357,6 +367,7 @@ def run(args: argparse.Namespace) -> int:
             args.host,
             KEY_VARIABLE,
         )
+    gc.collect()  # what stays is never looked at again while the server runs
     listening = http_server(server, args.shutdown_seconds, host=args.host, port=args.port, log_level=args.log_level)
     with contextlib.suppress(KeyboardInterrupt):
         listening.run()

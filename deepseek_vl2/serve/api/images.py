@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
-from importlib.util import find_spec
 
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, UnidentifiedImageError
 
-from deepseek_vl2.models.image_loading import load_image
+from deepseek_vl2.models.image_loading import read_image
 
+from .decode_process import Decoders
 from .download import DownloadError, download
 from .errors import ApiError
+from .image_files import FORMATS, is_heif, open_image
 from .settings import ImageLimits
 
-# Formats that Pillow decodes by itself; for others it may start programs. MPO files are opened as JPEG.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
-# What the boxes of HEIF files say they hold, in bytes 8 to 12.
-HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-BASE64_BLOCK = 1 << 20
+BASE64_BLOCK = 1 << 19
+MAX_DATA_HEADER = 1000  # characters of a data URL before its comma
 # Base64 as it is found: with line breaks, and with the two characters that URLs need.
 BASE64_FORMS = str.maketrans({"-": "+", "_": "/", "\n": None, "\r": None, "\t": None, " ": None})
 
@@ -29,38 +26,53 @@ def image_error(place: str, message: str) -> ApiError:
     return ApiError(400, message, place, "invalid_image")
 
 
-def decode_base64(payload: str) -> bytes:
-    """Return what a text without its padding means; it is read in blocks, between which other threads run.
+def decode_base64(text: str, start: int, end: int) -> bytes:
+    """Return what a part of a text without its padding means; it is read in blocks, between which other threads run.
 
     Raises:
         ValueError: it is not base64.
     """
-    if "=" in payload:
+    if text.find("=", start, end) >= 0:
         raise ValueError("there is padding before its end")
-    decoded, rest = bytearray(), ""
-    for start in range(0, len(payload), BASE64_BLOCK):
-        text = rest + payload[start : start + BASE64_BLOCK].translate(BASE64_FORMS)
-        whole = len(text) - len(text) % 4
-        decoded += base64.b64decode(text[:whole], validate=True)
-        rest = text[whole:]
-    decoded += base64.b64decode(rest + "=" * (-len(rest) % 4), validate=True)
-    return bytes(decoded)
+    decoded, rest = [], ""
+    for begin in range(start, end, BASE64_BLOCK):
+        block = rest + text[begin : min(begin + BASE64_BLOCK, end)].translate(BASE64_FORMS)
+        whole = len(block) - len(block) % 4
+        decoded.append(base64.b64decode(block[:whole], validate=True))
+        rest = block[whole:]
+    decoded.append(base64.b64decode(rest + "=" * (-len(rest) % 4), validate=True))
+    return b"".join(decoded)
+
+
+def payload_of(url: str) -> tuple[int, int] | None:
+    """Return where the base64 of a ``data:`` URL begins and where its padding does; ``None`` where there is none."""
+    start = url.find(",", 0, MAX_DATA_HEADER) + 1
+    if not start or not url[: start - 1].rstrip().lower().endswith(";base64"):
+        return None
+    end = len(url)
+    while end > start:
+        tail = url[max(start, end - BASE64_BLOCK) : end]
+        kept = len(tail.rstrip(" \t\r\n="))
+        end -= len(tail) - kept
+        if kept:
+            break
+    return start, end
 
 
 def decode_data_url(url: str, place: str, limits: ImageLimits) -> bytes:
-    """Return the bytes of a ``data:`` URL.
+    """Return the bytes of a ``data:`` URL, which is not copied for that: it may have many megabytes.
 
     Raises:
         ApiError: it is not base64, is empty or too large.
     """
-    header, comma, payload = url.partition(",")
-    if not comma or not header.rstrip().lower().endswith(";base64"):
+    payload = payload_of(url)
+    if payload is None:
         raise image_error(place, "A data URL must look like data:image/png;base64,... with the image in base64.")
-    payload = payload.rstrip(" \t\r\n=")
-    if len(payload) > 2 * limits.max_bytes:  # even with a line break after each character
+    start, end = payload
+    if end - start > 2 * limits.max_bytes:  # even with a line break after each character
         raise image_error(place, f"The image has more than the {limits.max_bytes:,} bytes allowed.")
     try:
-        data = decode_base64(payload)
+        data = decode_base64(url, start, end)
     except (binascii.Error, ValueError) as error:
         raise image_error(place, f"The data URL is not valid base64: {error}.") from error
     if len(data) > limits.max_bytes:
@@ -91,24 +103,6 @@ async def fetch_image(url: str, place: str, limits: ImageLimits) -> bytes | str:
         raise image_error(place, str(error)) from error
 
 
-def is_heif(data: bytes) -> bool:
-    """Whether a file says that it holds a HEIF image, as telephones write them."""
-    return data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and b"avif" not in data[16:64]
-
-
-def open_image(data: bytes) -> Image.Image:
-    """Open an image's file without decoding it; HEIF needs the package ``pillow-heif``.
-
-    Raises:
-        UnidentifiedImageError: it is of no known format, or of one that is not installed.
-    """
-    if is_heif(data) and find_spec("pillow_heif") is not None:
-        from pillow_heif import HeifImageFile
-
-        return HeifImageFile(io.BytesIO(data))
-    return Image.open(io.BytesIO(data), formats=FORMATS)
-
-
 def unknown_format(data: bytes) -> str:
     """Return the message for a file that was not recognized."""
     if is_heif(data):
@@ -121,18 +115,20 @@ def read_data_urls(files: list[tuple[str, bytes | str]], limits: ImageLimits) ->
     return [(place, decode_data_url(file, place, limits) if isinstance(file, str) else file) for place, file in files]
 
 
-def decode_images(files: list[tuple[str, bytes]], limits: ImageLimits) -> list[Image.Image]:
+def decode_images(files: list[tuple[str, bytes]], limits: ImageLimits, decoders: Decoders) -> list[Image.Image]:
     """Decode the images of a request as RGB, turned upright.
 
     Args:
         files: for each image, the field that holds it and the file.
         limits: what is allowed.
+        decoders: decode what would hold up everybody else.
 
     Raises:
         ApiError: a file is not an image or damaged, or there are too many pixels, which is seen before they are
             decoded.
     """
-    opened, pixels = [], 0
+    opened: list[tuple[str, bytes, Image.Image]] = []
+    pixels = 0
     for place, data in files:
         try:
             image = open_image(data)
@@ -149,18 +145,18 @@ def decode_images(files: list[tuple[str, bytes]], limits: ImageLimits) -> list[I
                 f"The image has {image.width}x{image.height} pixels; all images of a request together may have "
                 f"{limits.max_pixels:,}.",
             )
-        opened.append((place, image))
-    return [decode_image(place, image, limits) for place, image in opened]
+        opened.append((place, data, image))
+    return [decode_image(*each, limits, decoders) for each in opened]
 
 
-def decode_image(place: str, image: Image.Image, limits: ImageLimits) -> Image.Image:
-    """Decode one opened image.
+def decode_image(place: str, data: bytes, image: Image.Image, limits: ImageLimits, decoders: Decoders) -> Image.Image:
+    """Decode one opened image; it is read only from then on.
 
     Raises:
         ApiError: it is damaged.
     """
     try:
-        return load_image(image, limits.max_pixels)
+        return read_image(decoders.decode(data) if decoders.wanted(image) else image, limits.max_pixels)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise all kinds of errors for damaged files

@@ -15,6 +15,7 @@ from deepseek_vl2.engine.prompts import content_key, prompt_of
 from deepseek_vl2.engine.request import Prompt
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 
+from .decode_process import Decoders
 from .endings import Ending
 from .errors import ApiError
 from .images import decode_images, fetch_image, read_data_urls
@@ -64,6 +65,7 @@ class PromptBuilder:
         self.limits = limits
         self.limiter = anyio.CapacityLimiter(threads)
         self.launching = launching
+        self.decoders = Decoders()
 
     async def build(
         self, turns: Sequence[Turn], field: str = "messages", ending: Ending = DEFAULT_ENDING
@@ -124,7 +126,7 @@ class PromptBuilder:
     ) -> PreparedPrompt:
         self.launching.wait()
         read = read_data_urls(files, self.limits)
-        images = decode_images(read, self.limits)
+        images = decode_images(read, self.limits, self.decoders)
         sizes = [image.size for image in images]
         remaining = iter(images)
         conversation = [

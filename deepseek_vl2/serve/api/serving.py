@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import gc
 import socket
-import sys
 from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Any
@@ -17,9 +15,6 @@ from .app import Server
 from .connections import BoundedProtocol, ConnectionCounter
 
 ABORT_SECONDS = 10  # for last words, after which connections are cut
-# How long a thread of the server's process may keep the interpreter that another waits for. By default ten times that,
-# which is as long as several decoding steps.
-SWITCH_SECONDS = 0.0005
 
 
 class HttpServer(uvicorn.Server):
@@ -37,16 +32,6 @@ class HttpServer(uvicorn.Server):
         self.seconds = seconds
         self.hurried = False
 
-    def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until a signal comes."""
-        seconds = sys.getswitchinterval()
-        sys.setswitchinterval(SWITCH_SECONDS)
-        try:
-            super().run(sockets)
-        finally:
-            sys.setswitchinterval(seconds)
-            gc.unfreeze()
-
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Note a signal."""
         if self.should_exit and not self.hurried:
@@ -54,16 +39,6 @@ class HttpServer(uvicorn.Server):
             self._captured_signals.append(sig)
         else:
             super().handle_exit(sig, frame)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Load the application, whose objects are then left out of garbage collection.
-
-        There are hundreds of thousands: a collection of all of them would hold every answer up for a quarter of a
-        second.
-        """
-        await super().startup(sockets)
-        gc.collect()
-        gc.freeze()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what runs, as far as there is time."""

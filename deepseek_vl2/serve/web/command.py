@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     page.add_argument(
         "--host", "--ip", default="127.0.0.1", help="address to listen at; 0.0.0.0: everyone in the network gets in"
     )
-    page.add_argument("--port", type=whole_number(1), help="default: the first free one from 7860 on")
+    page.add_argument("--port", type=whole_number(1, 65_535), help="default: the first free one from 7860 on")
     page.add_argument("--root_path", help="the path that a proxy serves the page under")
     page.add_argument("--share", action="store_true", help="ask Gradio's service for a public address")
     limits, default = parser.add_argument_group("limits"), Limits()

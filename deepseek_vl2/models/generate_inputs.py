@@ -1,0 +1,129 @@
+"""What ``generate`` is given, looked at before any work goes into it: here a mistake has a name.
+
+Shape suffixes: B batch, T sequence, H width of the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers.generation import GenerationConfig
+
+from .config_fields import is_whole
+
+# Of ``generate`` itself; transformers hands them on to the model.
+NOT_FOR_FORWARD = ("tokenizer", "assistant_tokenizer")
+
+
+def describe(value: Any) -> str:
+    """Return what something is, for an error."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} of shape {list(value.shape)}".removeprefix("torch.")
+    return type(value).__name__
+
+
+def check_ids(input_ids: Any, vocab_size: int) -> None:
+    """Raise ``ValueError`` for what are no token ids, [B, T], of a vocabulary."""
+    if isinstance(input_ids, Mapping):
+        raise ValueError("Unpack what the processor returned: generate(**inputs), not generate(inputs).")
+    if isinstance(input_ids, str):
+        raise ValueError("generate takes token ids, not a text: generate(**processor(text=...)), or model.chat.")
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or not len(input_ids):
+        raise ValueError(f"input_ids must be a tensor of token ids, [rows, tokens], got {describe(input_ids)}.")
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids must be whole numbers, got {describe(input_ids)}.")
+    if not input_ids.numel() or input_ids.device.type == "meta" or torch.compiler.is_compiling():
+        return
+    low, high = torch.stack(input_ids.aminmax()).tolist()
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"input_ids hold {wrong}, which is no token: the model's are 0 to {vocab_size - 1}.")
+
+
+def check_embeds(inputs_embeds: Any, width: int) -> None:
+    """Raise ``ValueError`` for what are no embeddings, [B, T, H], of a model's width."""
+    if not isinstance(inputs_embeds, torch.Tensor) or inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width:
+        raise ValueError(f"inputs_embeds must be [rows, tokens, {width}], got {describe(inputs_embeds)}.")
+    if not inputs_embeds.is_floating_point():
+        raise ValueError(f"inputs_embeds must be of floating point, got {describe(inputs_embeds)}.")
+
+
+def check_prompt(input_ids: Any, inputs_embeds: Any, attention_mask: Any, config: Any, fresh: bool = True) -> None:
+    """Check the prompt of a call of ``generate``.
+
+    Args:
+        input_ids: [B, T], or ``None``.
+        inputs_embeds: [B, T, H], or ``None``.
+        attention_mask: [B, T], or ``None``.
+        config: of the language model.
+        fresh: no cache holds a part of the prompt.
+
+    Raises:
+        ValueError: one of them is of another kind or shape, or ids are no tokens; what was given is named.
+    """
+    if input_ids is not None:
+        check_ids(input_ids, config.vocab_size)
+    if inputs_embeds is not None:
+        check_embeds(inputs_embeds, config.hidden_size)
+    prompt = input_ids if inputs_embeds is None else inputs_embeds
+    if attention_mask is None or prompt is None:
+        return
+    if not isinstance(attention_mask, torch.Tensor):
+        raise ValueError(f"attention_mask must be a tensor, [rows, tokens], got {describe(attention_mask)}.")
+    if fresh and attention_mask.dim() == 2 and attention_mask.shape != prompt.shape[:2]:
+        raise ValueError(
+            f"attention_mask {list(attention_mask.shape)} does not fit a prompt of {list(prompt.shape[:2])}."
+        )
+
+
+def check_settings(setting: Callable[[str], Any], generation_config: Any) -> None:
+    """Raise ``ValueError`` for settings of another kind than ``generate`` takes; it checks the ranges of most itself.
+
+    Args:
+        setting: returns a setting of the call, by its name.
+        generation_config: of the call.
+    """
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+        raise ValueError(f"generation_config must be a GenerationConfig, got {describe(generation_config)}.")
+    most = setting("max_new_tokens")
+    if most is not None and not is_whole(most):
+        raise ValueError(f"max_new_tokens must be a whole number, got {most!r}.")
+    for name in ("num_beams", "num_return_sequences"):
+        value = setting(name)
+        if value is not None and (not is_whole(value) or value < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = setting(name)
+        several = isinstance(value, (list, tuple))
+        wrong = [i for i in (value if several else [value]) if i is not None and not isinstance(i, torch.Tensor)]
+        if any(not is_whole(i) for i in wrong):
+            raise ValueError(f"{name} must be a token's id, got {value!r}.")
+    stop = setting("stop_strings")
+    if stop is not None and (not stop or not all(isinstance(each, str) and each for each in stop)):
+        raise ValueError(f"stop_strings must be texts that are not empty, got {stop!r}.")
+
+
+def check_image_numbers(images: Any, images_spatial_crop: Any) -> None:
+    """Raise ``ValueError`` for tiles that are no normalised pixels, or tilings that are no whole numbers."""
+    if isinstance(images, torch.Tensor) and not images.is_floating_point():
+        raise ValueError(
+            f"images must be tiles as the processor returns them, of floating point, got {describe(images)}: the "
+            "processor takes pictures of bytes."
+        )
+    crop = images_spatial_crop
+    if isinstance(crop, torch.Tensor) and (crop.is_floating_point() or crop.is_complex()):
+        raise ValueError(f"images_spatial_crop must be whole numbers, got {describe(crop)}.")
+
+
+def check_unseen_images(input_ids: torch.Tensor, image_token_id: int) -> None:
+    """Raise ``ValueError`` for ids with image tokens, given to the language model alone."""
+    if input_ids.device.type == "meta" or torch.compiler.is_compiling():
+        return
+    tokens = int((input_ids == image_token_id).sum())
+    if tokens:
+        raise ValueError(
+            f"The prompt has {tokens} image tokens, which the language model alone does not see: give inputs_embeds, "
+            "of the whole model's prepare_inputs_embeds, or call the whole model's generate."
+        )

@@ -1,0 +1,120 @@
+"""What is no text, no picture or no option of a call of the processor is one sentence, never a raw error."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from support import mini_processor
+
+from deepseek_vl2.models import DeepseekVLV2Processor
+from deepseek_vl2.models.image_loading import load_image
+
+RED = Image.new("RGB", (64, 48), "red")
+
+
+@pytest.fixture(scope="module")
+def processor() -> DeepseekVLV2Processor:
+    return mini_processor()
+
+
+def turns(content: Any, answer: Any = "") -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+
+
+HALF = r"U\+D83D, half of a character"
+CALLS: dict[str, tuple[Callable[[DeepseekVLV2Processor], Any], str]] = {
+    "half a character": (lambda p: p(conversations=turns("a\ud83d")), HALF),
+    "half a character in a part": (lambda p: p(conversations=turns([{"type": "text", "text": "\ud83d"}])), HALF),
+    "half a character in an answer": (lambda p: p(conversations=turns("a", "\ud83d")), HALF),
+    "half a character in a system prompt": (lambda p: p(conversations=turns("a"), system_prompt="\ud83d"), HALF),
+    "half a character in a text": (lambda p: p(text="\ud83d"), HALF),
+    "half a character beside an escaped tag": (
+        lambda p: p(conversations=turns([{"type": "text", "text": "<image> \ud83d"}])),
+        HALF,
+    ),
+    "half a character in a template": (lambda p: p.apply_chat_template(turns("\ud83d"), tokenize=True), HALF),
+    "bytes as text": (lambda p: p(text=b"x"), "text must be a text, or a list of some, got b'x'"),
+    "no texts": (lambda p: p(text=[]), "text must be a text"),
+    "numbers as texts": (lambda p: p(text=["a", 1]), "got int"),
+    "ids as a text": (lambda p: p(text=[[1, 2]]), "got list"),
+    "a number as prompt": (lambda p: p(prompt=5), "prompt must be a text"),
+    "a number as images": (lambda p: p(text="<image>", images=0), "images is a list of images, got int"),
+    "a dict as images": (lambda p: p(text="<image>", images={"a": RED}), "images is a list of images, got dict"),
+    "a number as system prompt": (lambda p: p(conversations=turns("a"), system_prompt=5), "system_prompt"),
+    "no conversation": (lambda p: p.apply_chat_template(None), "A conversation is a list of messages"),
+    "a length of text": (lambda p: p(text="a", max_length="5", truncation=True), "max_length"),
+    "a negative multiple": (lambda p: p(text="a", pad_to_multiple_of=-3), "pad_to_multiple_of"),
+    "cropping of text": (lambda p: p(text="<image>", images=[RED], cropping="no"), "cropping"),
+    "a limit of text": (lambda p: p(text="<image>", images=[RED], max_pixels="x"), "max_pixels"),
+    "one number as resolutions": (
+        lambda p: p(text="<image>", images=[RED], candidate_resolutions=384),
+        "candidate_resolutions",
+    ),
+    "resolutions of one side": (
+        lambda p: p(text="<image>", images=[RED], candidate_resolutions=[(384,)]),
+        "candidate_resolutions",
+    ),
+    "labels decoded": (lambda p: p.decode([-100, 5]), "decode takes token ids"),
+    "a text decoded": (lambda p: p.decode("x"), "decode takes token ids"),
+    "boxes of a number": (lambda p: p.post_process_grounding(5), "decode it first"),
+    "boxes of ids": (lambda p: p.post_process_grounding([[1, 2]]), "decode it first"),
+    "a template that counts too far": (
+        lambda p: p.apply_chat_template(turns("a"), chat_template="{% for i in range(10**9) %}x{% endfor %}"),
+        "chat template refuses",
+    ),
+    "a template that divides by zero": (
+        lambda p: p.apply_chat_template(turns("a"), chat_template="{{ 1 // 0 }}"),
+        "chat template refuses",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_mistakes_are_told_in_a_sentence(processor: DeepseekVLV2Processor, name: str) -> None:
+    call, says = CALLS[name]
+    with pytest.raises(ValueError, match=says) as error:
+        call(processor)
+    assert "\n" not in str(error.value)
+
+
+PIXELS = torch.arange(48, dtype=torch.float32).reshape(3, 4, 4) / 48
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PIXELS.to(torch.float8_e4m3fn),
+        lambda: PIXELS.to(torch.float8_e5m2),
+        lambda: torch.quantize_per_tensor(PIXELS, 1 / 255, 0, torch.quint8),
+        lambda: (-PIXELS)._neg_view(),
+    ],
+    ids=["float8_e4m3fn", "float8_e5m2", "quantized", "negative view"],
+)
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_tensors_of_every_kind_of_number(make: Callable[[], torch.Tensor]) -> None:
+    tensor = make()
+    plain = tensor.dequantize() if tensor.is_quantized else tensor.float().clone()
+    assert load_image(tensor).tobytes() == load_image(plain).tobytes()
+    with pytest.raises(ValueError, match="holds numbers, not complex64"):
+        load_image(torch.ones(4, 4, dtype=torch.complex64).conj())
+
+
+def test_data_urls_as_they_are_found(tmp_path: Any) -> None:
+    RED.save(tmp_path / "red.png")
+    data = (tmp_path / "red.png").read_bytes()
+    plain = base64.b64encode(data).decode()
+    forms = {
+        "data:image/png;base64," + base64.encodebytes(data).decode(),
+        "data:image/png;base64," + base64.urlsafe_b64encode(data).decode().rstrip("="),
+        "DATA:image/png;charset=utf-8;BASE64," + plain,
+        "data:;base64, " + plain + "\n",
+    }
+    for url in forms:
+        assert load_image(url).tobytes() == RED.tobytes()
+    with pytest.raises(ValueError, match="is an address"):
+        load_image("HTTPS://example.org/a.png")

@@ -1,0 +1,190 @@
+"""Impossible values in a checkpoint's files are one sentence with the file and the field."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from deepseek_vl2.cli import main
+from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models.checkpoint_check import check_config
+from deepseek_vl2.models.config_fields import Field
+from deepseek_vl2.utils.demo import write_demo_checkpoint
+from deepseek_vl2.utils.io import load_pretrained_model
+
+CONFIG, PROCESSOR, TOKENIZER = "config.json", "processor_config.json", "tokenizer.json"
+SETTINGS, GENERATION, INDEX = "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json"
+WEIGHTS, TEMPLATE = "model.safetensors", "chat_template.jinja"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_demo_checkpoint(tmp_path_factory.mktemp("good"))
+
+
+@pytest.fixture
+def copied(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "checkpoint"))
+
+
+def change(directory: Path, file: str, part: str | None, **fields: Any) -> None:
+    content = json.loads((directory / file).read_text())
+    (content if part is None else content[part]).update(fields)
+    (directory / file).write_text(json.dumps(content))
+
+
+def check(error: pytest.ExceptionInfo[Any], directory: Path, file: str, says: str) -> None:
+    text = str(error.value)
+    assert str(directory) in text and file in text and says in text, text
+    assert "\n" not in text and len(text) < 400, text
+
+
+LANGUAGE: list[tuple[str, Any]] = [
+    ("num_attention_heads", 0), ("num_hidden_layers", -1), ("num_hidden_layers", 0), ("num_hidden_layers", 10**9),
+    ("hidden_size", "64"), ("hidden_size", 0), ("hidden_size", None), ("hidden_size", True), ("vocab_size", -5),
+    ("intermediate_size", 1.5), ("moe_intermediate_size", 0), ("num_key_value_heads", 0), ("n_routed_experts", -1),
+    ("n_shared_experts", -1), ("num_experts_per_tok", "3"), ("first_k_dense_replace", -3), ("rms_norm_eps", -1),
+    ("rms_norm_eps", "x"), ("max_position_embeddings", 0), ("max_position_embeddings", "4096"),
+    ("routed_scaling_factor", "a"), ("attention_dropout", 7), ("rope_scaling", "yarn"), ("q_lora_rank", 0),
+]  # fmt: skip
+VISION: list[tuple[str, Any]] = [
+    ("layers", 0), ("layers", -1), ("heads", 0), ("image_size", "384"), ("patch_size", 0), ("mlp_ratio", -1),
+    ("width", "64"),
+]  # fmt: skip
+PROJECTOR: list[tuple[str, Any]] = [("downsample_ratio", 0), ("input_dim", "x"), ("mlp_ratio", 0), ("depth", "2")]
+WHOLE: list[tuple[str, Any]] = [
+    ("language_config", "x"), ("vision_config", 5), ("projector_config", []), ("global_view_pos", 3),
+    ("candidate_resolutions", "x"), ("candidate_resolutions", [[384]]), ("candidate_resolutions", [[0, 0]]),
+    ("image_token_id", "x"), ("quantization_config", 5),
+]  # fmt: skip
+FIELDS = [
+    *(("language_config", *pair) for pair in LANGUAGE),
+    *(("vision_config", *pair) for pair in VISION),
+    *(("projector_config", *pair) for pair in PROJECTOR),
+    *((None, *pair) for pair in WHOLE),
+]
+
+
+@pytest.mark.parametrize(("part", "name", "value"), FIELDS)
+def test_impossible_fields_of_the_config(copied: Path, part: str | None, name: str, value: Any) -> None:
+    change(copied, CONFIG, part, **{name: value})
+    with pytest.raises(ValueError) as error:
+        check_config(copied, DeepseekVLV2Config.model_type)
+    check(error, copied, CONFIG, "dict" if name == "quantization_config" else name)
+
+
+@pytest.mark.parametrize("value", [0, "64"])
+def test_every_way_to_the_config_says_so(copied: Path, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    change(copied, CONFIG, "language_config", num_attention_heads=value)
+    for load in (load_pretrained_model, DeepseekVLV2ForCausalLM.from_pretrained, DeepseekVLV2Processor.from_pretrained):
+        with pytest.raises(ValueError) as error:
+            load(copied)
+        check(error, copied, CONFIG, "num_attention_heads")
+    assert main.main(["info", str(copied)]) == 1
+    shown = capsys.readouterr().err
+    assert CONFIG in shown and "num_attention_heads" in shown and "Traceback" not in shown
+
+
+PROCESSOR_FIELDS: list[tuple[str, Any]] = [
+    ("patch_size", 0), ("patch_size", "a"), ("patch_size", 15), ("downsample_ratio", 0), ("downsample_ratio", 3),
+    ("candidate_resolutions", []), ("candidate_resolutions", [[1, 1]]), ("candidate_resolutions", [["a", "b"]]),
+    ("candidate_resolutions", [[384, 384, 384]]), ("image_mean", [0.5]), ("image_mean", "x"), ("image_std", [0, 0, 0]),
+    ("image_std", None), ("ignore_id", "x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), PROCESSOR_FIELDS)
+def test_impossible_fields_of_the_processor(copied: Path, name: str, value: Any) -> None:
+    change(copied, PROCESSOR, None, **{name: value})
+    with pytest.raises(ValueError) as error:
+        DeepseekVLV2Processor.from_pretrained(copied)
+    check(error, copied, PROCESSOR, name)
+
+
+def write(file: str, content: bytes) -> Callable[[Path], Any]:
+    return lambda directory: (directory / file).write_bytes(content)
+
+
+def tokenizer(**fields: Any) -> Callable[[Path], Any]:
+    return lambda directory: change(directory, TOKENIZER, None, **fields)
+
+
+def without_image_token(directory: Path) -> None:
+    content = json.loads((directory / TOKENIZER).read_text())
+    added = [token for token in content["added_tokens"] if token["content"] != "<image>"]
+    change(directory, TOKENIZER, None, added_tokens=added)
+
+
+def shard_of_a_number(directory: Path) -> None:
+    names = load_file(directory / WEIGHTS)
+    (directory / INDEX).write_text(json.dumps({"weight_map": {**dict.fromkeys(names, WEIGHTS), "image_newline": 3}}))
+
+
+def stored_as(dtype: torch.dtype) -> Callable[[Path], None]:
+    def spoil(directory: Path) -> None:
+        weights = load_file(directory / WEIGHTS)
+        weights["image_newline"] = weights["image_newline"].to(dtype)
+        save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+
+    return spoil
+
+
+FILES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "a list as processor": (write(PROCESSOR, b"[]"), PROCESSOR, "no JSON object"),
+    "a processor of bytes": (write(PROCESSOR, b"\xff\xfe"), PROCESSOR, "UTF-8"),
+    "a template of bytes": (write(TEMPLATE, b"\xff\xfe"), TEMPLATE, "UTF-8"),
+    "a garbled generation config": (write(GENERATION, b"{"), GENERATION, "valid JSON"),
+    "a list as generation config": (write(GENERATION, b"[]"), GENERATION, "no JSON object"),
+    "an end that is no token": (write(GENERATION, b'{"eos_token_id": "x"}'), GENERATION, "eos_token_id"),
+    "no beams": (write(GENERATION, b'{"num_beams": 0}'), GENERATION, "num_beams"),
+    "added tokens of a number": (tokenizer(added_tokens=5), TOKENIZER, "added_tokens"),
+    "added tokens without ids": (tokenizer(added_tokens=[{"content": "a"}]), TOKENIZER, "added_tokens"),
+    "an unknown kind of tokenizer": (tokenizer(pre_tokenizer={"type": "Nope"}), TOKENIZER, "cannot be read"),
+    "no image token": (without_image_token, TOKENIZER, "another model's"),
+    "a length that is no number": (write(SETTINGS, b'{"model_max_length": "x"}'), SETTINGS, "model_max_length"),
+    "a shard of a number": (shard_of_a_number, INDEX, "shard"),
+    "weights as whole numbers": (stored_as(torch.int64), WEIGHTS, "image_newline as whole numbers (I64)"),
+    "weights of two values": (stored_as(torch.bool), WEIGHTS, "BOOL"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_are_of_no_use(copied: Path, name: str) -> None:
+    spoil, file, says = FILES[name]
+    spoil(copied)
+    with pytest.raises(ValueError) as error:
+        load_pretrained_model(copied, device="cpu")
+    check(error, copied, file, says)
+
+
+def test_a_tokenizer_that_names_no_end(copied: Path) -> None:
+    (copied / SETTINGS).unlink()
+    with pytest.raises(ValueError, match=r"names no bos_token: its tokenizer_config\.json is missing"):
+        DeepseekVLV2Processor.from_pretrained(copied)
+
+
+def test_without_a_processor_config_images_are_cut_as_the_model_was_trained(copied: Path) -> None:
+    settings = json.loads((copied / PROCESSOR).read_text())
+    assert len(settings["candidate_resolutions"]) > 1 or settings["patch_size"] != 16
+    wide = Image.new("RGB", (900, 300), "red")
+    turns = [{"role": "user", "content": "<image>", "images": [wide]}]
+    before = DeepseekVLV2Processor.from_pretrained(copied)(conversations=turns)
+    (copied / PROCESSOR).unlink()
+    after = DeepseekVLV2Processor.from_pretrained(copied)(conversations=turns)
+    assert before["images_spatial_crop"].equal(after["images_spatial_crop"])
+    assert before["input_ids"].equal(after["input_ids"])
+
+
+def test_numbers_as_other_programs_write_them(copied: Path) -> None:
+    change(copied, CONFIG, "language_config", rms_norm_eps="1e-06", n_group=0, routed_scaling_factor=2)
+    config = check_config(copied, DeepseekVLV2Config.model_type)
+    assert DeepseekVLV2Config.from_dict(config).language_config.rms_norm_eps == 1e-6
+    assert Field(0, whole=False).allows(torch.tensor(0.5).numpy()[()]) and not Field().allows(float("nan"))

@@ -1,0 +1,136 @@
+"""What is no prompt, or no setting, gets one sentence from ``generate`` instead of an answer or a raw error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import GenerationConfig
+
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.utils.demo import demo_checkpoint
+from deepseek_vl2.utils.io import load_pretrained_model
+
+
+class Loaded:
+    """The demo model with a text prompt and one with a picture."""
+
+    model: DeepseekVLV2ForCausalLM
+    processor: DeepseekVLV2Processor
+
+    def __init__(self) -> None:
+        _, self.processor, self.model = load_pretrained_model(demo_checkpoint(), device="cpu")
+        image = Image.new("RGB", (64, 48), "red")
+        self.text = self._inputs("hello")
+        self.seen = self._inputs("<image>\nhello", images=[image])
+        self.ids = self.text["input_ids"]
+
+    def _inputs(self, content: str, **more: Any) -> dict[str, Any]:
+        turns = [{"role": "user", "content": content, **more}, {"role": "assistant", "content": ""}]
+        return dict(self.processor(conversations=turns, force_batchify=True))
+
+    def generate(self, inputs: Any = None, **kwargs: Any) -> torch.Tensor:
+        return self.model.generate(inputs, **{"max_new_tokens": 4, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return Loaded()
+
+
+def changed(inputs: dict[str, Any], name: str, change: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
+    return {**inputs, name: change(inputs[name])}
+
+
+PROMPTS: dict[str, tuple[Callable[[Loaded], Any], str]] = {
+    "a row": (lambda m: m.generate(m.ids[0]), r"\[rows, tokens\], got int64 of shape \[\d+\]"),
+    "three dimensions": (lambda m: m.generate(m.ids[None]), r"\[rows, tokens\]"),
+    "no rows": (lambda m: m.generate(m.ids[:0]), r"\[rows, tokens\]"),
+    "a list": (lambda m: m.generate(m.ids.tolist()), "got list"),
+    "an array": (lambda m: m.generate(m.ids.numpy()), "got ndarray"),
+    "floats": (lambda m: m.generate(m.ids.float()), "whole numbers, got float32"),
+    "a mask as ids": (lambda m: m.generate(m.ids.bool()), "whole numbers, got bool"),
+    "no token": (lambda m: m.generate(torch.tensor([[10**6]])), "hold 1000000, which is no token"),
+    "a negative id": (lambda m: m.generate(torch.tensor([[1, -100]])), "hold -100, which is no token"),
+    "a text": (lambda m: m.generate("hello"), "not a text"),
+    "the whole batch": (lambda m: m.generate(m.processor(text="hello")), r"generate\(\*\*inputs\)"),
+    "flat embeddings": (lambda m: m.generate(inputs_embeds=torch.zeros(3, 64)), r"got float32 of shape \[3, 64\]"),
+    "narrow embeddings": (lambda m: m.generate(inputs_embeds=torch.zeros(1, 3, 7)), r"\[rows, tokens, 64\]"),
+    "embeddings of whole numbers": (
+        lambda m: m.generate(inputs_embeds=torch.zeros(1, 3, 64, dtype=torch.long)),
+        "floating point",
+    ),
+    "a short mask": (lambda m: m.generate(m.ids, attention_mask=torch.ones(1, 2)), "does not fit a prompt"),
+    "a mask of one row": (lambda m: m.generate(m.ids.repeat(2, 1), attention_mask=m.ids > -1), "does not fit a prompt"),
+    "a mask of text": (lambda m: m.generate(m.ids, attention_mask="x"), "attention_mask must be a tensor"),
+    "images alone": (lambda m: m.generate(images=m.seen["images"]), "without input_ids"),
+    "pixels alone": (lambda m: m.generate(pixel_values=m.seen["images"]), "without input_ids"),
+    "images of bytes": (lambda m: m.generate(**changed(m.seen, "images", lambda x: x.byte())), "floating point"),
+    "tilings as floats": (
+        lambda m: m.generate(**changed(m.seen, "images_spatial_crop", lambda x: x.float())),
+        "images_spatial_crop must be whole numbers",
+    ),
+    "image tokens for the language model": (
+        lambda m: m.model.language.generate(m.seen["input_ids"], max_new_tokens=2),
+        "421 image tokens, which the language model alone does not see",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_what_is_no_prompt(loaded: Loaded, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    call, says = PROMPTS[name]
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match=says) as error:
+        call(loaded)
+    assert "\n" not in str(error.value)
+    assert not caplog.records, "the engine met it first"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_new_tokens": "4"}, "max_new_tokens"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens"),
+        ({"max_new_tokens": True}, "max_new_tokens"),
+        ({"num_beams": 0}, "num_beams"),
+        ({"num_beams": -2}, "num_beams"),
+        ({"num_return_sequences": 0, "do_sample": True}, "num_return_sequences"),
+        ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"eos_token_id": [1, "x"]}, "eos_token_id"),
+        ({"pad_token_id": "x"}, "pad_token_id"),
+        ({"stop_strings": [""]}, "stop_strings"),
+        ({"stop_strings": ""}, "stop_strings"),
+        ({"generation_config": {"max_new_tokens": 3}}, "GenerationConfig"),
+    ],
+)
+def test_what_is_no_setting(loaded: Loaded, settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        loaded.generate(**{**loaded.text, **settings})
+
+
+def test_settings_of_other_kinds_that_mean_the_same(loaded: Loaded) -> None:
+    plain = loaded.generate(**loaded.text)
+    config = GenerationConfig(max_new_tokens=4, eos_token_id=[257], pad_token_id=257)
+    assert loaded.model.generate(**loaded.text, generation_config=config).equal(plain)
+    assert loaded.generate(**loaded.text, eos_token_id=torch.tensor([257]), max_new_tokens=np.int64(4)).equal(plain)
+    assert loaded.generate(loaded.ids.int()).equal(plain)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"use_cache": False}])
+def test_stop_strings_end_an_answer(loaded: Loaded, settings: dict[str, Any]) -> None:
+    tokenizer = loaded.processor.tokenizer
+    start = loaded.ids.shape[1]
+    long = loaded.generate(**loaded.text, max_new_tokens=12, **settings)[0, start:].tolist()
+    texts = [tokenizer.decode([token]) for token in long]
+    stop = next(text for text in texts[1:] if text.isprintable() and text.isascii())
+    found = loaded.generate(**loaded.text, max_new_tokens=12, stop_strings=[stop], tokenizer=tokenizer, **settings)[
+        0, start:
+    ].tolist()
+    assert stop in tokenizer.decode(found)
+    if not settings.get("num_beams"):
+        assert found == long[: texts.index(stop) + 1]
