@@ -6,8 +6,13 @@ import threading
 import time
 from collections.abc import Callable
 
+import pytest
+from support import shared_mini_model
+
 from deepseek_vl2.engine import launching
+from deepseek_vl2.engine.engine import Engine
 from deepseek_vl2.engine.launching import Launching
+from deepseek_vl2.engine.scheduler import EngineOptions
 
 
 def seconds_of(work: Callable[[], None]) -> float:
@@ -47,3 +52,30 @@ def test_others_work_while_the_engine_waits_for_the_device() -> None:
     with gate.paused():
         pass
     assert gate._over.is_set(), "nothing was launched before"
+
+
+def test_what_is_prepared_is_prepared_in_the_engines_thread() -> None:
+    """Libraries keep plans for each thread."""
+    threads: list[str] = []
+
+    def prepare() -> None:
+        threads.append(threading.current_thread().name)
+        engine.warm_up()
+
+    engine = Engine(shared_mini_model("small").language, EngineOptions(max_batch=1, kv_cache_tokens=256))
+    engine.start(prepare)
+    try:
+        assert threads == ["engine"]
+    finally:
+        engine.stop()
+
+
+def test_a_preparation_that_fails_is_told_and_leaves_the_engine_to_be_started() -> None:
+    def prepare() -> None:
+        raise MemoryError("none left")
+
+    engine = Engine(shared_mini_model("small").language, EngineOptions(max_batch=1, kv_cache_tokens=256))
+    with pytest.raises(MemoryError, match="none left"):
+        engine.start(prepare)
+    engine.start()
+    engine.stop()
