@@ -192,9 +192,11 @@ class Engine:
                 scratch = self.kv_cache.allocate(self.options.prefill_tokens)
             except OutOfTokens:  # a pool that grows, or is small
                 scratch = None
-            self.runner.capture_all(self.rows, scratch)
-            if scratch is not None:
-                self.kv_cache.free(scratch)
+            try:
+                self.runner.capture_all(self.rows, scratch)
+            finally:
+                if scratch is not None:
+                    self.kv_cache.free(scratch)
             logger.debug("Steps and prompts were captured in %.1f s.", time.monotonic() - start)
 
     def start(self, prepare: Callable[[], None] | None = None) -> None:

@@ -11,6 +11,7 @@ from support import shared_mini_model
 
 from deepseek_vl2.engine import launching
 from deepseek_vl2.engine.engine import Engine
+from deepseek_vl2.engine.kv_cache import Extent
 from deepseek_vl2.engine.launching import Launching
 from deepseek_vl2.engine.scheduler import EngineOptions
 
@@ -79,3 +80,16 @@ def test_a_preparation_that_fails_is_told_and_leaves_the_engine_to_be_started() 
         engine.start(prepare)
     engine.start()
     engine.stop()
+
+
+def test_a_warm_up_that_fails_gives_its_part_of_the_pool_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture_all(rows: object, scratch: Extent | None) -> None:
+        assert scratch is not None and scratch.capacity == 64
+        raise MemoryError("none left")
+
+    options = EngineOptions(max_batch=1, kv_cache_tokens=256, prefill_tokens=64)
+    engine = Engine(shared_mini_model("small").language, options)
+    monkeypatch.setattr(engine.runner, "capture_all", capture_all)
+    with pytest.raises(MemoryError):
+        engine.warm_up()
+    assert engine.kv_cache.allocate(256).capacity == 256
