@@ -36,6 +36,7 @@ __all__ = [
     "run_packed_queries_keys_values",
     "scale",
     "unsupported_reason",
+    "warm_up_images",
 ]
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,30 @@ def begin_tiles(model: Any, images: torch.Tensor, crops: torch.Tensor) -> Callab
 
     with torch.cuda.device(images.device):
         return vision.begin(model, images, crops)
+
+
+def warm_up_images(model: Any) -> None:
+    """Capture and compile what images go through, which takes seconds on a GPU; elsewhere nothing is done.
+
+    Called by servers before they listen.
+    """
+    weight = model.vision.patch_embed.proj.weight
+    if not _is_for_kernels(weight):
+        return
+    import torch
+
+    from . import images, support, vision
+
+    with torch.cuda.device(weight.device):
+        if support.unsupported_device(weight) is None:
+            vision.warm_up(model)
+        try:
+            if may_scale():
+                images.warm_up(model.config.vision_config.image_size, weight.device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler or its tools may raise: `scale` leaves images to Pillow then
+            logger.warning("What resizes images did not compile: %s: %s", type(error).__name__, error)
 
 
 def may_scale() -> bool:

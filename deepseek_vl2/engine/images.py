@@ -64,3 +64,10 @@ def scale(pictures: Pictures, device: torch.device) -> torch.Tensor | None:
                 start += grid.views
             row[start:] = 0
     return out
+
+
+def warm_up(side: int, device: torch.device) -> None:
+    """Compile what scales images to tiles of a side."""
+    picture = upload(np.zeros((side, 2 * side + 1, 3), np.uint8), device)
+    tiles_VSSC = torch.empty(2, side, side, 3, dtype=torch.uint8, device=device)
+    write_view(picture, TileGrid(2, 1), (127, 127, 127), tiles_VSSC)

@@ -275,12 +275,8 @@ def pad_attention(segments: Sequence[Segment]) -> tuple[list[int] | None, int]:
         return None, 0
     windows = [padded_length(s.new) for s in segments]
     tokens = sum(s.new for s in segments)
-    # A prompt before the last one may reach as far.
-    ends, first = [], 0
-    for segment, window in zip(segments, windows, strict=True):
-        ends.append(first + window)
-        first += segment.new
-    return windows, padded_length(max(ends)) - tokens
+    # No window reaches farther than the last one: each is less than a step longer than its segment.
+    return windows, padded_length(tokens - segments[-1].new + windows[-1]) - tokens
 
 
 def place_tokens(

@@ -17,14 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..models.image_merge import real_grids, select_tiles
 from ..models.modeling_deepseek_vl_v2 import DeepseekVLV2ForCausalLM
-from ..models.tiling import TileGrid
 from . import cuda_graphs, vision_kernels
-from . import images as pictures
 from .attached import attached
 from .cuda_graphs import CapturedGraph, GraphCache
 from .fingerprint import ModuleFingerprint
@@ -237,18 +234,13 @@ def encode_tiles(model: Any, tiles_V3SS: torch.Tensor) -> torch.Tensor | None:
 
 @torch.inference_mode()
 def warm_up(model: Any) -> None:
-    """Capture all graphs of tiles, which takes seconds on a GPU; elsewhere nothing is done."""
+    """Capture all graphs of tiles, which takes seconds."""
     weight, side = model.vision.patch_embed.proj.weight, model.config.vision_config.image_size
-    if weight.device.type != "cuda":
-        return
     # The most first: they make the buffers that all share.
     for count in (FULL_PASS, *range(MAX_TILES, 0, -1)):
         tiles = weight.new_zeros(count, 3, side, side)
         for _ in range(2):  # launched, and then captured
             encode_tiles(model, tiles)
-    picture = pictures.upload(np.zeros((side, 2 * side + 1, 3), np.uint8), weight.device)
-    tiles = torch.empty(2, side, side, 3, dtype=torch.uint8, device=weight.device)
-    pictures.write_view(picture, TileGrid(2, 1), (127, 127, 127), tiles)  # its kernels, too
 
 
 def begin(model: Any, images: torch.Tensor, crops: torch.Tensor) -> Callable[[], torch.Tensor] | None:

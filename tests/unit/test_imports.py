@@ -108,3 +108,22 @@ NAMES = {
 def test_public_names_have_their_import_paths(module: str) -> None:
     imported = __import__(module, fromlist=["*"])
     assert [name for name in NAMES[module].split() if not hasattr(imported, name)] == []
+
+
+WITHOUT_TRITON = """
+import importlib.abc, sys
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import deepseek_vl2.serve.api.app, deepseek_vl2.engine.holder, deepseek_vl2.engine.backend
+"""
+
+
+def test_the_server_is_imported_where_there_is_no_triton() -> None:
+    """As on a Mac."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from deepseek_vl2 import __version__
-from deepseek_vl2.engine import vision
+from deepseek_vl2.engine import backend
 from deepseek_vl2.engine.detokenizer import token_bytes_of
 from deepseek_vl2.engine.engine import end_ids
 from deepseek_vl2.engine.holder import engine_of, existing_engine, release_model
@@ -165,7 +165,7 @@ class Server:
 
     def _warm_up(self) -> None:
         """See that who is answered first waits no longer than who is last."""
-        for warm_up in (self.engine.warm_up, partial(vision.warm_up, self.model)):
+        for warm_up in (self.engine.warm_up, partial(backend.warm_up_images, self.model)):
             try:
                 warm_up()
             except torch.OutOfMemoryError:
