@@ -99,8 +99,9 @@ def _gemm_kernel(
         else:
             dtype = x_ptr.dtype.element_ty
             weight = load_tile(
-                matrix, scale_ptr, n, size, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype
-            )
+                matrix, scale_ptr, n, size, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype,
+                BY_WORD=BLOCK_N < 64,
+            )  # fmt: skip
         x_offsets = group * x_group + b[None, :] * x_row + k[:, None]
         x = tl.load(x_ptr + x_offsets, mask=(b < rows)[None, :] & (k < K)[:, None], other=0.0)
         total = dot(weight, x, total)
@@ -129,7 +130,7 @@ def gemm_blocks(rows: int, outputs: int, inputs: int, device: torch.device, fmt:
     return {
         "BLOCK_N": min(block_n, power_of_two(outputs, 16)),
         "BLOCK_K": block_k,
-        "BLOCK_B": min(power_of_two(rows, 16), 64),
+        "BLOCK_B": min(power_of_two(rows, 8), 64),
         "STAGES": stages,
         "num_warps": 4,
     }

@@ -244,10 +244,11 @@ def load_tile(
     GROUP: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
+    BY_WORD: tl.constexpr = False,
 ) -> tl.tensor:
     """Return a tile of a packed weight, [rows, BLOCK_K]; scales of whole rows are still to be applied.
 
-    A packed row has ``width`` numbers and ``count`` scales.
+    A packed row has ``width`` numbers and ``count`` scales. BY_WORD: see `unpack_pairs`.
     """
     HALF: tl.constexpr = tl.float16 == DTYPE or tl.bfloat16 == DTYPE
     if HALF and not INTERPRETED:
@@ -257,7 +258,7 @@ def load_tile(
         columns = tl.multiple_of(start // PER_BYTE, BLOCK_K // PER_BYTE) + tl.arange(0, BLOCK_K // PER_BYTE)
         held = (rows < size)[:, None] & (columns < row_bytes)[None, :]
         part = tl.load(bytes_ptr + rows.to(tl.int64)[:, None] * row_bytes + columns[None, :], mask=held, other=0)
-        tile = unpack_pairs(part, KIND, DTYPE)
+        tile = unpack_pairs(part, KIND, DTYPE, BY_WORD)
         if GROUP > 0:
             scale = load_column_scale(scale_ptr, rows, size, start, count, BLOCK_K, GROUP, ROW_BLOCK)
             tile = (tile * scale).to(DTYPE)
