@@ -208,7 +208,7 @@ class KernelChecks:
                 topk_weights,
                 normed,
             )
-            tokens = decode_align.align_plain(ids, routing.num_experts)
+            tokens = decode_align.align_plain(ids, routing.num_experts, decode_align.tile_rows(layer.experts.gate_up))
             routed, shared = self.poisoned(rows, routing.top_k, inner), self.poisoned(rows, common)
             routed_out, shared_out = self.poisoned(rows, routing.top_k, self.hidden), self.poisoned(rows, self.hidden)
             decode_experts_gemm.gate_up_gemm(normed, layer.experts, routed, shared, tokens)

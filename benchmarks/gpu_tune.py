@@ -93,7 +93,7 @@ class Tuner:
         self.routed_out, self.shared_out = draw(rows, routing.top_k, hidden), draw(rows, hidden)
         chosen = torch.rand(rows, routing.num_experts, device=like.device).argsort(dim=1)[:, : routing.top_k]
         self.ids, self.topk_weights = chosen.int(), torch.rand(rows, routing.top_k, device=like.device)
-        self.tokens = decode_align.align_plain(self.ids, routing.num_experts)
+        self.tokens = decode_align.align_plain(self.ids, routing.num_experts, decode_align.tile_rows(e.gate_up))
         self.hit = int(chosen.unique().numel())
 
     def project(self, layer: LayerWeights, blocks: Blocks) -> None:

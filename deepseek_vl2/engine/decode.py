@@ -30,7 +30,7 @@ from ..ops.triton import (
     router,
 )
 from ..ops.triton.common import multiprocessors, pdl_options, power_of_two
-from ..ops.triton.decode_align import ExpertTokens, max_further
+from ..ops.triton.decode_align import ExpertTokens, max_further, tile_rows
 from ..ops.triton.decode_experts import ExpertWeights
 from ..ops.triton.router import RouterConfig
 from ..ops.triton.weights import Weight
@@ -143,14 +143,15 @@ class DecodeBuffers:
             self.scratch[key] = torch.empty(shape, dtype=dtype, device=self.hidden.device)
         return self.scratch[key]
 
-    def expert_tokens(self, layer: int, routing: RouterConfig) -> ExpertTokens:
+    def expert_tokens(self, layer: int, routing: RouterConfig, tile: int) -> ExpertTokens:
         """Return the lists of a layer's experts, which its router writes."""
-        further = max_further(self.count, routing.top_k)
+        further = max_further(self.count, routing.top_k, tile)
         return ExpertTokens(
             self.expert_counts[layer, : routing.num_experts + 1],
             self.take("expert tokens", routing.num_experts, self.count, dtype=torch.int32),
             self.take("further tiles", further, dtype=torch.int32),
             routing.top_k,
+            tile,
         )
 
 
@@ -298,7 +299,7 @@ def mlp_gemm(
         ids = buffers.take(f"ids {id(layer)}", rows, routing.top_k, dtype=torch.int32)
         topk_weights = buffers.take("topk weights", rows, routing.top_k, dtype=torch.float32)
         logits = buffers.take("gate", rows, routing.num_experts, dtype=torch.float32)
-        tokens = buffers.expert_tokens(index, routing) if small else None
+        tokens = buffers.expert_tokens(index, routing, tile_rows(weights.gate_up)) if small else None
         router.route(
             hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, routing, logits, buffers.counters, ids,
             topk_weights, normed, live_rows=buffers.rows.live if small else None, tokens=tokens, **pdl,

@@ -16,13 +16,14 @@ pytest.importorskip("triton")
 
 from deepseek_vl2.models.quantization import PackedWeight, WeightFormat, dequantize, quantize
 from deepseek_vl2.ops.triton import packed_gemv, unpack_pairs
-from deepseek_vl2.ops.triton.decode_align import align_plain
+from deepseek_vl2.ops.triton.decode_align import PACKED_TILE, align_plain
 from deepseek_vl2.ops.triton.decode_experts import ExpertWeights, down_plain, gate_up_plain
 from deepseek_vl2.ops.triton.decode_experts_gemm import down_gemm, gate_up_gemm
 from deepseek_vl2.ops.triton.decode_experts_gemv import down_gemv, gate_up_gemv
 from deepseek_vl2.ops.triton.decode_gemm import linear_gemm
 from deepseek_vl2.ops.triton.decode_gemv import linear_gemv
-from deepseek_vl2.ops.triton.weights import QuantWeight
+from deepseek_vl2.ops.triton.prefill_experts import permute_tokens, permuted_experts
+from deepseek_vl2.ops.triton.weights import QuantWeight, fragment_order
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMATS = {
@@ -307,7 +308,7 @@ def test_experts_of_a_few_rows(routed: str | None, shared: str | None) -> None:
         poisoned_routed, routed_out = poisoned(rows, 2, 128), poisoned(rows, 2, 128)
     if shared:
         poisoned_shared, shared_out = poisoned(rows, 256), poisoned(rows, 128)
-    tokens = None if ids is None else align_plain(ids, 4)
+    tokens = None if ids is None else align_plain(ids, 4, PACKED_TILE)
     gate_up_gemm(x, weights, poisoned_routed, poisoned_shared, tokens)
     parts = gate_up_plain(x, exact, ids)
     for got, want in zip((poisoned_routed, poisoned_shared), parts, strict=True):
@@ -318,6 +319,30 @@ def test_experts_of_a_few_rows(routed: str | None, shared: str | None) -> None:
     for got, want in zip((routed_out, shared_out), down_plain(*parts, exact, ids), strict=True):
         if got is not None and want is not None:
             check(got, want)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("hidden", "inner"), [(128, 128), (192, 96)])
+def test_experts_of_a_prompt(name: str, hidden: int, inner: int) -> None:
+    """Widths of whole fragments, whose columns change places on the way, and others."""
+    fmt = FORMATS[name]
+    if inner % (128 if fmt.block else max(fmt.group_size, 1)):
+        pytest.skip("this format has no such rows")
+    weights, exact = layer(FORMATS[name], None, (5, hidden, inner, 0))
+    assert weights.gate_up is not None and weights.down is not None
+    x, ids = draw(37, hidden), torch.rand(37, 5, device=DEVICE).argsort(dim=1)[:, :3].int()
+    outputs, row_map = permuted_experts(x, weights.gate_up, weights.down, ids)
+    routed, _ = down_plain(*gate_up_plain(x, exact, ids), exact, ids)
+    assert routed is not None
+    check(outputs[row_map.long()], routed.flatten(0, 1))
+
+
+def test_the_order_of_fragments_is_that_of_the_kernels() -> None:
+    order = fragment_order(128)
+    assert sorted(order) == list(range(128))
+    x = torch.arange(128.0, device=DEVICE).repeat(2, 1)
+    found = permute_tokens(x, torch.tensor([1, 0], dtype=torch.int32, device=DEVICE), fragments=True)
+    assert found.tolist() == [[float(column) for column in order]] * 2
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -14,25 +14,30 @@ import torch
 import triton
 import triton.language as tl
 
-# Rows of an expert that are multiplied at once: what the tensor cores take at least.
-TILE = 8
+from .weights import QuantWeight, Weight
+
+# Rows of an expert that are multiplied at once. Packed weights take the fewest that tensor cores do: their time is what
+# each thread unpacks, and registers let more programs run. Plain ones would be read again by a second tile.
+PACKED_TILE, PLAIN_TILE = 8, 16
 
 
 @dataclass(frozen=True)
 class ExpertTokens:
-    """The routed tokens of each expert, in tiles of `TILE`: the first of every expert, and then all further ones.
+    """The routed tokens of each expert, in tiles: the first of every expert, and then all further ones.
 
     Fields:
         counts: int32 [E + 1], rows of each expert, and last the number of further tiles; 0 before `router.route`.
         tokens: int32 [E, B], of each expert ``row * K + slot`` of its rows; behind its count undefined.
         further: int32 [`max_further`], ``expert * tiles of B rows + tile``; behind their number undefined.
         top_k: K.
+        tile: rows of a tile.
     """
 
     counts: torch.Tensor
     tokens: torch.Tensor
     further: torch.Tensor
     top_k: int
+    tile: int
 
     @property
     def rows(self) -> int:
@@ -40,15 +45,20 @@ class ExpertTokens:
         return self.tokens.shape[1]
 
 
-def max_further(rows: int, top_k: int) -> int:
+def tile_rows(weight: Weight | None) -> int:
+    """Return the rows of a tile of some experts."""
+    return PACKED_TILE if isinstance(weight, QuantWeight) else PLAIN_TILE
+
+
+def max_further(rows: int, top_k: int, tile: int) -> int:
     """Return how many tiles beyond the first ones of their experts there can be: each follows a full one."""
-    return rows * top_k // (TILE + 1)
+    return rows * top_k // (tile + 1)
 
 
-def align_plain(topk_ids_BK: torch.Tensor, num_experts: int) -> ExpertTokens:
+def align_plain(topk_ids_BK: torch.Tensor, num_experts: int, tile: int) -> ExpertTokens:
     """Return the experts' rows; an id of -1 stands for no expert."""
     rows, top_k = topk_ids_BK.shape
-    tiles = triton.cdiv(rows, TILE)
+    tiles = triton.cdiv(rows, tile)
     counts = torch.zeros(num_experts + 1, dtype=torch.int32)
     tokens = torch.zeros(num_experts, rows, dtype=torch.int32)
     further: list[int] = []
@@ -56,14 +66,14 @@ def align_plain(topk_ids_BK: torch.Tensor, num_experts: int) -> ExpertTokens:
         if expert < 0:
             continue
         place = int(counts[expert])
-        if place and place % TILE == 0:
-            further.append(expert * tiles + place // TILE)
+        if place and place % tile == 0:
+            further.append(expert * tiles + place // tile)
         tokens[expert, place] = token
         counts[expert] += 1
     counts[-1] = len(further)
-    listed = torch.tensor(further + [0] * (max_further(rows, top_k) - len(further)), dtype=torch.int32)
+    listed = torch.tensor(further + [0] * (max_further(rows, top_k, tile) - len(further)), dtype=torch.int32)
     device = topk_ids_BK.device
-    return ExpertTokens(counts.to(device), tokens.to(device), listed.to(device), top_k)
+    return ExpertTokens(counts.to(device), tokens.to(device), listed.to(device), top_k, tile)
 
 
 @triton.jit

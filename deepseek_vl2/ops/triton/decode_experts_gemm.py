@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .common import check_rows, dot, grid_wait, launch_dependents, power_of_two
-from .decode_align import TILE, ExpertTokens, find_tokens
+from .decode_align import ExpertTokens, find_tokens, tile_rows
 from .decode_experts import ExpertWeights, silu_mul
 from .weights import (
     INT4,
@@ -250,7 +250,8 @@ def gate_up_gemm(
     sizes["BLOCK_N"] = min(
         sizes["BLOCK_N"], power_of_two(max(weights.intermediate_size, weights.shared_intermediate_size), 16)
     )
-    programs = triton.cdiv(rows, TILE) * triton.cdiv(weights.shared_intermediate_size, sizes["BLOCK_N"])
+    tile = tile_rows(parts[0]) if tokens is None else tokens.tile
+    programs = triton.cdiv(rows, tile) * triton.cdiv(weights.shared_intermediate_size, sizes["BLOCK_N"])
     programs += routed_tiles(tokens) * triton.cdiv(weights.intermediate_size, sizes["BLOCK_N"])
     _gate_up_gemm_kernel[(programs,)](
         x_BH,
@@ -265,7 +266,7 @@ def gate_up_gemm(
         S=weights.shared_intermediate_size,
         E=0 if tokens is None else weights.num_experts,
         TOP_K=1 if tokens is None else tokens.top_k,
-        TILE=TILE,
+        TILE=tile,
         **fmt,
         **sizes,
     )
@@ -297,7 +298,8 @@ def down_gemm(
     cut_by = {"BLOCK_K": tile_columns(widest, 128 if wide else 64), "STAGES": 3 if wide else 4}
     sizes = {"BLOCK_N": block_n, "num_warps": 4, **cut_by, **blocks}
     sizes["BLOCK_N"] = min(sizes["BLOCK_N"], power_of_two(hidden, 16))
-    tiles = routed_tiles(tokens) + triton.cdiv(rows, TILE) * (weights.shared_intermediate_size > 0)
+    tile = tile_rows(parts[0]) if tokens is None else tokens.tile
+    tiles = routed_tiles(tokens) + triton.cdiv(rows, tile) * (weights.shared_intermediate_size > 0)
     _down_gemm_kernel[(tiles * triton.cdiv(hidden, sizes["BLOCK_N"]),)](
         out if routed_BKI is None else routed_BKI,
         out if shared_BS is None else shared_BS,
@@ -312,7 +314,7 @@ def down_gemm(
         S=weights.shared_intermediate_size,
         E=0 if tokens is None else weights.num_experts,
         TOP_K=1 if tokens is None else tokens.top_k,
-        TILE=TILE,
+        TILE=tile,
         **fmt,
         **sizes,
     )

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .common import check_rows, dot, power_of_two, rounded
 from .grouped_gemm import find_tile
-from .weights import INT4, QuantWeight, format_of, load_tile, numbers_of, row_scale, scale_of, tile_columns
+from .weights import FRAGMENT, INT4, QuantWeight, format_of, load_tile, numbers_of, row_scale, scale_of, tile_columns
 
 
 @triton.jit
@@ -38,6 +38,8 @@ def _grouped_kernel(
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
+    OUT_FRAGMENTS: tl.constexpr,
 ) -> None:
     PER: tl.constexpr = 8 if KIND == INT4 else 1
     SCALES: tl.constexpr = 1 if GROUP == 0 else (K + GROUP - 1) // GROUP
@@ -59,13 +61,15 @@ def _grouped_kernel(
             k = start + tl.arange(0, BLOCK_K)
             x = tl.load(rows_ptr + p[None, :] * K + k[:, None], mask=(p < end)[None, :] & (k < K)[:, None], other=0.0)
             weight = load_tile(
-                gate_ptr, gate_scale_ptr, n, N, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype
-            )
+                gate_ptr, gate_scale_ptr, n, N, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype,
+                FRAGMENTS, FRAGMENTS,
+            )  # fmt: skip
             gate = dot(weight, x, gate)
             if GATED:
                 weight = load_tile(
-                    up_ptr, up_scale_ptr, n, N, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype
-                )
+                    up_ptr, up_scale_ptr, n, N, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype,
+                    FRAGMENTS, FRAGMENTS,
+                )  # fmt: skip
                 up = dot(weight, x, up)
         if GROUP == 0:
             gate *= row_scale(gate_scale_ptr, n, N, KIND, GROUP)[:, None]
@@ -75,6 +79,9 @@ def _grouped_kernel(
                 up *= row_scale(up_scale_ptr, n, N, KIND, GROUP)[:, None]
             gate = rounded(gate, dtype)
             out = rounded(gate / (1.0 + tl.exp(-gate)), dtype) * rounded(up, dtype)
+        if OUT_FRAGMENTS:
+            parts = tl.reshape(out, BLOCK_N // 64, 4, 8, 2, BLOCK_P)
+            out = tl.reshape(tl.permute(parts, 0, 2, 1, 3, 4), BLOCK_N, BLOCK_P)
         held = (n < N)[:, None] & (p < end)[None, :]
         tl.store(out_ptr + p[None, :] * N + n[:, None], out.to(dtype), mask=held)
 
@@ -103,10 +110,13 @@ def _grouped(
     out = rows_PK.new_empty(routed_tokens, outputs)
     sizes = {**grouped_blocks(routed_tokens, experts, width, gated), **blocks}
     sizes["BLOCK_N"] = min(sizes["BLOCK_N"], power_of_two(outputs, 16))
+    if width % FRAGMENT == 0 and sizes["BLOCK_K"] % FRAGMENT:
+        raise ValueError(f"Steps of {sizes['BLOCK_K']} columns have no order of fragments, which are of {FRAGMENT}.")
     tiles = experts + routed_tokens // sizes["BLOCK_P"]
     _grouped_kernel[(tiles * triton.cdiv(outputs, sizes["BLOCK_N"]),)](
         rows_PK, numbers_of(weight), scale_of(weight), ends_E, out,
-        N=outputs, K=width, E=experts, E_PAD=power_of_two(experts), GATED=gated, **fmt, **sizes,
+        N=outputs, K=width, E=experts, E_PAD=power_of_two(experts), GATED=gated,
+        FRAGMENTS=width % FRAGMENT == 0, OUT_FRAGMENTS=gated and outputs % FRAGMENT == 0, **fmt, **sizes,
     )  # fmt: skip
     return out
 
@@ -115,10 +125,13 @@ def grouped_gate_up(rows_PH: torch.Tensor, gate_up: QuantWeight, ends_E: torch.T
     """Return silu(gate) * up of each routed token by its expert, [P, I], rounded where the model's modules round.
 
     Args:
-        rows_PH: the routed tokens sorted by expert, contiguous; those behind the last expert's are not read.
+        rows_PH: the routed tokens sorted by expert, contiguous, in `fragment_order` where H is a multiple of 64; those
+            behind the last expert's are not read.
         gate_up: the experts' weights, [E, 2I, H], I rows of gates and then I of ups.
         ends_E: the end of each expert's rows, int32.
         blocks: block sizes instead of those of `grouped_blocks`.
+
+    The result is in `fragment_order` where I is a multiple of 64, as `grouped_down` takes it.
     """
     return _grouped(rows_PH, gate_up, ends_E, gate_up.shape[1] // 2, True, blocks)
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .common import check_rows, dot, grid_wait, launch_dependents, load_row, load_rows, power_of_two
-from .decode_align import TILE, ExpertTokens, enter_row
+from .decode_align import ExpertTokens, enter_row
 
 GREEDY, GROUP_LIMITED, NOAUX_TC = 0, 1, 2
 METHODS = {"greedy": GREEDY, "group_limited_greedy": GROUP_LIMITED, "noaux_tc": NOAUX_TC}
@@ -299,7 +299,7 @@ def route(
         PROGRAMS=programs,
         NORMED=normed_BH is not None,
         PADDED=live_rows is not None,
-        TILE=0 if tokens is None else TILE,
+        TILE=0 if tokens is None else tokens.tile,
         **routing.constants(),
         **sizes,
     )

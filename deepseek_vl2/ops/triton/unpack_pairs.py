@@ -127,15 +127,13 @@ def unpack_pairs(part: tl.tensor, KIND: tl.constexpr, DTYPE: tl.constexpr, BY_WO
         )  # fmt: skip
         bits = tl.interleave(low, high)
     elif BY_WORD:
-        if KIND == INT8:
-            ASM: tl.constexpr = INT8_WORD_FP16 if HALF else INT8_WORD_BF16
-        else:
-            ASM: tl.constexpr = FP8_WORD_FP16 if HALF else FP8_WORD_BF16
-        bits = tl.inline_asm_elementwise(ASM, "=r,=r,r", [part], dtype=tl.int16, is_pure=True, pack=4)
+        int8: tl.constexpr = INT8_WORD_FP16 if HALF else INT8_WORD_BF16
+        fp8: tl.constexpr = FP8_WORD_FP16 if HALF else FP8_WORD_BF16
+        asm: tl.constexpr = int8 if KIND == INT8 else fp8
+        bits = tl.inline_asm_elementwise(asm, "=r,=r,r", [part], dtype=tl.int16, is_pure=True, pack=4)
     else:
-        if KIND == INT8:
-            ASM: tl.constexpr = INT8_FP16 if HALF else INT8_BF16
-        else:
-            ASM: tl.constexpr = FP8_FP16 if HALF else FP8_BF16
-        bits = tl.inline_asm_elementwise(ASM, "=r,h", [part], dtype=tl.int16, is_pure=True, pack=2)
+        int8_pair: tl.constexpr = INT8_FP16 if HALF else INT8_BF16
+        fp8_pair: tl.constexpr = FP8_FP16 if HALF else FP8_BF16
+        asm_pair: tl.constexpr = int8_pair if KIND == INT8 else fp8_pair
+        bits = tl.inline_asm_elementwise(asm_pair, "=r,h", [part], dtype=tl.int16, is_pure=True, pack=2)
     return bits.to(DTYPE, bitcast=True)
