@@ -245,7 +245,7 @@ def gate_up_gemm(
     if fmt["KIND"]:
         sizes |= {"BLOCK_K": tile_columns(hidden), "STAGES": 3}
     if fmt["KIND"] == INT4.value:
-        sizes |= {"BLOCK_N": 32, "num_warps": 2}
+        sizes |= {"BLOCK_K": tile_columns(hidden, 256)}
     sizes |= blocks
     sizes["BLOCK_N"] = min(
         sizes["BLOCK_N"], power_of_two(max(weights.intermediate_size, weights.shared_intermediate_size), 16)
@@ -293,9 +293,11 @@ def down_gemm(
         return
     rows, hidden, fmt = out.shape[0], out.shape[-1], format_of(parts[0])
     widest = max(weights.intermediate_size, weights.shared_intermediate_size)
-    wide = bool(fmt["KIND"]) or is_narrow(rows, hidden)
-    block_n = 128 if fmt["KIND"] and rows > 4 else 64
-    cut_by = {"BLOCK_K": tile_columns(widest, 128 if wide else 64), "STAGES": 3 if wide else 4}
+    narrow = is_narrow(rows, hidden)
+    block_n, block_k = 64, 128 if narrow else 64
+    if fmt["KIND"]:
+        block_n, block_k = (64, 256) if rows <= 16 and not narrow else (128, 128)
+    cut_by = {"BLOCK_K": tile_columns(widest, block_k), "STAGES": 4 if block_k == 64 else 3}
     sizes = {"BLOCK_N": block_n, "num_warps": 4, **cut_by, **blocks}
     sizes["BLOCK_N"] = min(sizes["BLOCK_N"], power_of_two(hidden, 16))
     tile = tile_rows(parts[0]) if tokens is None else tokens.tile

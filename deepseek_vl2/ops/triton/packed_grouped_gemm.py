@@ -92,7 +92,7 @@ def grouped_blocks(routed_tokens: int, experts: int, width: int, gated: bool) ->
     Each warp has 16 rows of weights of its own: of two that shared them, nibbles would change places. Gates and ups
     have two sums a program, and half as many rows of each.
     """
-    block_p = 64 if routed_tokens <= 64 * experts else 128
+    block_p = 64 if routed_tokens <= (192 if gated else 64) * experts else 128
     sizes = {"BLOCK_P": block_p, "BLOCK_K": tile_columns(width, 64)}
     if gated:
         return {**sizes, "BLOCK_N": 64, "STAGES": 4, "num_warps": 4}
