@@ -22,6 +22,7 @@ from deepseek_vl2.ops.triton.decode_experts_gemm import down_gemm, gate_up_gemm
 from deepseek_vl2.ops.triton.decode_experts_gemv import down_gemv, gate_up_gemv
 from deepseek_vl2.ops.triton.decode_gemm import linear_gemm
 from deepseek_vl2.ops.triton.decode_gemv import linear_gemv
+from deepseek_vl2.ops.triton.packed_grouped_gemm import grouped_down, grouped_gate_up
 from deepseek_vl2.ops.triton.prefill_experts import permute_tokens, permuted_experts
 from deepseek_vl2.ops.triton.weights import QuantWeight, fragment_order
 
@@ -335,6 +336,21 @@ def test_experts_of_a_prompt(name: str, hidden: int, inner: int) -> None:
     routed, _ = down_plain(*gate_up_plain(x, exact, ids), exact, ids)
     assert routed is not None
     check(outputs[row_map.long()], routed.flatten(0, 1))
+
+
+@pytest.mark.parametrize("name", ["int4-32", "int8"])
+def test_an_experts_last_rows_take_half_a_tile(name: str) -> None:
+    weights, exact = layer(FORMATS[name], None, (4, 64, 64, 0))
+    assert isinstance(weights.gate_up, QuantWeight) and isinstance(weights.down, QuantWeight)
+    counts = torch.tensor([134, 0, 64, 65])  # a whole tile and a half, none, a half, a whole one
+    ids = torch.arange(4).repeat_interleave(counts)[:, None].to(DEVICE, torch.int32)
+    x, ends = draw(len(ids), 64), counts.cumsum(0).to(DEVICE, torch.int32)
+    rows = permute_tokens(x, torch.arange(len(ids), dtype=torch.int32, device=DEVICE), fragments=True)
+    inner = grouped_gate_up(rows, weights.gate_up, ends, BLOCK_P=128)
+    out = grouped_down(inner, weights.down, ends, BLOCK_P=128)
+    routed, _ = down_plain(*gate_up_plain(x, exact, ids), exact, ids)
+    assert routed is not None
+    check(out, routed[:, 0])
 
 
 def test_the_order_of_fragments_is_that_of_the_kernels() -> None:

@@ -20,6 +20,66 @@ from .weights import FRAGMENT, INT4, QuantWeight, format_of, load_tile, numbers_
 
 
 @triton.jit
+def _multiply_tile(
+    rows_ptr: tl.tensor,
+    gate_ptr: tl.tensor,
+    up_ptr: tl.tensor,
+    gate_scale_ptr: tl.tensor,
+    up_scale_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    n: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATED: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
+    OUT_FRAGMENTS: tl.constexpr,
+) -> None:
+    """Write the outputs ``n`` of up to BLOCK_P routed tokens of one expert, from ``first`` and before ``end``."""
+    PER: tl.constexpr = 8 if KIND == INT4 else 1
+    SCALES: tl.constexpr = 1 if GROUP == 0 else (K + GROUP - 1) // GROUP
+    dtype = out_ptr.dtype.element_ty
+    p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
+    gate = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(rows_ptr + p[None, :] * K + k[:, None], mask=(p < end)[None, :] & (k < K)[:, None], other=0.0)
+        weight = load_tile(
+            gate_ptr, gate_scale_ptr, n, N, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype,
+            FRAGMENTS, FRAGMENTS,
+        )  # fmt: skip
+        gate = dot(weight, x, gate)
+        if GATED:
+            weight = load_tile(
+                up_ptr, up_scale_ptr, n, N, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype,
+                FRAGMENTS, FRAGMENTS,
+            )  # fmt: skip
+            up = dot(weight, x, up)
+    if GROUP == 0:
+        gate *= row_scale(gate_scale_ptr, n, N, KIND, GROUP)[:, None]
+    out = gate
+    if GATED:
+        if GROUP == 0:
+            up *= row_scale(up_scale_ptr, n, N, KIND, GROUP)[:, None]
+        gate = rounded(gate, dtype)
+        out = rounded(gate / (1.0 + tl.exp(-gate)), dtype) * rounded(up, dtype)
+    if OUT_FRAGMENTS:
+        parts = tl.reshape(out, BLOCK_N // 64, 4, 8, 2, BLOCK_P)
+        out = tl.reshape(tl.permute(parts, 0, 2, 1, 3, 4), BLOCK_N, BLOCK_P)
+    held = (n < N)[:, None] & (p < end)[None, :]
+    tl.store(out_ptr + p[None, :] * N + n[:, None], out.to(dtype), mask=held)
+
+
+@triton.jit
 def _grouped_kernel(
     rows_ptr: tl.tensor,
     packed_ptr: tl.tensor,
@@ -46,44 +106,24 @@ def _grouped_kernel(
     MATRIX: tl.constexpr = 2 * N if GATED else N  # rows of an expert's matrix; gates first, and then ups
     columns: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     expert, column, first, end = find_tile(ends_ptr, tl.program_id(0), E, E_PAD, columns, BLOCK_P)
-    if first < end:
-        dtype = out_ptr.dtype.element_ty
-        place = expert.to(tl.int64)
-        gate_ptr = packed_ptr + place * (MATRIX * (K // PER))
-        up_ptr = gate_ptr + N * (K // PER)
-        gate_scale_ptr = scale_ptr + place * ((MATRIX + ROW_BLOCK - 1) // ROW_BLOCK * SCALES)
-        up_scale_ptr = gate_scale_ptr + N // ROW_BLOCK * SCALES
-        n = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        p = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
-        gate = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-        up = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
-        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-            k = start + tl.arange(0, BLOCK_K)
-            x = tl.load(rows_ptr + p[None, :] * K + k[:, None], mask=(p < end)[None, :] & (k < K)[:, None], other=0.0)
-            weight = load_tile(
-                gate_ptr, gate_scale_ptr, n, N, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype,
-                FRAGMENTS, FRAGMENTS,
-            )  # fmt: skip
-            gate = dot(weight, x, gate)
-            if GATED:
-                weight = load_tile(
-                    up_ptr, up_scale_ptr, n, N, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype,
-                    FRAGMENTS, FRAGMENTS,
-                )  # fmt: skip
-                up = dot(weight, x, up)
-        if GROUP == 0:
-            gate *= row_scale(gate_scale_ptr, n, N, KIND, GROUP)[:, None]
-        out = gate
-        if GATED:
-            if GROUP == 0:
-                up *= row_scale(up_scale_ptr, n, N, KIND, GROUP)[:, None]
-            gate = rounded(gate, dtype)
-            out = rounded(gate / (1.0 + tl.exp(-gate)), dtype) * rounded(up, dtype)
-        if OUT_FRAGMENTS:
-            parts = tl.reshape(out, BLOCK_N // 64, 4, 8, 2, BLOCK_P)
-            out = tl.reshape(tl.permute(parts, 0, 2, 1, 3, 4), BLOCK_N, BLOCK_P)
-        held = (n < N)[:, None] & (p < end)[None, :]
-        tl.store(out_ptr + p[None, :] * N + n[:, None], out.to(dtype), mask=held)
+    place = expert.to(tl.int64)
+    gate_ptr = packed_ptr + place * (MATRIX * (K // PER))
+    up_ptr = gate_ptr + N * (K // PER)
+    gate_scale_ptr = scale_ptr + place * ((MATRIX + ROW_BLOCK - 1) // ROW_BLOCK * SCALES)
+    up_scale_ptr = gate_scale_ptr + N // ROW_BLOCK * SCALES
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    # An expert's last rows, half a tile or less of them, are not multiplied as if there were more.
+    half: tl.constexpr = BLOCK_P // 2 if BLOCK_P > 64 else 0
+    if half < end - first:
+        _multiply_tile(
+            rows_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, out_ptr, n, first, end, N, K, BLOCK_P, BLOCK_N,
+            BLOCK_K, STAGES, GATED, KIND, GROUP, ROW_BLOCK, FRAGMENTS, OUT_FRAGMENTS,
+        )  # fmt: skip
+    elif half > 0 and first < end:
+        _multiply_tile(
+            rows_ptr, gate_ptr, up_ptr, gate_scale_ptr, up_scale_ptr, out_ptr, n, first, end, N, K, half, BLOCK_N,
+            BLOCK_K, STAGES, GATED, KIND, GROUP, ROW_BLOCK, FRAGMENTS, OUT_FRAGMENTS,
+        )  # fmt: skip
 
 
 def grouped_blocks(routed_tokens: int, experts: int, width: int, gated: bool) -> dict[str, Any]:
