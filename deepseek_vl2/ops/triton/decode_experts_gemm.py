@@ -21,6 +21,8 @@ from .decode_experts import ExpertWeights, silu_mul
 from .weights import (
     INT4,
     PLAIN,
+    QuantWeight,
+    Weight,
     format_of,
     load_tile,
     numbers_of,
@@ -29,6 +31,98 @@ from .weights import (
     scale_of,
     tile_columns,
 )
+
+
+@triton.jit
+def _store_inner(
+    out_ptr: tl.tensor,
+    gate: tl.tensor,
+    up: tl.tensor,
+    gate_scale: tl.tensor,
+    up_scale: tl.tensor,
+    n: tl.tensor,
+    token: tl.tensor,
+    count: tl.tensor,
+    SIZE: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> None:
+    """Write silu(gate) * up of the first ``count`` routed tokens, rounded as the modules round; scales are by row."""
+    dtype = out_ptr.dtype.element_ty
+    if KIND != PLAIN and GROUP == 0:
+        gate *= gate_scale[:, None]
+        up *= up_scale[:, None]
+    out = silu_mul(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32))
+    held = (tl.arange(0, token.shape[0]) < count)[None, :] & (n < SIZE)[:, None]
+    tl.store(out_ptr + token[None, :] * SIZE + n[:, None], out.to(dtype), mask=held)
+
+
+@triton.jit
+def _gate_up_tile(
+    x_ptr: tl.tensor,
+    gate_ptr: tl.tensor,
+    up_ptr: tl.tensor,
+    gate_scale_ptr: tl.tensor,
+    up_scale_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    block: tl.tensor,
+    row: tl.tensor,
+    token: tl.tensor,
+    count: tl.tensor,
+    H: tl.constexpr,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+) -> None:
+    """Write a block of SIZE outputs of ``count`` of the TILE rows given, each in the place of its routed token.
+
+    With two TILES as many rows follow, of the shared experts: their weights are unpacked once for both.
+    """
+    PER: tl.constexpr = 8 if KIND == INT4 else 1
+    SCALES: tl.constexpr = 1 if GROUP == 0 else (H + GROUP - 1) // GROUP
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    dtype = x_ptr.dtype.element_ty
+    present = tl.arange(0, TILE) < count
+    gate = tl.zeros([BLOCK_N, TILE], tl.float32)
+    up = tl.zeros([BLOCK_N, TILE], tl.float32)
+    next_gate = tl.zeros([BLOCK_N, TILE], tl.float32)
+    next_up = tl.zeros([BLOCK_N, TILE], tl.float32)
+    for start in tl.range(0, H, BLOCK_K, num_stages=STAGES):
+        h = start + tl.arange(0, BLOCK_K)
+        if KIND == PLAIN:
+            offsets = n[:, None] * H + h[None, :]
+            mask = (n < SIZE)[:, None] & (h < H)[None, :]
+            gate_weight = tl.load(gate_ptr + offsets, mask=mask, other=0.0)
+            up_weight = tl.load(up_ptr + offsets, mask=mask, other=0.0)
+        else:
+            gate_weight = load_tile(
+                gate_ptr, gate_scale_ptr, n, SIZE, start, H // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype,
+                BY_WORD=True,
+            )  # fmt: skip
+            up_weight = load_tile(
+                up_ptr, up_scale_ptr, n, SIZE, start, H // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype,
+                BY_WORD=True,
+            )  # fmt: skip
+        x = tl.load(x_ptr + row[None, :] * H + h[:, None], mask=present[None, :] & (h < H)[:, None], other=0.0)
+        gate = dot(gate_weight, x, gate)
+        up = dot(up_weight, x, up)
+        if TILES == 2:
+            mask = (tl.arange(0, TILE) < count - TILE)[None, :] & (h < H)[:, None]
+            x = tl.load(x_ptr + (row + TILE)[None, :] * H + h[:, None], mask=mask, other=0.0)
+            next_gate = dot(gate_weight, x, next_gate)
+            next_up = dot(up_weight, x, next_up)
+    gate_scale = row_scale(gate_scale_ptr, n, SIZE, KIND, GROUP)
+    up_scale = row_scale(up_scale_ptr, n, SIZE, KIND, GROUP)
+    _store_inner(out_ptr, gate, up, gate_scale, up_scale, n, token, count, SIZE, KIND, GROUP)
+    if TILES == 2:
+        places = token + TILE
+        _store_inner(out_ptr, next_gate, next_up, gate_scale, up_scale, n, places, count - TILE, SIZE, KIND, GROUP)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -52,6 +146,7 @@ def _gate_up_gemm_kernel(
     E: tl.constexpr,
     TOP_K: tl.constexpr,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -65,66 +160,87 @@ def _gate_up_gemm_kernel(
     shared_blocks: tl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
     blocks: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     # The shared experts first, all tiles of rows of a block of weights beside one another.
-    tiles = (rows + TILE - 1) // TILE
+    shared_tiles = (rows + TILES * TILE - 1) // (TILES * TILE)
     program = tl.program_id(0)
-    routed = program >= shared_blocks * tiles
-    size = tl.where(routed, I, S)
-    block = program // tiles
-    token = program % tiles * TILE + tl.arange(0, TILE)
-    count = rows - program % tiles * TILE
-    row = token
-    gate_ptr = shared_gate_ptr
-    up_ptr = shared_up_ptr
-    gate_scale_ptr = shared_gate_scale_ptr
-    up_scale_ptr = shared_up_scale_ptr
-    out_ptr = shared_ptr
-    if E > 0:
-        if routed:
-            tile = (program - shared_blocks * tiles) // blocks
-            block = (program - shared_blocks * tiles) % blocks
-            expert, count, token = find_tokens(tile, rows, counts_ptr, tokens_ptr, further_ptr, E, TILE)
-            row = token // TOP_K
+    number = program - shared_blocks * shared_tiles
+    if S > 0 and number < 0:
+        first = program % shared_tiles * (TILES * TILE)
+        row = first + tl.arange(0, TILE)
+        _gate_up_tile(
+            x_ptr, shared_gate_ptr, shared_up_ptr, shared_gate_scale_ptr, shared_up_scale_ptr, shared_ptr,
+            program // shared_tiles, row, row, rows - first, H, S, TILE, TILES, BLOCK_N, BLOCK_K, STAGES, KIND, GROUP,
+            ROW_BLOCK,
+        )  # fmt: skip
+    elif E > 0:
+        expert, count, token = find_tokens(number // blocks, rows, counts_ptr, tokens_ptr, further_ptr, E, TILE)
+        if count > 0:
             gate_ptr = gate_up_ptr + expert.to(tl.int64) * (2 * I * (H // PER))
-            up_ptr = gate_ptr + I * (H // PER)
             gate_scale_ptr = gate_up_scale_ptr + expert.to(tl.int64) * (2 * I // ROW_BLOCK * SCALES)
-            up_scale_ptr = gate_scale_ptr + I // ROW_BLOCK * SCALES
-            out_ptr = routed_ptr
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    if count > 0:
-        present = tl.arange(0, TILE) < count
-        gate = tl.zeros([BLOCK_N, TILE], tl.float32)
-        up = tl.zeros([BLOCK_N, TILE], tl.float32)
-        for start in tl.range(0, H, BLOCK_K, num_stages=STAGES):
-            h = start + tl.arange(0, BLOCK_K)
-            if KIND == PLAIN:
-                offsets = n[:, None] * H + h[None, :]
-                mask = (n < size)[:, None] & (h < H)[None, :]
-                gate_weight = tl.load(gate_ptr + offsets, mask=mask, other=0.0)
-                up_weight = tl.load(up_ptr + offsets, mask=mask, other=0.0)
-            else:
-                dtype = x_ptr.dtype.element_ty
-                gate_weight = load_tile(
-                    gate_ptr, gate_scale_ptr, n, size, start, H // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype,
-                    BY_WORD=True,
-                )  # fmt: skip
-                up_weight = load_tile(
-                    up_ptr, up_scale_ptr, n, size, start, H // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype,
-                    BY_WORD=True,
-                )  # fmt: skip
-            x = tl.load(x_ptr + row[None, :] * H + h[:, None], mask=present[None, :] & (h < H)[:, None], other=0.0)
-            gate = dot(gate_weight, x, gate)
-            up = dot(up_weight, x, up)
-        if KIND != PLAIN and GROUP == 0:
-            gate *= row_scale(gate_scale_ptr, n, size, KIND, GROUP)[:, None]
-            up *= row_scale(up_scale_ptr, n, size, KIND, GROUP)[:, None]
-        dtype = x_ptr.dtype.element_ty
-        out = silu_mul(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32))
-        tl.store(
-            out_ptr + token[None, :] * size + n[:, None],
-            out.to(out_ptr.dtype.element_ty),
-            mask=present[None, :] & (n < size)[:, None],
-        )
+            _gate_up_tile(
+                x_ptr, gate_ptr, gate_ptr + I * (H // PER), gate_scale_ptr, gate_scale_ptr + I // ROW_BLOCK * SCALES,
+                routed_ptr, number % blocks, token // TOP_K, token, count, H, I, TILE, 1, BLOCK_N, BLOCK_K, STAGES,
+                KIND, GROUP, ROW_BLOCK,
+            )  # fmt: skip
     launch_dependents(PDL_LAUNCH)  # not before: programs of the next kernel would take the place of these
+
+
+@triton.jit
+def _down_tile(
+    in_ptr: tl.tensor,
+    matrix: tl.tensor,
+    scale_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    block: tl.tensor,
+    token: tl.tensor,
+    count: tl.tensor,
+    H: tl.constexpr,
+    SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+) -> None:
+    """Write a block of H outputs of ``count`` of the TILE routed tokens given, of SIZE inputs each.
+
+    TILES: see `_gate_up_tile`.
+    """
+    PER: tl.constexpr = 8 if KIND == INT4 else 1
+    SCALES: tl.constexpr = 1 if GROUP == 0 else (SIZE + GROUP - 1) // GROUP
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    present = tl.arange(0, TILE) < count
+    total = tl.zeros([BLOCK_N, TILE], tl.float32)
+    next_total = tl.zeros([BLOCK_N, TILE], tl.float32)
+    for start in tl.range(0, SIZE, BLOCK_K, num_stages=STAGES):
+        i = start + tl.arange(0, BLOCK_K)
+        if KIND == PLAIN:
+            mask = (n < H)[:, None] & (i < SIZE)[None, :]
+            weight = tl.load(matrix + n[:, None] * SIZE + i[None, :], mask=mask, other=0.0)
+        else:
+            dtype = in_ptr.dtype.element_ty
+            weight = load_tile(
+                matrix, scale_ptr, n, H, start, SIZE // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype,
+                BY_WORD=True,
+            )  # fmt: skip
+        x_mask = present[None, :] & (i < SIZE)[:, None]
+        x = tl.load(in_ptr + token[None, :] * SIZE + i[:, None], mask=x_mask, other=0.0)
+        total = dot(weight, x, total)
+        if TILES == 2:
+            x_mask = (tl.arange(0, TILE) < count - TILE)[None, :] & (i < SIZE)[:, None]
+            x = tl.load(in_ptr + (token + TILE)[None, :] * SIZE + i[:, None], mask=x_mask, other=0.0)
+            next_total = dot(weight, x, next_total)
+    if KIND != PLAIN and GROUP == 0:
+        scale = row_scale(scale_ptr, n, H, KIND, GROUP)[:, None]
+        total *= scale
+        next_total *= scale
+    places = out_ptr + token[None, :] * H + n[:, None]
+    tl.store(places, total.to(out_ptr.dtype.element_ty), mask=present[None, :] & (n < H)[:, None])
+    if TILES == 2:
+        held = (tl.arange(0, TILE) < count - TILE)[None, :] & (n < H)[:, None]
+        tl.store(places + TILE * H, next_total.to(out_ptr.dtype.element_ty), mask=held)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -147,6 +263,7 @@ def _down_gemm_kernel(
     E: tl.constexpr,
     TOP_K: tl.constexpr,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -157,55 +274,34 @@ def _down_gemm_kernel(
 ) -> None:
     PER: tl.constexpr = 8 if KIND == INT4 else 1
     SCALES: tl.constexpr = 1 if GROUP == 0 else (I + GROUP - 1) // GROUP
-    SHARED_SCALES: tl.constexpr = 1 if GROUP == 0 else (S + GROUP - 1) // GROUP
     blocks: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     shared_blocks: tl.constexpr = blocks if S > 0 else 0
-    tiles = (rows + TILE - 1) // TILE
+    shared_tiles = (rows + TILES * TILE - 1) // (TILES * TILE)
     program = tl.program_id(0)
-    routed = program >= shared_blocks * tiles
-    size = tl.where(routed, I, S)
-    block = program // tiles
-    token = program % tiles * TILE + tl.arange(0, TILE)
-    count = rows - program % tiles * TILE
-    in_ptr = shared_intermediate_ptr
-    matrix = shared_down_ptr
-    scale_ptr = shared_down_scale_ptr
-    out_ptr = shared_ptr
-    if E > 0:
-        if routed:
-            tile = (program - shared_blocks * tiles) // blocks
-            block = (program - shared_blocks * tiles) % blocks
-            expert, count, token = find_tokens(tile, rows, counts_ptr, tokens_ptr, further_ptr, E, TILE)
-            in_ptr = routed_intermediate_ptr
+    number = program - shared_blocks * shared_tiles
+    grid_wait(PDL)
+    if S > 0 and number < 0:
+        first = program % shared_tiles * (TILES * TILE)
+        _down_tile(
+            shared_intermediate_ptr, shared_down_ptr, shared_down_scale_ptr, shared_ptr, program // shared_tiles,
+            first + tl.arange(0, TILE), rows - first, H, S, TILE, TILES, BLOCK_N, BLOCK_K, STAGES, KIND, GROUP,
+            ROW_BLOCK,
+        )  # fmt: skip
+    elif E > 0:
+        expert, count, token = find_tokens(number // blocks, rows, counts_ptr, tokens_ptr, further_ptr, E, TILE)
+        if count > 0:
             matrix = down_ptr + expert.to(tl.int64) * (H * (I // PER))
             scale_ptr = down_scale_ptr + expert.to(tl.int64) * ((H + ROW_BLOCK - 1) // ROW_BLOCK * SCALES)
-            out_ptr = routed_ptr
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    grid_wait(PDL)  # the lists are older: the kernel before this one starts when all before it have ended
-    if count > 0:
-        present = tl.arange(0, TILE) < count
-        total = tl.zeros([BLOCK_N, TILE], tl.float32)
-        for start in tl.range(0, size, BLOCK_K, num_stages=STAGES):
-            i = start + tl.arange(0, BLOCK_K)
-            if KIND == PLAIN:
-                mask = (n < H)[:, None] & (i < size)[None, :]
-                weight = tl.load(matrix + n[:, None] * size + i[None, :], mask=mask, other=0.0)
-            else:
-                width, scales = tl.where(routed, I // PER, S // PER), tl.where(routed, SCALES, SHARED_SCALES)
-                dtype = in_ptr.dtype.element_ty
-                weight = load_tile(
-                    matrix, scale_ptr, n, H, start, width, scales, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype, BY_WORD=True
-                )
-            x_mask = present[None, :] & (i < size)[:, None]
-            x = tl.load(in_ptr + token[None, :] * size + i[:, None], mask=x_mask, other=0.0)
-            total = dot(weight, x, total)
-        if KIND != PLAIN and GROUP == 0:
-            total *= row_scale(scale_ptr, n, H, KIND, GROUP)[:, None]
-        tl.store(
-            out_ptr + token[None, :] * H + n[:, None],
-            total.to(out_ptr.dtype.element_ty),
-            mask=present[None, :] & (n < H)[:, None],
-        )
+            _down_tile(
+                routed_intermediate_ptr, matrix, scale_ptr, routed_ptr, number % blocks, token, count, H, I, TILE, 1,
+                BLOCK_N, BLOCK_K, STAGES, KIND, GROUP, ROW_BLOCK,
+            )  # fmt: skip
+
+
+def tiles_of(weight: Weight, tokens: ExpertTokens | None, rows: int) -> dict[str, int]:
+    """Return the rows of a tile, and how many tiles a program of the shared experts has, which all rows have."""
+    tile = tile_rows(weight) if tokens is None else tokens.tile
+    return {"TILE": tile, "TILES": 2 if isinstance(weight, QuantWeight) and rows > tile else 1}
 
 
 def routed_tiles(tokens: ExpertTokens | None) -> int:
@@ -250,8 +346,10 @@ def gate_up_gemm(
     sizes["BLOCK_N"] = min(
         sizes["BLOCK_N"], power_of_two(max(weights.intermediate_size, weights.shared_intermediate_size), 16)
     )
-    tile = tile_rows(parts[0]) if tokens is None else tokens.tile
-    programs = triton.cdiv(rows, tile) * triton.cdiv(weights.shared_intermediate_size, sizes["BLOCK_N"])
+    tiles = tiles_of(parts[0], tokens, rows)
+    programs = triton.cdiv(rows, tiles["TILES"] * tiles["TILE"]) * triton.cdiv(
+        weights.shared_intermediate_size, sizes["BLOCK_N"]
+    )
     programs += routed_tiles(tokens) * triton.cdiv(weights.intermediate_size, sizes["BLOCK_N"])
     _gate_up_gemm_kernel[(programs,)](
         x_BH,
@@ -266,7 +364,7 @@ def gate_up_gemm(
         S=weights.shared_intermediate_size,
         E=0 if tokens is None else weights.num_experts,
         TOP_K=1 if tokens is None else tokens.top_k,
-        TILE=tile,
+        **tiles,
         **fmt,
         **sizes,
     )
@@ -300,9 +398,9 @@ def down_gemm(
     cut_by = {"BLOCK_K": tile_columns(widest, block_k), "STAGES": 4 if block_k == 64 else 3}
     sizes = {"BLOCK_N": block_n, "num_warps": 4, **cut_by, **blocks}
     sizes["BLOCK_N"] = min(sizes["BLOCK_N"], power_of_two(hidden, 16))
-    tile = tile_rows(parts[0]) if tokens is None else tokens.tile
-    tiles = routed_tiles(tokens) + triton.cdiv(rows, tile) * (weights.shared_intermediate_size > 0)
-    _down_gemm_kernel[(tiles * triton.cdiv(hidden, sizes["BLOCK_N"]),)](
+    tiles, has_shared = tiles_of(parts[0], tokens, rows), weights.shared_intermediate_size > 0
+    programs = routed_tiles(tokens) + triton.cdiv(rows, tiles["TILES"] * tiles["TILE"]) * has_shared
+    _down_gemm_kernel[(programs * triton.cdiv(hidden, sizes["BLOCK_N"]),)](
         out if routed_BKI is None else routed_BKI,
         out if shared_BS is None else shared_BS,
         *lists_of(tokens, out),
@@ -316,7 +414,7 @@ def down_gemm(
         S=weights.shared_intermediate_size,
         E=0 if tokens is None else weights.num_experts,
         TOP_K=1 if tokens is None else tokens.top_k,
-        TILE=tile,
+        **tiles,
         **fmt,
         **sizes,
     )
