@@ -180,7 +180,7 @@ class Server:
                 await anyio.sleep(0.05)
         self.running.end()
 
-    def _guard(self, request: Request) -> None:
+    async def _guard(self, request: Request) -> None:  # a plain function would be called in another thread
         check_api_key(request, self.settings.api_keys)
 
     def _add_middleware(self, app: FastAPI) -> None:
