@@ -11,9 +11,8 @@ SYMBOLS = (string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/
 INVALID = 0xFF
 WHITE_SPACE = b" \t\r\n"
 # What each character stands for, 6 bits; also of the two that URLs need.
-VALUES = bytes(
-    {**{c: i for i, c in enumerate(SYMBOLS)}, ord("-"): 62, ord("_"): 63}.get(c, INVALID) for c in range(256)
-)
+SEXTETS = {**{symbol: index for index, symbol in enumerate(SYMBOLS)}, ord("-"): 62, ord("_"): 63}
+VALUES = bytes(SEXTETS.get(character, INVALID) for character in range(256))
 
 
 def join_sextets(sextets: bytes) -> bytes:
