@@ -114,7 +114,7 @@ class Server:
         compiler = GrammarCompiler(token_bytes, model.config.language_config.vocab_size, sorted(end_ids(model)))
         self.grammars = GrammarService(compiler, settings.grammars)
         self.running = RunningRequests()
-        self.bodies = BodyReader(settings)
+        self.bodies = BodyReader(settings, self.engine.launching)
         self.service = GenerationService(self.engine, self.metrics, settings, self.bodies)
         self.generator = Generator(self.engine, token_bytes, builder, self.grammars, settings)
         self.store = ResponseStore(
