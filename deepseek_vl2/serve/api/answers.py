@@ -54,8 +54,11 @@ class Deadline:
             with anyio.fail_after(self.left()):
                 yield
         except TimeoutError as error:
-            message = f"The request was not done within the {self.seconds:g} seconds allowed."
-            raise ApiError(504, message, code="timeout") from error
+            raise self.error() from error
+
+    def error(self) -> ApiError:
+        """Return what a client is told whose time ran out."""
+        return ApiError(504, f"The request was not done within the {self.seconds:g} seconds allowed.", code="timeout")
 
 
 async def unless_disconnected(request: Request, work: Callable[[], Awaitable[T]]) -> T:
@@ -137,6 +140,8 @@ class Answers:
         self._error: Exception | None = None
         self._running = 0
         self._patient = False
+        self._late = False
+        self._timer: asyncio.TimerHandle | None = None  # one for all tokens: a scope for each would cost more than it
         self._wake = asyncio.Event()
 
     def sink(self, index: int) -> Callable[[Event], None]:
@@ -161,6 +166,8 @@ class Answers:
 
     def cancel(self) -> None:
         """Stop what is not finished."""
+        if self._timer is not None:
+            self._timer.cancel()
         for request in self.requests:
             self.engine.cancel(request)
 
@@ -182,6 +189,15 @@ class Answers:
         if self._error is not None or not self._patient or not self._running:
             self._wake.set()
 
+    def _watch_time(self) -> None:
+        left = self.deadline.left()
+        if self._timer is None and left is not None:
+            self._timer = self.mailbox.loop.call_later(left, self._be_late)
+
+    def _be_late(self) -> None:
+        self._late = True
+        self._wake.set()
+
     async def next(self, whole: bool = False) -> tuple[int, Delta]:
         """Return what came next, and of which answer; ``whole``: once everything has come.
 
@@ -189,10 +205,12 @@ class Answers:
             ApiError: an answer failed, or time ran out.
         """
         self._patient = whole
-        with self.deadline.enforced():
-            while self._error is None and not (self._held and not (whole and self._running)):
-                self._wake.clear()
-                await self._wake.wait()
+        while self._error is None and not (self._held and not (whole and self._running)):
+            if self._late:
+                raise self.deadline.error()
+            self._wake.clear()
+            self._watch_time()
+            await self._wake.wait()
         if self._error is not None and not self._held:
             raise answer_error(self._error)
         if self._error is not None and whole:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
@@ -18,7 +19,7 @@ class EventStream(Response):
     """A stream of server-sent events, which ends when the client leaves.
 
     Args:
-        events: the events.
+        events: the events, those of a moment together; nothing where there are none.
         close: called at the end, however it comes.
         seconds: when it ends all the same, for a client that stays and reads nothing; ``None`` for never.
         ping_seconds: silence after which a comment is sent.
@@ -47,7 +48,7 @@ class EventStream(Response):
         self.outcome = outcome
         self.on_end: Callable[[int], None] | None = None
         self.last_sent = 0.0
-        self.sending = anyio.Lock()
+        self.sending = asyncio.Lock()  # anyio's goes through the event loop each time
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
@@ -61,8 +62,9 @@ class EventStream(Response):
                 if end is not None:
                     group.cancel_scope.deadline = end
                 with contextlib.suppress(OSError):  # the client left while it was written to
-                    async for event in self.events:
-                        await self._send(send, event)
+                    async for events in self.events:
+                        if events:
+                            await self._send(send, events)
                     await self._send(send, b"", more=False)
                     status = self.outcome()
                 group.cancel_scope.cancel()

@@ -81,26 +81,21 @@ class StreamedReply(ABC):
         return [server_sent(error.body())]
 
     async def stream(self, first: tuple[int, Delta] | None) -> AsyncIterator[bytes]:
-        """Yield the response as server-sent events; what goes wrong from here on is an event too.
+        """Yield the response as server-sent events, those of a moment together; what goes wrong is an event too.
 
         Args:
             first: what came first, and of which answer; ``None`` when nothing has come yet.
         """
-        for event in self.opening():
-            yield event
+        opening = self.opening()
         try:
-            for event in [] if first is None else self.pieces(first):
-                yield event
+            yield b"".join(opening if first is None else [*opening, *self.pieces(first)])
             async for found in self.answers:
-                for event in self.pieces(found):
-                    yield event
+                yield b"".join(self.pieces(found))
         except ApiError as error:
             self.status = error.status
-            for event in self.failed(error):
-                yield event
+            yield b"".join(self.failed(error))
             return
-        for event in self.closing():
-            yield event
+        yield b"".join(self.closing())
 
 
 class Reply(StreamedReply):
