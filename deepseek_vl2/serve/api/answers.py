@@ -169,7 +169,8 @@ class Answers:
         if self._timer is not None:
             self._timer.cancel()
         for request in self.requests:
-            self.engine.cancel(request)
+            if self.engine.holds(request):
+                self.engine.cancel(request)
 
     def _take(self, index: int, event: Event) -> None:
         """Note what the engine tells; in the event loop."""
@@ -190,8 +191,7 @@ class Answers:
             self._wake.set()
 
     def _watch_time(self) -> None:
-        left = self.deadline.left()
-        if self._timer is None and left is not None:
+        if self._timer is None and (left := self.deadline.left()) is not None:
             self._timer = self.mailbox.loop.call_later(left, self._be_late)
 
     def _be_late(self) -> None:

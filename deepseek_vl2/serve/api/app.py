@@ -109,7 +109,7 @@ class Server:
         self.metrics = Metrics(self.engine)
         builder = PromptBuilder(
             model, processor, options.max_length, token_bytes.longest(), settings.images, settings.preparing_threads,
-            self.engine.launching,
+            self.engine.launching, options.share_prefixes,
         )  # fmt: skip
         compiler = GrammarCompiler(token_bytes, model.config.language_config.vocab_size, sorted(end_ids(model)))
         self.grammars = GrammarService(compiler, settings.grammars)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
+
+from pydantic_core import to_json
 
 from deepseek_vl2 import __version__
 from deepseek_vl2.engine.detokenizer import ShownToken, TokenBytes
@@ -233,4 +234,4 @@ def add_usage(
 
 def server_sent(data: dict[str, Any]) -> bytes:
     """Return a dict as a server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(data) + b"\n\n"
