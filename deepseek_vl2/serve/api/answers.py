@@ -67,26 +67,20 @@ async def unless_disconnected(request: Request, work: Callable[[], Awaitable[T]]
     Raises:
         Disconnected: it left; the work was cancelled.
     """
-    outcome: list[T] = []
-    failure: list[Exception] = []
+    scope = anyio.CancelScope()
 
-    async def watch(scope: anyio.CancelScope) -> None:
+    async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         scope.cancel()
 
-    async with anyio.create_task_group() as group:
-        group.start_soon(watch, group.cancel_scope)
-        try:
-            outcome.append(await work())
-        except Exception as error:  # raised below, outside of the group, which would wrap it
-            failure.append(error)
-        group.cancel_scope.cancel()
-    if failure:
-        raise failure[0]
-    if not outcome:
-        raise Disconnected
-    return outcome[0]
+    watcher = asyncio.create_task(watch())  # a group's end would go through the event loop before the first token
+    try:
+        with scope:
+            return await work()
+    finally:
+        watcher.cancel()
+    raise Disconnected
 
 
 class Mailbox:
