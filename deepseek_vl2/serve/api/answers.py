@@ -12,7 +12,6 @@ from typing import TypeVar
 import anyio
 from starlette.requests import Request
 
-from deepseek_vl2.engine.detokenizer import ShownToken
 from deepseek_vl2.engine.engine import Engine, EngineStopped, QueueFull
 from deepseek_vl2.engine.kv_cache import OutOfTokens
 from deepseek_vl2.engine.request import Delta, Event
@@ -174,12 +173,12 @@ class Answers:
             if self.first_token_seconds is None:
                 self.first_token_seconds = self.deadline.elapsed()
             held = self._held.get(index)
-            tokens: list[ShownToken] = event.tokens
-            if held is not None:
-                tokens = held.tokens
-                tokens.extend(event.tokens)
-            text = event.text if held is None else held.text + event.text
-            self._held[index] = Delta(text, tokens, event.completion_tokens, event.finish_reason, event.stop)
+            if held is None:
+                self._held[index] = event
+            else:
+                held.tokens.extend(event.tokens)  # a list of its own
+                told = (held.text + event.text, held.tokens)
+                self._held[index] = Delta(*told, event.completion_tokens, event.finish_reason, event.stop)
             self._running -= event.finish_reason is not None
         if self._error is not None or not self._patient or not self._running:
             self._wake.set()
