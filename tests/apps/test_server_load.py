@@ -67,7 +67,8 @@ def test_thirty_two_clients_lose_nothing(
         with ThreadPoolExecutor(32) as pool:
             found = list(pool.map(ask, range(64)))
         assert found == alone * 8
-        assert server.engine.stats.finished == 72 and server.engine.busy == 0
+        wait_until(lambda: server.engine.busy == 0, 5)  # the last answer is told before its slot is free
+        assert server.engine.stats.finished == 72
 
 
 def test_a_full_queue_answers_429(demo: Any) -> None:
