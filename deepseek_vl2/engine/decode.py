@@ -287,10 +287,10 @@ def mlp_gemv(layer: LayerWeights, buffers: DecodeBuffers) -> None:
 
 
 def mlp_gemm(
-    weights_of: DecoderWeights, index: int, buffers: DecodeBuffers, next_norm: torch.Tensor, next_eps: float
+    model: DecoderWeights, index: int, buffers: DecodeBuffers, next_norm: torch.Tensor, next_eps: float
 ) -> None:
     """Add a layer's experts, or its dense MLP, to the hidden states, and write the next norm of them."""
-    layer, hidden, normed = weights_of.layers[index], buffers.hidden, buffers.normed
+    layer, hidden, normed = model.layers[index], buffers.hidden, buffers.normed
     routing, weights = layer.routing, layer.experts
     pdl, small = buffers.pdl, buffers.count <= MAX_SMALL_BATCH
     rows, width = hidden.shape
