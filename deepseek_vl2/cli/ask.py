@@ -105,7 +105,16 @@ def stream(
         print(flush=True)
     if pieces.answer.finish_reason == "length":
         note(f"The answer was cut off after {args.max_new_tokens} tokens (--max_new_tokens).")
+    tell_empty(pieces.answer)
     return pieces.answer
+
+
+def tell_empty(answer: Answer) -> None:
+    """Tell that an answer ended before a first word: nothing at all looks like a failure of the program."""
+    if answer.finish_reason != "stop" or answer.text.strip():
+        return
+    reason = "" if answer.stop_word is None else f": it began with {answer.stop_word!r}, which ends answers (--stop)"
+    note(f"The model gave an empty answer{reason}.")
 
 
 def report(
