@@ -6,13 +6,19 @@ from pathlib import Path
 from typing import Any
 
 NANO_NAME = "nano"
+NO_NAME = 'The model\'s name is empty: give a directory, the id of a hub repository, or "nano".'
 
 
 def locate_bundled(source: Any) -> Any:
     """Return the directory of the small model for the name "nano", where it is installed; anything else as it is.
 
     A directory of that name is written "./nano". As remote code these files have no such model beside them.
+
+    Raises:
+        ValueError: the name is empty, which as a path would be the working directory.
     """
+    if isinstance(source, str) and not source.strip():
+        raise ValueError(NO_NAME)
     if not isinstance(source, str) or source != NANO_NAME:
         return source
     directory = Path(__file__).resolve().parents[1] / "assets" / NANO_NAME

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 import deepseek_vl2.models
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models.bundled import NO_NAME
 from deepseek_vl2.models.checkpoint_check import check_config
 from deepseek_vl2.models.image_loading import load_image
 from deepseek_vl2.models.image_modes import WHITE, Background, check_background
@@ -58,9 +59,12 @@ def resolve_model_path(model_path: str | Path) -> str | Path:
         A directory, or the id of a hub repository as it is.
 
     Raises:
+        ValueError: the name is empty.
         FileNotFoundError: nano is not part of this installation, or what looks like a directory is not there.
     """
     name = str(model_path)
+    if not name.strip():
+        raise ValueError(NO_NAME)
     if name == DEMO_NAME:
         return demo_checkpoint()
     if name == NANO_NAME:

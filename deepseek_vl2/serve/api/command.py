@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from deepseek_vl2.engine.scheduler import EngineOptions
     from deepseek_vl2.serve.api.settings import Settings
 
+from deepseek_vl2.cli.addresses import check_address
 from deepseek_vl2.cli.main import run_guarded
 from deepseek_vl2.cli.options import add_memory_arguments, default_model
 from deepseek_vl2.utils.progress import Progress, weights_reported
@@ -352,10 +353,11 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes, then finish what runs; returns the exit code.
 
     Raises:
-        ValueError, OSError: see `build_server`; or a package is missing.
+        ValueError, OSError: see `build_server` and `check_address`; or a package is missing.
     """
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     check_extra()
+    check_address(args.host, args.port)
     server = build_server(args)
     from deepseek_vl2.serve.api.serving import http_server
 
