@@ -38,7 +38,7 @@ def _finite_rows(values: torch.Tensor) -> torch.Tensor:
 
 
 def check_finite_embeds(inputs_embeds: torch.Tensor, attention_mask: Any) -> None:
-    """Raise ``ValueError`` for embeddings, [B, T, H], of which a token's hold NaN or infinity: an answer would be noise.
+    """Raise ``ValueError`` for embeddings, [B, T, H], that hold NaN or infinity: any answer to them would be noise.
 
     On a GPU that is one pass over them before the prompt is read, when the mask is waited for all the same.
     """
