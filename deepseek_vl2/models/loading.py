@@ -206,7 +206,9 @@ class CheckpointLoadingMixin:
         elif isinstance(wanted, WeightOnlyConfig):
             wanted.formats = plan_formats(model, wanted)
             wanted.scale_dtype = dtype_of_scales(config, stored, options)
-        if not stays_in_memory(model, options):
+        # Packed weights transformers cannot read; their quantizers refuse a map that leaves some on the disk.
+        is_packed = isinstance(wanted, WeightOnlyConfig | WithExpertsConfig)
+        if not is_packed and not stays_in_memory(model, options):
             return None
         if packed is not None:
             return Checkpoint(packed.state, is_packed=True, files=stored.files)
@@ -218,7 +220,6 @@ class CheckpointLoadingMixin:
                 packed_for = work.run(wanted.calibration)
             state = packed_while_read(state, wanted.formats, dtype, packed_for)
             return Checkpoint(state, is_packed=True, files=stored.files)
-        is_packed = isinstance(wanted, WithExpertsConfig)  # by the time that it is saved
         return Checkpoint(stored.fused(), is_packed=is_packed, files=stored.files)
 
     @classmethod
@@ -226,7 +227,7 @@ class CheckpointLoadingMixin:
         """Return the tensors of a model that bitsandbytes packed before it was saved, as `_open_checkpoint` does.
 
         Raises:
-            ValueError: they do not fit the config, shall be quantized once more, or be left on the disk.
+            ValueError: they do not fit the config, or shall be quantized once more.
         """
         if options.get("quantization_config") is not None:
             raise ValueError(QUANTIZED_ALREADY)
@@ -235,8 +236,6 @@ class CheckpointLoadingMixin:
         del config.quantization_config
         with torch.device("meta"):
             model: Any = cls(config)  # type: ignore[call-arg]
-        if not stays_in_memory(model, options):
-            raise ValueError("Weights in bitsandbytes' formats are not left on the disk: give more memory to devices.")
         options["quantization_config"] = wanted = prepare_packed(model, described, stored, source)
         state, wanted.packed = split_state(model, stored)
         return Checkpoint(state, is_packed=True, files=stored.files)
