@@ -23,18 +23,9 @@ import pytest
 from server_support import MODEL, chat_body, make_server, wait_until
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
-from deepseek_vl2.utils.demo import demo_checkpoint
-from deepseek_vl2.utils.io import load_pretrained_model
 
 PATH = "/v1/chat/completions"
 LONG = {"max_tokens": 3000, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def demo() -> Any:
-    """Return the demo model, whose steps take next to nothing, and its processor."""
-    _, processor, model = load_pretrained_model(demo_checkpoint(), device="cpu")
-    return model, processor
 
 
 def post(port: int, body: dict[str, Any], timeout: float = 60) -> tuple[int, Any]:

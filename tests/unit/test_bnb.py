@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import KINDS, mini_inputs, mini_model, released_names
+from support import KINDS, mini_model, released_names
+from training_support import batch, logits, train
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from deepseek_vl2.cli.main import main
@@ -54,34 +55,6 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def load(directory: Path, name: str = "nf4", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     config = BitsAndBytesConfig(**{**CONFIGS[name], **options})
     return DeepseekVLV2ForCausalLM.from_pretrained(directory, dtype=dtype, quantization_config=config).eval()
-
-
-def batch() -> dict[str, torch.Tensor]:
-    inputs = mini_inputs([5, (1, 1), 30], [(2, 1), 12])
-    ignored = inputs["images_seq_mask"] | ~inputs["attention_mask"]
-    return {**inputs, "labels": inputs["input_ids"].masked_fill(ignored, -100)}
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    inputs = batch()
-    inputs.pop("labels")
-    return model(**inputs).logits
-
-
-def train(model: Any, steps: int = 3) -> list[float]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    model.train()
-    losses = []
-    for _ in range(steps):
-        loss = model(**batch()).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    model.eval()
-    return losses
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
