@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.generation import GenerationConfig
 
-from .config_fields import is_whole
+from .config_fields import SHARE, is_whole
 
 # Of ``generate`` itself; transformers hands them on to the model.
 NOT_FOR_FORWARD = ("tokenizer", "assistant_tokenizer")
@@ -100,21 +100,41 @@ def check_settings(setting: Callable[[str], Any], generation_config: Any) -> Non
         wrong = [i for i in (value if several else [value]) if i is not None and not isinstance(i, torch.Tensor)]
         if any(not is_whole(i) for i in wrong):
             raise ValueError(f"{name} must be a token's id, got {value!r}.")
+    for name in ("top_p", "typical_p"):  # beyond 1 they would do nothing
+        value = setting(name)
+        if value is not None and not SHARE.allows(value):
+            raise ValueError(f"{name} must be {SHARE}, got {value!r}.")
     stop = setting("stop_strings")
     if stop is not None and (not stop or not all(isinstance(each, str) and each for each in stop)):
         raise ValueError(f"stop_strings must be texts that are not empty, got {stop!r}.")
 
 
-def check_image_numbers(images: Any, images_spatial_crop: Any) -> None:
+def check_image_numbers(images: Any, images_seq_mask: Any, images_spatial_crop: Any) -> None:
     """Raise ``ValueError`` for tiles that are no normalised pixels, or tilings that are no whole numbers."""
-    if isinstance(images, torch.Tensor) and not images.is_floating_point():
+    given = {"images": images, "images_seq_mask": images_seq_mask, "images_spatial_crop": images_spatial_crop}
+    for name, value in given.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"{name} must be a tensor as the processor returns it, got {describe(value)}: the processor makes "
+                "tiles of pictures, with return_tensors='pt'."
+            )
+    if images is not None and not images.is_floating_point():
         raise ValueError(
             f"images must be tiles as the processor returns them, of floating point, got {describe(images)}: the "
             "processor takes pictures of bytes."
         )
     crop = images_spatial_crop
-    if isinstance(crop, torch.Tensor) and (crop.is_floating_point() or crop.is_complex()):
+    if crop is not None and (crop.is_floating_point() or crop.is_complex()):
         raise ValueError(f"images_spatial_crop must be whole numbers, got {describe(crop)}.")
+    if crop is not None and (crop.dim() != 3 or crop.shape[2] != 2):
+        raise ValueError(f"images_spatial_crop must be [rows, images, 2], got {describe(crop)}.")
+
+
+def check_finite_tiles(tiles: Any) -> None:
+    """Raise ``ValueError`` for tiles on the host with NaN or infinity; a device would have to be waited for."""
+    if isinstance(tiles, torch.Tensor) and tiles.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool(tiles.sum(dtype=torch.float32).isfinite()):
+            raise ValueError("The pixels of the images are NaN or infinite: the answer would be of no use.")
 
 
 def check_unseen_images(input_ids: torch.Tensor, image_token_id: int) -> None:

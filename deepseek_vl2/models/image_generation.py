@@ -14,6 +14,7 @@ from transformers.generation import GenerationConfig
 from .backend import backend
 from .cache import CACHE_NAME, one_cache
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
+from .generate_inputs import check_finite_tiles
 from .generation import ChunkedGenerationMixin, check_padding
 from .image_merge import check_image_inputs, check_no_images
 from .modeling_base import PROCESSOR_ONLY
@@ -160,6 +161,7 @@ class ImageGenerationMixin(ChunkedGenerationMixin):
         if kwargs.get("inputs_embeds") is None and kwargs.get("input_ids") is not None:
             held = 0 if cache is None or images["images"] is not None else int(cache.get_seq_length())
             check_image_inputs(kwargs["input_ids"][:, held:], **images, image_token_id=self.config.image_token_id)
+            check_finite_tiles(images["images"])
         embed = chunk_size is not None or copies > 1 or assisted or (cache is not None and cache.get_seq_length() > 0)
         if kwargs.get("inputs_embeds") is None and images["images"] is not None and embed:
             kwargs["inputs_embeds"] = self.prepare_inputs_embeds(kwargs["input_ids"], **images)

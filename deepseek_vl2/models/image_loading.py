@@ -81,6 +81,8 @@ def _is_there(path: Path) -> bool:
 
 def _read_file(file: Any) -> bytes:
     """Return what an open file holds, from its beginning, as Pillow reads one: it may have been read before."""
+    if getattr(file, "closed", False):
+        raise ValueError("The open file of an image was closed: open it again, or read it before.")
     if hasattr(file, "seekable") and file.seekable():
         file.seek(0)
     data = file.read()
@@ -97,7 +99,7 @@ def _open(source: Any) -> tuple[Image.Image, str]:
         return image_of_array(source), "The image"
     if hasattr(source, "read") and not isinstance(source, os.PathLike):
         return Image.open(io.BytesIO(_read_file(source))), "The image in the open file"
-    if isinstance(source, (bytes, bytearray)):
+    if isinstance(source, (bytes, bytearray, memoryview)):
         return Image.open(io.BytesIO(source)), "The image"
     if isinstance(source, str) and is_data_url(source):
         return Image.open(io.BytesIO(_decode_data_url(source))), "The image in the data URL"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,12 @@ def turns(content: Any, answer: Any = "") -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
 
 
+def closed_file() -> io.BytesIO:
+    file = io.BytesIO(b"x")
+    file.close()
+    return file
+
+
 HALF = r"U\+D83D, half of a character"
 CALLS: dict[str, tuple[Callable[[DeepseekVLV2Processor], Any], str]] = {
     "half a character": (lambda p: p(conversations=turns("a\ud83d")), HALF),
@@ -45,6 +52,8 @@ CALLS: dict[str, tuple[Callable[[DeepseekVLV2Processor], Any], str]] = {
     "a number as prompt": (lambda p: p(prompt=5), "prompt must be a text"),
     "a number as images": (lambda p: p(text="<image>", images=0), "images is a list of images, got int"),
     "a dict as images": (lambda p: p(text="<image>", images={"a": RED}), "images is a list of images, got dict"),
+    "two lists of images for one text": (lambda p: p(text="<image>", images=[[RED], [RED]]), "2 lists of images.*1 inp"),
+    "a file that was closed": (lambda p: p(text="<image>", images=[closed_file()]), "open file .* was closed"),
     "a number as system prompt": (lambda p: p(conversations=turns("a"), system_prompt=5), "system_prompt"),
     "no conversation": (lambda p: p.apply_chat_template(None), "A conversation is a list of messages"),
     "a length of text": (lambda p: p(text="a", max_length="5", truncation=True), "max_length"),
@@ -107,6 +116,7 @@ def test_tensors_of_every_kind_of_number(make: Callable[[], torch.Tensor]) -> No
 def test_data_urls_as_they_are_found(tmp_path: Any) -> None:
     RED.save(tmp_path / "red.png")
     data = (tmp_path / "red.png").read_bytes()
+    assert load_image(memoryview(data)).tobytes() == RED.tobytes()
     plain = base64.b64encode(data).decode()
     forms = {
         "data:image/png;base64," + base64.encodebytes(data).decode(),

@@ -75,6 +75,38 @@ PROMPTS: dict[str, tuple[Callable[[Loaded], Any], str]] = {
         lambda m: m.generate(**changed(m.seen, "images_spatial_crop", lambda x: x.float())),
         "images_spatial_crop must be whole numbers",
     ),
+    "images as an array": (lambda m: m.generate(**changed(m.seen, "images", lambda x: x.numpy())), "got ndarray"),
+    "images as pictures": (lambda m: m.generate(**changed(m.seen, "images", lambda x: ["a.png"])), "got list"),
+    "gray tiles": (lambda m: m.generate(**changed(m.seen, "images", lambda x: x[:, :, :1])), r"\[batch, tiles, 3, 384"),
+    "tiles of no numbers": (lambda m: m.generate(**changed(m.seen, "images", lambda x: x * torch.nan)), "NaN or inf"),
+    "infinite tiles": (lambda m: m.generate(**changed(m.seen, "images", lambda x: x / 0)), "NaN or infinite"),
+    "a mask of images as a list": (
+        lambda m: m.generate(**changed(m.seen, "images_seq_mask", lambda x: x.tolist())),
+        "images_seq_mask must be a tensor",
+    ),
+    "tilings as a list": (
+        lambda m: m.generate(**changed(m.seen, "images_spatial_crop", lambda x: x.tolist())),
+        "images_spatial_crop must be a tensor",
+    ),
+    "tilings of one row": (
+        lambda m: m.generate(**changed(m.seen, "images_spatial_crop", lambda x: x[0])),
+        r"images_spatial_crop must be \[rows, images, 2\]",
+    ),
+    "tilings for a forward pass": (
+        lambda m: m.model(**changed(m.seen, "images_spatial_crop", lambda x: x[..., :1])),
+        r"images_spatial_crop must be \[rows, images, 2\]",
+    ),
+    "pixels as an array": (
+        lambda m: m.generate(m.ids, pixel_values=m.seen["images"].numpy(), image_sizes=torch.tensor([[384, 384]])),
+        "pixel_values must be a tensor",
+    ),
+    "gray pixels": (
+        lambda m: m.generate(m.ids, pixel_values=m.seen["images"][:, :, :1], image_sizes=torch.tensor([[384, 384]])),
+        r"pixel_values must be \[images, tiles, 3, 384, 384\]",
+    ),
+    "a mask of nothing": (lambda m: m.generate(**changed(m.seen, "attention_mask", torch.zeros_like)), "is empty"),
+    "a text as cache": (lambda m: m.generate(m.ids, past_key_values="x"), "past_key_values must be a Cache"),
+    "numbers as cache": (lambda m: m.generate(m.ids, past_key_values=((1, 2),)), "past_key_values must be a Cache"),
     "image tokens for the language model": (
         lambda m: m.model.language.generate(m.seen["input_ids"], max_new_tokens=2),
         "421 image tokens, which the language model alone does not see",
@@ -106,6 +138,10 @@ def test_what_is_no_prompt(loaded: Loaded, name: str, caplog: pytest.LogCaptureF
         ({"stop_strings": [""]}, "stop_strings"),
         ({"stop_strings": ""}, "stop_strings"),
         ({"generation_config": {"max_new_tokens": 3}}, "GenerationConfig"),
+        ({"top_p": 1.5, "do_sample": True}, "top_p must be a number of at least 0 and at most 1"),
+        ({"top_p": "x", "do_sample": True}, "top_p"),
+        ({"typical_p": 2.0, "do_sample": True}, "typical_p"),
+        ({"streamer": "x"}, "streamer must have put and end"),
     ],
 )
 def test_what_is_no_setting(loaded: Loaded, settings: dict[str, Any], says: str) -> None:
@@ -134,3 +170,9 @@ def test_stop_strings_end_an_answer(loaded: Loaded, settings: dict[str, Any]) ->
     assert stop in tokenizer.decode(found)
     if not settings.get("num_beams"):
         assert found == long[: texts.index(stop) + 1]
+
+
+def test_a_mask_that_hides_a_part_of_an_image_is_one_for_all_ways_to_decode(loaded: Loaded) -> None:
+    hidden = changed(loaded.seen, "attention_mask", lambda mask: mask.clone().index_fill(1, torch.arange(3, 40), False))
+    on_the_engine = loaded.generate(**hidden)
+    assert on_the_engine.equal(loaded.generate(**hidden, use_cache=False))
