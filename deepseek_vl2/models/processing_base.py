@@ -11,8 +11,17 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 
 from .bundled import locate_bundled
-from .checkpoint_check import check_config, check_tokenizer
-from .config_fields import ANY_WHOLE, COUNT, FieldError, check_channels, check_fields, check_sizes
+from .checkpoint_check import HOLDS, check_config, check_tokenizer
+from .config_fields import (
+    ANY_WHOLE,
+    COUNT,
+    FieldError,
+    check_channels,
+    check_fields,
+    check_sizes,
+    check_switches,
+    check_texts,
+)
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .conversation import Conversation, get_conv_template
 from .image_modes import WHITE, Background, check_background
@@ -58,6 +67,13 @@ class BaseProcessor(ProcessorMixin):
         transformers_defaults: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_texts(sft_format=sft_format, image_token=image_token, pad_token=pad_token)
+        check_switches(
+            normalize=normalize,
+            add_special_token=add_special_token,
+            mask_prompt=mask_prompt,
+            transformers_defaults=transformers_defaults,
+        )
         get_conv_template(sft_format)  # an unknown name is an error here, not at the first call
         self.candidate_resolutions = check_sizes("candidate_resolutions", candidate_resolutions)
         if not self.candidate_resolutions:
@@ -119,16 +135,18 @@ class BaseProcessor(ProcessorMixin):
         # pre-tokenizer that tokenizer.json asks for, and spaces vanish.
         for name in ("trust_remote_code", "_from_auto", "processor_class", "code_revision"):
             kwargs.pop(name, None)
-        directory = Path(pretrained_model_name_or_path)
+        directory = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
         if (directory / "config.json").is_file():
             check_tokenizer(directory, check_config(directory, DeepseekVLV2Config.model_type))
+        elif directory.is_dir() and not (directory / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"{directory} has no tokenizer.json: {HOLDS}.")
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (OSError, ValueError):
+        except OSError:
             raise
         except Exception as error:  # tokenizers' own has no class
             files = f"The tokenizer of {pretrained_model_name_or_path} (tokenizer.json, tokenizer_config.json)"
-            raise ValueError(f"{files} cannot be read: {error}.") from error
+            raise ValueError(f"{files} cannot be read: {str(error).rstrip('.')}.") from error
         tokenizer.init_kwargs.pop("auto_map", None)
         return [tokenizer]
 

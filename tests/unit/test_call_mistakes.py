@@ -52,7 +52,10 @@ CALLS: dict[str, tuple[Callable[[DeepseekVLV2Processor], Any], str]] = {
     "a number as prompt": (lambda p: p(prompt=5), "prompt must be a text"),
     "a number as images": (lambda p: p(text="<image>", images=0), "images is a list of images, got int"),
     "a dict as images": (lambda p: p(text="<image>", images={"a": RED}), "images is a list of images, got dict"),
-    "two lists of images for one text": (lambda p: p(text="<image>", images=[[RED], [RED]]), "2 lists of images.*1 inp"),
+    "two lists of images for one text": (
+        lambda p: p(text="<image>", images=[[RED], [RED]]),
+        "2 lists of images.*1 inp",
+    ),
     "a file that was closed": (lambda p: p(text="<image>", images=[closed_file()]), "open file .* was closed"),
     "a number as system prompt": (lambda p: p(conversations=turns("a"), system_prompt=5), "system_prompt"),
     "no conversation": (lambda p: p.apply_chat_template(None), "A conversation is a list of messages"),
