@@ -132,9 +132,10 @@ def check_image_numbers(images: Any, images_seq_mask: Any, images_spatial_crop: 
 
 def check_finite_tiles(tiles: Any) -> None:
     """Raise ``ValueError`` for tiles on the host with NaN or infinity; a device would have to be waited for."""
-    if isinstance(tiles, torch.Tensor) and tiles.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not bool(tiles.sum(dtype=torch.float32).isfinite()):
-            raise ValueError("The pixels of the images are NaN or infinite: the answer would be of no use.")
+    if not isinstance(tiles, torch.Tensor) or tiles.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not bool(tiles.sum(dtype=torch.float32).isfinite()):
+        raise ValueError("The pixels of the images are NaN or infinite: the answer would be of no use.")
 
 
 def check_unseen_images(input_ids: torch.Tensor, image_token_id: int) -> None:

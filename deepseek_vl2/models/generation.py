@@ -39,7 +39,7 @@ def as_cache(past_key_values: Any) -> Cache | None:
     """
     if past_key_values is None or isinstance(past_key_values, Cache):
         return past_key_values
-    layers = past_key_values if isinstance(past_key_values, (tuple, list)) else [None]
+    layers: Any = past_key_values if isinstance(past_key_values, (tuple, list)) else [None]
     if not all(isinstance(layer, (tuple, list)) and all(map(torch.is_tensor, layer)) for layer in layers):
         raise ValueError(
             "past_key_values must be a Cache, or a (key, value) pair of tensors for each layer, got "
