@@ -22,6 +22,7 @@ MAX_IMAGE_PIXELS = 89_478_485
 BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+=*\s*")
 # With line breaks, and with the two characters that URLs need.
 BASE64_FORMS = str.maketrans({"-": "+", "_": "/", "\n": None, "\r": None, "\t": None, " ": None})
+OTHER_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 LEAST_BASE64 = 200  # shorter, it may be a path that was misspelt
 
 
@@ -116,6 +117,8 @@ def _open(source: Any) -> tuple[Image.Image, str]:
         text = str(source)
         if len(text) >= LEAST_BASE64 and BASE64.fullmatch(text):
             raise ValueError(f"{shortened(text)} looks like base64: write 'data:;base64,' in front of it.")
+        if scheme := OTHER_SCHEME.match(text):
+            raise ValueError(f"{shortened(text)} is an address of {scheme[1]!r}, which is not read: pass the file.")
         raise FileNotFoundError(f"There is no image file at {shortened(text)}.")
     if path.is_dir():
         raise ValueError(f"{path} is a directory, not an image file.")

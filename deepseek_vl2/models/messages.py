@@ -216,8 +216,8 @@ def image_source(part: Message) -> Any:
             continue
         if isinstance(source, Mapping):
             source = source.get("url")
-        if isinstance(source, str) and source.startswith("file://"):
-            return url2pathname(source.removeprefix("file://"))
+        if isinstance(source, str) and source[:7].lower() == "file://":
+            return url2pathname(source[7:].removeprefix("localhost"))
         return source
     if part.get("base64") is not None:
         return f"data:;base64,{part['base64']}"

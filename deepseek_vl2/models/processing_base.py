@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +44,19 @@ from .turns import Turn, print_turns, walk_turns
 Loaded = TypeVar("Loaded", bound="BaseProcessor")
 
 
+@contextlib.contextmanager
+def told_of_ids(what: str) -> Iterator[None]:
+    """Say of what is no token id a ``ValueError``."""
+    try:
+        yield
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"{what} takes token ids, whole numbers from 0 on: {error}.") from error
+
+
+# What processor_config.json of transformers holds beside a processor's own arguments.
+NOT_SETTINGS = ("processor_class", "auto_map", "transformers_version", "image_processor", "tokenizer_class")
+
+
 class BaseProcessor(ProcessorMixin):
     """Settings, tokenizer and token ids of `DeepseekVLV2Processor`, which documents the arguments."""
 
@@ -67,6 +82,9 @@ class BaseProcessor(ProcessorMixin):
         transformers_defaults: bool = False,
         **kwargs: Any,
     ) -> None:
+        unknown = [name for name in kwargs if not name.startswith("_") and name not in NOT_SETTINGS]
+        if unknown:
+            warnings.warn(f"The processor has no settings of these names: {', '.join(unknown)}.", stacklevel=2)
         check_texts(sft_format=sft_format, image_token=image_token, pad_token=pad_token)
         check_switches(
             normalize=normalize,
@@ -158,12 +176,15 @@ class BaseProcessor(ProcessorMixin):
         source = locate_bundled(pretrained_model_name_or_path)
         directory = Path(source) / (kwargs.get("subfolder") or "")
         try:
-            processor = super().from_pretrained(source, **kwargs)
+            loaded: Any = super().from_pretrained(source, **kwargs)
         except FieldError as error:
             raise ValueError(f"{directory / PROCESSOR_CONFIG} cannot be used: {error}") from error
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded
+        if kwargs.get("padding_side") is not None:
+            processor.tokenizer.padding_side = kwargs["padding_side"]
         if (directory / "config.json").is_file():
             check_processor(processor, directory)
-        return processor
+        return loaded
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -220,10 +241,19 @@ class BaseProcessor(ProcessorMixin):
 
     def decode(self, t: Any, **kwargs: Any) -> str:
         """Return the text of token ids; raise ``ValueError`` for what are none, such as the -100 of labels."""
-        try:
+        with told_of_ids("decode"):
             return self.tokenizer.decode(t, **kwargs)
-        except (OverflowError, TypeError) as error:
-            raise ValueError(f"decode takes token ids, whole numbers from 0 on: {error}.") from error
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Return the text of each row of token ids; errors as `decode`."""
+        with told_of_ids("batch_decode"):
+            return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Return the texts of what ``generate`` returned; errors as `decode`."""
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def new_chat_template(self) -> Conversation:
         """Return a fresh copy of this processor's prompt template."""

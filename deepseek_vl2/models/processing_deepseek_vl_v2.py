@@ -319,9 +319,10 @@ class DeepseekVLV2Processor(ChatTemplateProcessor, GroundingProcessor):
         groups = take_groups(kwargs)
         if groups:
             return self(images, text, **{**given, **kwargs, **groups})
-        if kwargs:
+        unknown = [name for name, value in kwargs.items() if value is not None]
+        if unknown:
             # transformers' pipelines hand their own options to every processor.
-            warnings.warn(f"The processor does not know, and ignores: {', '.join(kwargs)}.", stacklevel=2)
+            warnings.warn(f"The processor does not know, and ignores: {', '.join(unknown)}.", stacklevel=2)
         batching = BatchOptions.of({field.name: given[field.name] for field in fields(BatchOptions)})
         if sum(source is not None for source in (text, prompt, conversations)) != 1:
             raise ValueError("Give exactly one of text, prompt and conversations.")
@@ -366,13 +367,13 @@ class DeepseekVLV2Processor(ChatTemplateProcessor, GroundingProcessor):
             return options.hand_over(samples[0])
         ragged = standard and options.is_ragged(self.transformers_defaults)
         length = None if ragged else options.padded_length([len(sample) for sample in samples], limit)
-        ids = (self.pad_id, self.ignore_id)
+        ids, left = (self.pad_id, self.ignore_id), options.is_left(self.tokenizer)
         if not standard:
-            return options.hand_over(collate(samples, *ids, options.left, length))
+            return options.hand_over(collate(samples, *ids, left, length))
         asked = options.return_tensors is not None or self.transformers_defaults
         dtype = torch.long if asked else torch.bool
         sizes = (self.image_token_id, self.image_size)
-        return options.hand_over(collate_standard(samples, *ids, *sizes, options.left, length, dtype))
+        return options.hand_over(collate_standard(samples, *ids, *sizes, left, length, dtype))
 
     def _process_rendered(
         self,

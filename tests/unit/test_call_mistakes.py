@@ -73,6 +73,24 @@ CALLS: dict[str, tuple[Callable[[DeepseekVLV2Processor], Any], str]] = {
     ),
     "labels decoded": (lambda p: p.decode([-100, 5]), "decode takes token ids"),
     "a text decoded": (lambda p: p.decode("x"), "decode takes token ids"),
+    "rows of labels decoded": (lambda p: p.batch_decode([[-100]]), "batch_decode takes token ids"),
+    "an answer of labels": (lambda p: p.post_process_image_text_to_text(torch.tensor([[-100]])), "takes token ids"),
+    "keywords of a number": (
+        lambda p: p.apply_chat_template(turns("a"), processor_kwargs=5),
+        "processor_kwargs is a dict",
+    ),
+    "a group of zero": (lambda p: p(text="a", text_kwargs=0), "text_kwargs is a dict"),
+    "no messages": (lambda p: p.apply_chat_template([]), "The conversation has no messages"),
+    "no messages among others": (lambda p: p.apply_chat_template([turns("a"), []]), "The conversation has no messages"),
+    "calls of tools": (
+        lambda p: p.apply_chat_template([*turns("a", "b"), {"role": "assistant", "content": "", "tool_calls": [{}]}]),
+        "Message 3 calls tools",
+    ),
+    "an address of a bucket": (lambda p: p(text="<image>", images=["s3://bucket/a.png"]), "an address of 's3'"),
+    "a batch of whole numbers": (
+        lambda p: p(text="<image>", images=[RED]).to(torch.int64),
+        "cannot become torch.int64",
+    ),
     "boxes of a number": (lambda p: p.post_process_grounding(5), "decode it first"),
     "boxes of ids": (lambda p: p.post_process_grounding([[1, 2]]), "decode it first"),
     "a template that counts too far": (
@@ -83,7 +101,32 @@ CALLS: dict[str, tuple[Callable[[DeepseekVLV2Processor], Any], str]] = {
         lambda p: p.apply_chat_template(turns("a"), chat_template="{{ 1 // 0 }}"),
         "chat template refuses",
     ),
+    "a template that calls itself": (
+        lambda p: p.apply_chat_template(turns("a"), chat_template="{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"),
+        "chat template refuses",
+    ),
+    "a template that marks answers and fails": (
+        lambda p: p.apply_chat_template(
+            turns("a"),
+            chat_template="{% generation %}{{ messages[9].content }}{% endgeneration %}",
+            tokenize=True,
+            return_assistant_tokens_mask=True,
+        ),
+        "chat template refuses",
+    ),
 }
+
+
+def test_a_setting_that_is_none_is_named(processor: DeepseekVLV2Processor) -> None:
+    with pytest.warns(UserWarning, match="no settings of these names: candidate_resolution"):
+        DeepseekVLV2Processor(processor.tokenizer, candidate_resolution=[[384, 384]])
+
+
+def test_a_file_by_its_address(processor: DeepseekVLV2Processor, tmp_path: Any) -> None:
+    RED.save(tmp_path / "red.png")
+    for address in (f"file://{tmp_path}/red.png", f"file://localhost{tmp_path}/red.png", f"FILE://{tmp_path}/red.png"):
+        parts = [{"type": "image", "url": address}]
+        assert processor.apply_chat_template(turns(parts), tokenize=True, return_dict=True)["pixel_values"].any()
 
 
 @pytest.mark.parametrize("name", CALLS)
