@@ -136,9 +136,10 @@ class ChatTemplateProcessor(BaseProcessor):
     def _render_own(
         self, messages: Sequence[Message], add_generation_prompt: bool, continue_final_message: bool
     ) -> str:
-        if not messages:
+        flat = self._flatten(messages)
+        if not flat:
             raise ValueError("The conversation has no messages.")
-        turns = self._walk(self._flatten(messages), add_generation_prompt, continue_final_message)
+        turns = self._walk(flat, add_generation_prompt, continue_final_message)
         unfinished = add_generation_prompt or continue_final_message
         return str(self.tokenizer.bos_token) + render_turns(turns, self.tokenizer.eos_token, unfinished)
 
