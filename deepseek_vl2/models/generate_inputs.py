@@ -12,6 +12,7 @@ import torch
 from transformers.generation import GenerationConfig
 
 from .config_fields import SHARE, is_whole
+from .views import ByteTiles, Pictures
 
 # Of ``generate`` itself; transformers hands them on to the model.
 NOT_FOR_FORWARD = ("tokenizer", "assistant_tokenizer")
@@ -113,12 +114,12 @@ def check_image_numbers(images: Any, images_seq_mask: Any, images_spatial_crop: 
     """Raise ``ValueError`` for tiles that are no normalised pixels, or tilings that are no whole numbers."""
     given = {"images": images, "images_seq_mask": images_seq_mask, "images_spatial_crop": images_spatial_crop}
     for name, value in given.items():
-        if value is not None and not isinstance(value, torch.Tensor):
+        if value is not None and not isinstance(value, (torch.Tensor, ByteTiles, Pictures)):
             raise ValueError(
                 f"{name} must be a tensor as the processor returns it, got {describe(value)}: the processor makes "
                 "tiles of pictures, with return_tensors='pt'."
             )
-    if images is not None and not images.is_floating_point():
+    if isinstance(images, torch.Tensor) and not images.is_floating_point():
         raise ValueError(
             f"images must be tiles as the processor returns them, of floating point, got {describe(images)}: the "
             "processor takes pictures of bytes."
