@@ -29,12 +29,14 @@ class Question:
         id: what the line calls itself, if anything.
         sample: its prompt, as the processor gives it.
         images: its images, as the processor took them.
+        is_low: each is seen as one view, without tiles.
     """
 
     job: Job
     id: Any
     sample: Any
     images: list[Any]
+    is_low: bool = False
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -155,7 +157,7 @@ def read_question(loaded: Loaded, job: Job, system_prompt: str) -> Question:
     Raises:
         ValueError, OSError: what is wrong with it.
     """
-    from deepseek_vl2.models.messages import check_messages
+    from deepseek_vl2.models.messages import check_messages, is_low_conversation
     from deepseek_vl2.utils.prompts import question_about
 
     line = read_line(job)
@@ -180,7 +182,7 @@ def read_question(loaded: Loaded, job: Job, system_prompt: str) -> Question:
     length, most = len(sample["input_ids"]), most_tokens(loaded)
     if length >= most:
         raise ValueError(f"The prompt has {length:,} tokens; the model knows {most:,}, its answer's included.")
-    return Question(job, line.get("id"), sample, shown)
+    return Question(job, line.get("id"), sample, shown, is_low_conversation(turns))
 
 
 def line_images(line: dict[str, Any]) -> list[str]:
@@ -229,6 +231,8 @@ def most_tokens(loaded: Loaded) -> int:
 
 def fetched(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a message whose image parts are paths, data or downloaded within the limits of `download`."""
+    from deepseek_vl2.models.messages import is_low
+
     if not isinstance(message.get("content"), list):
         return message
     parts = []
@@ -237,7 +241,8 @@ def fetched(message: Mapping[str, Any]) -> Mapping[str, Any]:
         source = source.get("url") if isinstance(source, dict) else source
         if isinstance(source, str) and part.get("type") != "text":
             address = source.startswith(("http://", "https://"))
-            part = {"type": "image", "image": open_image_data(download(source)) if address else clean_path(source)}
+            image = open_image_data(download(source)) if address else clean_path(source)
+            part = {"type": "image", "image": image, "detail": "low" if is_low(part) else None}
         parts.append(part)
     return {**message, "content": parts}
 

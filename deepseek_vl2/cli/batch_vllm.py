@@ -104,6 +104,8 @@ class VllmLines:
         self.done.append(answer_record(question, completion.text, end))
 
     def _prompt(self, question: Question) -> dict[str, Any]:
+        if question.is_low:
+            raise ValueError("detail 'low' is of our engine: vLLM's plugin cuts images into tiles.")
         ids = collapse_images(self.loaded.processor, question.sample)
         images = {"multi_modal_data": {"image": question.images}} if question.images else {}
         return {"prompt_token_ids": ids, **images}

@@ -77,6 +77,13 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
     return convert
 
 
+def some_text(text: str) -> str:
+    """Convert an option that is a text, and not an empty one: what a script's unset variable gives."""
+    if not text:
+        raise ArgumentTypeError("must not be empty")
+    return text
+
+
 def chunk_size(text: str) -> int:
     """Convert the option ``--chunk_size``."""
     try:
@@ -99,6 +106,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
         "--model",
         "--model_path",
         "-m",
+        type=some_text,
         metavar="MODEL",
         help='directory or hub id of a checkpoint; default: "nano", the small model that ships with the package',
     )
@@ -148,8 +156,12 @@ def add_generation_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--repetition_penalty", type=number(0, above=True), default=1.1, help="while sampling; default: 1.1"
     )
-    group.add_argument("--seed", type=int, help="while sampling; default: another one each time")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be repeated")
+    group.add_argument(
+        "--seed", type=whole_number(-(2**63), 2**63 - 1), help="while sampling; default: another one each time"
+    )
+    group.add_argument(
+        "--stop", action="append", default=[], type=some_text, metavar="TEXT", help="ends the answer; may be repeated"
+    )
     group.add_argument("--system_prompt", "--system", default="", metavar="TEXT", help="put in front")
     group.add_argument(
         "--chunk_size", type=chunk_size, default=-1, help="read the prompt this many tokens at a time, to save memory"
@@ -170,6 +182,14 @@ def generation_options(args: Namespace) -> GenerationOptions:
         stop=tuple(args.stop),
         prefill_chunk_size=None if args.chunk_size == -1 else args.chunk_size,
     )
+
+
+def answer_options(args: Namespace) -> str:
+    """Return what is asked for beside the questions, as a text that is the same for the same."""
+    kept = ["max_new_tokens", "stop", "system_prompt", "temperature"]
+    if args.temperature > 0:
+        kept += ["top_p", "top_k", "repetition_penalty", "seed"]
+    return repr([getattr(args, name) for name in kept])
 
 
 def default_model() -> str:

@@ -18,7 +18,7 @@ from .call_options import BatchOptions, take_groups
 from .image_modes import Background, check_background
 from .image_processing import ImageTransform, load_images, make_tiles
 from .image_processor import SETTINGS, DeepseekVLV2ImageProcessor
-from .messages import SYSTEM_ROLES, Message, check_messages
+from .messages import SYSTEM_ROLES, Message, check_messages, is_low_conversation
 from .processing_templates import ChatTemplateProcessor
 from .prompt_encoding import PromptEncoder, TokenSequence
 from .standard_batch import StandardBatch, collate_standard
@@ -201,6 +201,8 @@ class DeepseekVLV2Processor(ChatTemplateProcessor, GroundingProcessor):
             images = [image for message in conversations for image in message.get("images") or []]
         if not isinstance(system_prompt, str):
             raise ValueError(f"system_prompt must be a text, got {type(system_prompt).__name__}.")
+        if conversations is not None and is_low_conversation(conversations) and cropping is None:
+            cropping = False
         options = ImageOptions(cropping, candidate_resolutions, max_pixels, background)
         loaded, encoder = self._read_images(images, options)
         if conversations is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from .answer_masks import answer_mask, render_with_answers
 from .batch import VLChatProcessorOutput
 from .call_inputs import ImageOptions, as_list
 from .call_options import BatchOptions, check_keywords, take_groups
-from .messages import Message, is_own_template, messages_to_conversation
+from .messages import Message, is_low_conversation, is_own_template, messages_to_conversation
 from .processing_base import BaseProcessor
 from .prompt_encoding import TokenSequence
 from .turns import print_turns, render_turns
@@ -46,7 +46,8 @@ class ChatTemplateProcessor(BaseProcessor):
         """Turn messages with OpenAI-style content parts into a conversation with image tags.
 
         An image part is a dict of type "image" with its source under ``image``, ``path``, ``url`` or ``base64``, or of
-        type "image_url" with ``image_url`` (a string or ``{"url": ...}``).
+        type "image_url" with ``image_url`` (a string or ``{"url": ...}``). With ``detail`` "low", in it or beside it,
+        for all of them or for none, each image is one view of 384 pixels, no tiles.
 
         Raises:
             ValueError: a part of unknown type, or an image part without a source.
@@ -118,15 +119,17 @@ class ChatTemplateProcessor(BaseProcessor):
         for messages in batch:
             turns = self.messages_to_conversation(messages)
             images = [image for turn in turns for image in turn["images"]]
+            is_low = is_low_conversation(turns) and image_options.cropping is None
+            seen = replace(image_options, cropping=False) if is_low else image_options
             if custom:
-                sample = self._process_custom(messages, images, image_options, settings, return_assistant_tokens_mask)
+                sample = self._process_custom(messages, images, seen, settings, return_assistant_tokens_mask)
             else:
                 sample = self._process_messages(
                     turns,
                     images,
                     add_generation_prompt,
                     continue_final_message,
-                    image_options,
+                    seen,
                     return_assistant_tokens_mask,
                 )
             samples.append(sample)

@@ -59,8 +59,11 @@ def resolve_model_path(model_path: str | Path) -> str | Path:
 
     Raises:
         FileNotFoundError: nano is not part of this installation, or what looks like a directory is not there.
+        ValueError: the name is empty.
     """
     name = str(model_path)
+    if not name.strip():
+        raise ValueError(f"The name of a model is a directory, the id of a hub repository or 'nano', got {name!r}.")
     if name == DEMO_NAME:
         return demo_checkpoint()
     if name == NANO_NAME:

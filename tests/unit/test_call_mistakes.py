@@ -27,6 +27,16 @@ def turns(content: Any, answer: Any = "") -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
 
 
+def shown(**fields: Any) -> dict[str, Any]:
+    return {"type": "image", "image": Image.new("RGB", (900, 300), "red"), **fields}
+
+
+def png_url(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
 def closed_file() -> io.BytesIO:
     file = io.BytesIO(b"x")
     file.close()
@@ -86,6 +96,11 @@ CALLS: dict[str, tuple[Callable[[DeepseekVLV2Processor], Any], str]] = {
         lambda p: p.apply_chat_template([*turns("a", "b"), {"role": "assistant", "content": "", "tool_calls": [{}]}]),
         "Message 3 calls tools",
     ),
+    "an unknown detail": (lambda p: p.apply_chat_template(turns([shown(detail="huge")])), "detail of an image must be"),
+    "details that differ": (
+        lambda p: p(conversations=turns([shown(detail="low"), shown()])),
+        "'low' for all images of a conversation or for none",
+    ),
     "an address of a bucket": (lambda p: p(text="<image>", images=["s3://bucket/a.png"]), "an address of 's3'"),
     "a batch of whole numbers": (
         lambda p: p(text="<image>", images=[RED]).to(torch.int64),
@@ -120,6 +135,20 @@ CALLS: dict[str, tuple[Callable[[DeepseekVLV2Processor], Any], str]] = {
 def test_a_setting_that_is_none_is_named(processor: DeepseekVLV2Processor) -> None:
     with pytest.warns(UserWarning, match="no settings of these names: candidate_resolution"):
         DeepseekVLV2Processor(processor.tokenizer, candidate_resolution=[[384, 384]])
+
+
+def test_the_detail_of_an_image_is_not_ignored() -> None:
+    nano = DeepseekVLV2Processor.from_pretrained("nano")
+    url = {"type": "image_url", "image_url": {"url": png_url(shown()["image"]), "detail": "low"}}
+    plain = nano(conversations=turns([shown()]))
+    want = nano(conversations=turns([shown()]), cropping=False)
+    assert plain["images_spatial_crop"].tolist() != want["images_spatial_crop"].tolist()
+    for part in (shown(detail="low"), url):
+        assert nano(conversations=turns([part]))["input_ids"].equal(want["input_ids"])
+        found = nano.apply_chat_template(turns([part])[:1], tokenize=True, return_dict=True, add_generation_prompt=True)
+        assert found["input_ids"].equal(want["input_ids"])
+        assert nano(conversations=turns([part]), cropping=True)["input_ids"].equal(plain["input_ids"])
+    assert nano(conversations=turns([shown(detail="auto")]))["input_ids"].equal(plain["input_ids"])
 
 
 def test_a_file_by_its_address(processor: DeepseekVLV2Processor, tmp_path: Any) -> None:
