@@ -10,7 +10,7 @@ from typing import Any
 
 from deepseek_vl2.cli.batch_files import Job, error_record, record_line
 from deepseek_vl2.cli.images import clean_path, download, open_image
-from deepseek_vl2.cli.options import Loaded, generation_options, is_out_of_memory
+from deepseek_vl2.cli.options import Loaded, generation_options, is_out_of_memory, most_tokens, room_for_answer
 
 # Fields that people write into a line for an answer of its own; the run's options are all lines'.
 OPTIONS = (
@@ -137,7 +137,7 @@ def submit(loaded: Loaded, question: Question, args: Namespace, seed: int) -> Pe
     from deepseek_vl2.serve.streaming import answer_params, model_ends
 
     options, ends = generation_options(args), model_ends(loaded.model)
-    room = most_tokens(loaded) - len(question.sample["input_ids"])
+    room = room_for_answer(most_tokens(loaded), len(question.sample["input_ids"]))
     params = answer_params(options, ends, seed + question.job.line)  # a line gets what it would get alone
     line = Pending(question.job, question, engine=engine_of(loaded.model))
     line.request = Request(
@@ -179,9 +179,7 @@ def read_question(loaded: Loaded, job: Job, system_prompt: str) -> Question:
         raise ValueError('The messages have images of their own: leave the line\'s "images" out.')
     shown = [open_image(source) if isinstance(source, str) else source for source in listed or images]
     sample = loaded.processor.process_one(conversations=turns, images=shown, system_prompt=system_prompt)
-    length, most = len(sample["input_ids"]), most_tokens(loaded)
-    if length >= most:
-        raise ValueError(f"The prompt has {length:,} tokens; the model knows {most:,}, its answer's included.")
+    room_for_answer(most_tokens(loaded), len(sample["input_ids"]))
     return Question(job, line.get("id"), sample, shown, is_low_conversation(turns))
 
 
@@ -222,11 +220,6 @@ def read_line(job: Job) -> Any:
     except ValueError as error:
         raise ValueError(f"Not JSON: {error}.") from error
     return line
-
-
-def most_tokens(loaded: Loaded) -> int:
-    """Return how many tokens a prompt and its answer may have together."""
-    return int(loaded.model.config.language_config.max_position_embeddings)
 
 
 def fetched(message: Mapping[str, Any]) -> Mapping[str, Any]:

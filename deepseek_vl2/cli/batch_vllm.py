@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from deepseek_vl2.cli.batch_files import Job, error_record
-from deepseek_vl2.cli.batch_lines import Pending, Question, answer_record, most_tokens, prepare, why_unanswered
-from deepseek_vl2.cli.options import Loaded, check_reachable, generation_options
+from deepseek_vl2.cli.batch_lines import Pending, Question, answer_record, prepare, why_unanswered
+from deepseek_vl2.cli.options import Loaded, check_reachable, generation_options, most_tokens
 
 
 @dataclass

@@ -192,6 +192,18 @@ def answer_options(args: Namespace) -> str:
     return repr([getattr(args, name) for name in kept])
 
 
+def most_tokens(loaded: Loaded) -> int:
+    """Return how many tokens a prompt and its answer may have together."""
+    return int(loaded.model.config.language_config.max_position_embeddings)
+
+
+def room_for_answer(most: int, prompt_tokens: int) -> int:
+    """Return how many tokens an answer may have of `most_tokens`; raise ``ValueError`` where a prompt leaves none."""
+    if prompt_tokens >= most:
+        raise ValueError(f"The prompt has {prompt_tokens:,} tokens; the model knows {most:,}, its answer's included.")
+    return most - prompt_tokens
+
+
 def default_model() -> str:
     """Return the model that is used when none is named: nano, or the demo checkpoint where nano is not installed."""
     return DEMO_NAME if nano_directory() is None else NANO_NAME
@@ -303,5 +315,5 @@ def check_device(device: str | None) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is torch's "out of memory"; without importing torch."""
-    return type(error).__name__ == "OutOfMemoryError"
+    """Whether an error is torch's "out of memory", of a GPU or of the host; without importing torch."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -31,7 +31,7 @@ def _checked(source: Any) -> Any:
     name = os.fspath(source)
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"The name of a model is its directory, the id of a repository or 'nano', got {name!r}.")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # that of pathlib fails where there is no such user
     if path.is_file():
         raise FileNotFoundError(f"{path} is a file: name the checkpoint directory that holds it.")
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):

@@ -23,6 +23,7 @@ BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+=*\s*")
 # With line breaks, and with the two characters that URLs need.
 BASE64_FORMS = str.maketrans({"-": "+", "_": "/", "\n": None, "\r": None, "\t": None, " ": None})
 OTHER_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+MOST_PIPED = 1_000_000_000  # bytes of a pipe; files are bounded by their pixels
 LEAST_BASE64 = 200  # shorter, it may be a path that was misspelt
 
 
@@ -92,6 +93,17 @@ def _read_file(file: Any) -> bytes:
     return data
 
 
+def _read_pipe(path: Path) -> bytes:
+    """Return what is written into a pipe, until it is closed there; it can be read once."""
+    with path.open("rb") as pipe:
+        data = pipe.read(MOST_PIPED + 1)
+    if not data:
+        raise ValueError(f"{path} is a pipe that holds nothing.")
+    if len(data) > MOST_PIPED:
+        raise ValueError(f"{path} is a pipe that holds more than {MOST_PIPED // 1_000_000} MB.")
+    return data
+
+
 def _open(source: Any) -> tuple[Image.Image, str]:
     """Open without decoding; returns the image and a name for error messages."""
     if isinstance(source, Image.Image):
@@ -122,6 +134,10 @@ def _open(source: Any) -> tuple[Image.Image, str]:
         raise FileNotFoundError(f"There is no image file at {shortened(text)}.")
     if path.is_dir():
         raise ValueError(f"{path} is a directory, not an image file.")
+    if path.is_fifo():  # such as a shell's <(...)
+        return Image.open(io.BytesIO(_read_pipe(path))), str(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is a device, not an image file.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is an empty file, not an image.")
     return Image.open(path), str(path)

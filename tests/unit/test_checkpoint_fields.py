@@ -247,6 +247,7 @@ def test_an_adapter_beside_a_model_is_not_silently_left_out(copied: Path) -> Non
         ("./gone", "There is no checkpoint directory"),
         ("some/deep/path", "There is no checkpoint directory"),
         ("~/no such model", "There is no checkpoint directory"),
+        ("~no_such_user/model", "There is no checkpoint directory"),
         ("{}/model.safetensors", "is a file"),
         ("", "the id of a repository"),
     ],
