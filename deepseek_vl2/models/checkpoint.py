@@ -258,8 +258,9 @@ def find_files(source: Any, **hub: Any) -> list[Path] | None:
     index = cached_file(source, INDEX, **quiet, **hub)
     if index is None:
         single = cached_file(source, SINGLE, **quiet, **hub)
-        if single is None and Path(source).is_dir() and not any(Path(source).glob("*.bin")):
-            raise FileNotFoundError(_without_weights(Path(source)))
+        directory = Path(source) / (hub.get("subfolder") or "")
+        if single is None and Path(source).is_dir() and not any(directory.glob("*.bin")):
+            raise FileNotFoundError(_without_weights(directory))
         return None if single is None else [Path(single)]
     weight_map = read_json_object(Path(index)).get("weight_map")
     if not isinstance(weight_map, dict):

@@ -25,16 +25,21 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
-def check_ids(input_ids: Any, vocab_size: int) -> None:
-    """Raise ``ValueError`` for what are no token ids, [B, T], of a vocabulary."""
+def check_kind_of_ids(input_ids: Any, call: str) -> None:
+    """Raise ``ValueError`` for what are no token ids, [B, T]; ``call``: who takes them."""
     if isinstance(input_ids, Mapping):
-        raise ValueError("Unpack what the processor returned: generate(**inputs), not generate(inputs).")
+        raise ValueError(f"Unpack what the processor returned: {call}(**inputs), not {call}(inputs).")
     if isinstance(input_ids, str):
-        raise ValueError("generate takes token ids, not a text: generate(**processor(text=...)), or model.chat.")
+        raise ValueError(f"{call} takes token ids, not a text: {call}(**processor(text=...)), or model.chat.")
     if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or not len(input_ids):
         raise ValueError(f"input_ids must be a tensor of token ids, [rows, tokens], got {describe(input_ids)}.")
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
         raise ValueError(f"input_ids must be whole numbers, got {describe(input_ids)}.")
+
+
+def check_ids(input_ids: Any, vocab_size: int) -> None:
+    """Raise ``ValueError`` for what are no token ids, [B, T], of a vocabulary."""
+    check_kind_of_ids(input_ids, "generate")
     if not input_ids.numel() or input_ids.device.type == "meta" or torch.compiler.is_compiling():
         return
     low, high = torch.stack(input_ids.aminmax()).tolist()
@@ -49,6 +54,37 @@ def check_embeds(inputs_embeds: Any, width: int) -> None:
         raise ValueError(f"inputs_embeds must be [rows, tokens, {width}], got {describe(inputs_embeds)}.")
     if not inputs_embeds.is_floating_point():
         raise ValueError(f"inputs_embeds must be of floating point, got {describe(inputs_embeds)}.")
+
+
+def check_forward(input_ids: Any, inputs_embeds: Any, attention_mask: Any, labels: Any, has_cache: bool) -> None:
+    """Check kinds and shapes of a forward pass; the numbers are not looked at, which would wait for a device.
+
+    Args:
+        input_ids, inputs_embeds, attention_mask: see `check_prompt`; with a cache the mask covers its tokens too.
+        labels: [B, T], or anything else than a tensor, which is not looked at.
+        has_cache: there is one.
+
+    Raises:
+        ValueError: one is of another kind or shape; it is named.
+    """
+    if input_ids is not None:
+        check_kind_of_ids(input_ids, "model")
+    prompt = input_ids if inputs_embeds is None else inputs_embeds
+    if prompt is None:
+        return
+    if not isinstance(prompt, torch.Tensor) or prompt.dim() < 2:
+        raise ValueError(f"inputs_embeds must be [rows, tokens, width], got {describe(prompt)}.")
+    shape = prompt.shape[:2]
+    if not shape[1]:
+        raise ValueError(f"There are no tokens in a prompt of {list(shape)}.")
+    is_plain = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and not has_cache
+    if is_plain and attention_mask.shape != shape:
+        raise ValueError(f"attention_mask {list(attention_mask.shape)} does not fit a prompt of {list(shape)}.")
+    if isinstance(labels, torch.Tensor):
+        if labels.shape != shape:
+            raise ValueError(f"labels {list(labels.shape)} do not fit a prompt of {list(shape)}.")
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"labels must be token ids, or -100, got {describe(labels)}.")
 
 
 def check_prompt(input_ids: Any, inputs_embeds: Any, attention_mask: Any, config: Any, fresh: bool = True) -> None:

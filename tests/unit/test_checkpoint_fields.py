@@ -258,6 +258,11 @@ def test_names_of_no_model(good: Path, name: str, says: str) -> None:
             load(name.format(good))
 
 
+def test_a_subfolder_that_is_not_there(good: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nope.*no config\.json|There are no safetensors files in .*nope"):
+        DeepseekVLV2ForCausalLM.from_pretrained(good, subfolder="nope")
+
+
 def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json"):
         DeepseekVLV2Processor.from_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -121,6 +122,39 @@ def test_what_is_no_prompt(loaded: Loaded, name: str, caplog: pytest.LogCaptureF
         call(loaded)
     assert "\n" not in str(error.value)
     assert not caplog.records, "the engine met it first"
+
+
+PASSES: dict[str, tuple[Callable[[Loaded], Any], str]] = {
+    "a row": (lambda m: m.model(m.ids[0]), r"\[rows, tokens\], got int64 of shape"),
+    "a list": (lambda m: m.model(m.ids.tolist()), "got list"),
+    "floats": (lambda m: m.model(m.ids.float()), "whole numbers, got float32"),
+    "no tokens": (lambda m: m.model(m.ids[:, :0]), "There are no tokens"),
+    "a text": (lambda m: m.model("hello"), r"not a text: model\(\*\*processor"),
+    "the whole batch": (lambda m: m.model(m.processor(text="hello")), r"model\(\*\*inputs\)"),
+    "embeddings as a list": (lambda m: m.model(inputs_embeds=[[0.0]]), "inputs_embeds must be"),
+    "a short mask": (lambda m: m.model(m.ids, attention_mask=torch.ones(1, 2)), "does not fit a prompt"),
+    "a mask of one row": (lambda m: m.model(m.ids.repeat(2, 1), attention_mask=m.ids > -1), "does not fit a prompt"),
+    "labels of another length": (lambda m: m.model(m.ids, labels=m.ids[:, 1:]), "labels .* do not fit a prompt"),
+    "labels of a row": (lambda m: m.model(m.ids, labels=m.ids[0]), "labels .* do not fit a prompt"),
+    "labels of floats": (lambda m: m.model(m.ids, labels=m.ids.float()), "labels must be token ids, or -100"),
+}
+
+
+@pytest.mark.parametrize("part", ["whole", "language"])
+@pytest.mark.parametrize("name", PASSES)
+def test_what_is_no_input_of_a_forward_pass(loaded: Loaded, name: str, part: str) -> None:
+    call, says = PASSES[name]
+    one = copy.copy(loaded)
+    one.model = loaded.model if part == "whole" else loaded.model.language  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=says) as error:
+        call(one)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mask_may_cover_what_a_cache_holds(loaded: Loaded) -> None:
+    first = loaded.model(loaded.ids, use_cache=True)
+    longer = torch.ones(1, loaded.ids.shape[1] + 1, dtype=torch.long)
+    loaded.model(loaded.ids[:, -1:], attention_mask=longer, past_key_values=first.past_key_values)
 
 
 @pytest.mark.parametrize(
