@@ -12,6 +12,7 @@ import torch
 from deepseek_vl2.engine.decode import DecoderWeights, LayerWeights
 from deepseek_vl2.engine.self_check import unpacked
 from deepseek_vl2.ops.triton import (
+    decode_align,
     decode_experts,
     decode_experts_gemm,
     decode_experts_gemv,
@@ -207,10 +208,11 @@ class KernelChecks:
                 topk_weights,
                 normed,
             )
+            tokens = decode_align.align_plain(ids, routing.num_experts, decode_align.tile_rows(layer.experts.gate_up))
             routed, shared = self.poisoned(rows, routing.top_k, inner), self.poisoned(rows, common)
             routed_out, shared_out = self.poisoned(rows, routing.top_k, self.hidden), self.poisoned(rows, self.hidden)
-            decode_experts_gemm.gate_up_gemm(normed, layer.experts, routed, shared, ids)
-            decode_experts_gemm.down_gemm(routed, shared, layer.experts, routed_out, shared_out, ids)
+            decode_experts_gemm.gate_up_gemm(normed, layer.experts, routed, shared, tokens)
+            decode_experts_gemm.down_gemm(routed, shared, layer.experts, routed_out, shared_out, tokens)
             norm.fused_add_rms_norm(
                 residual, routed_out, topk_weights, shared_out, layer.post_norm, layer.eps, out, normed
             )

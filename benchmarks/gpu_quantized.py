@@ -43,6 +43,7 @@ from deepseek_vl2.models.quantizer import WeightOnlyConfig
 
 SIZES = ("small", "base", "tiny")  # what matters most comes first
 WEIGHTS = ("bf16", "int4", "int8", "fp8")
+WITH_HEADS = ("int4+int8", "int4+int4", "int8+int8")  # weights, and the output head
 BATCHES = (1, 8, 64)
 # Goals on an H200: milliseconds a token at batch 1, gigabytes at the peak, and factors of bfloat16's.
 STEP = {("tiny", "int4"): 0.38, ("small", "int4"): 1.1, ("base", "int4"): 1.6, ("small", "int8"): 1.4}
@@ -84,8 +85,9 @@ class Case:
 
 
 def config_of(weights: str) -> WeightOnlyConfig | None:
-    """Return how weights are packed, the head as usual in 16 bits; ``None``: they are not."""
-    return None if weights == "bf16" else WeightOnlyConfig(weights)  # type: ignore[arg-type]
+    """Return how weights are packed, the head as usual in 16 bits if none is named; ``None``: they are not."""
+    kind, _, head = weights.partition("+")
+    return None if kind == "bf16" else WeightOnlyConfig(kind, head=head or None)  # type: ignore[arg-type]
 
 
 def build(model: Any, weights: str, device: torch.device) -> Any:
@@ -265,17 +267,19 @@ def goals(cases: dict[tuple[str, str], Case]) -> list[list[str]]:
         verdict = "-" if value != value else "yes" if value <= limit else "**no**"
         rows.append([case.size, case.weights, what, f"{value:.3f}", f"{limit:.3f}", verdict])
 
-    for key, case in cases.items():
+    for case in cases.values():
+        kind = case.weights.partition("+")[0]
+        key = case.size, kind
         plain, missing = cases.get((case.size, "bf16"), Case(case.size, "bf16")), float("nan")
         if key in STEP:
             row(case, "ms a token, batch 1", case.steps.get(1, missing), STEP[key])
         if key in PEAK:
             row(case, "peak memory, GB", case.peak, PEAK[key])
-        if case.weights == "int4":
+        if kind == "int4":
             for batch in BATCHES[1:]:
                 factor = case.steps.get(batch, missing) / plain.steps.get(batch, missing)
                 row(case, f"step of batch {batch} over bfloat16's", factor, BATCH_FACTOR)
-        if case.weights != "bf16":
+        if kind != "bf16":
             row(case, "first token over bfloat16's", case.first / plain.first, FIRST_FACTOR)
     return rows
 
@@ -294,7 +298,7 @@ def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=SIZES, choices=SIZES)
-    parser.add_argument("--weights", nargs="+", default=WEIGHTS, choices=WEIGHTS)
+    parser.add_argument("--weights", nargs="+", default=WEIGHTS, choices=WEIGHTS + WITH_HEADS)
     parser.add_argument("--seconds", type=float, default=570, help="no case begins when fewer than a twelfth are left")
     parser.add_argument("--markdown", type=Path, help="write the report there too")
     parser.add_argument("--dry-run", action="store_true", help="try the program on a CPU, on a small model")
@@ -314,6 +318,7 @@ def main() -> None:
                 case.failures.append("no time left")
                 continue
             measured.measure(case, report)
+            print(" | ".join(case.cells()), flush=True)  # a run that is ended has at least this to show
             give_memory_back()
     steps = [f"step of {batch}: ms / floor" for batch in BATCHES]
     head = ["size", "weights", "weights, GB", "peak, GB", "first token, ms", *steps]

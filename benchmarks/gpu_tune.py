@@ -20,7 +20,7 @@ from triton.errors import TritonError
 
 from deepseek_vl2.engine.decode import DecoderWeights, LayerWeights
 from deepseek_vl2.engine.weights import read_weights
-from deepseek_vl2.ops.triton import decode_experts_gemm, decode_experts_gemv, decode_gemm, decode_gemv
+from deepseek_vl2.ops.triton import decode_align, decode_experts_gemm, decode_experts_gemv, decode_gemm, decode_gemv
 from deepseek_vl2.ops.triton.common import pdl_options
 
 Blocks = dict[str, Any]
@@ -93,6 +93,7 @@ class Tuner:
         self.routed_out, self.shared_out = draw(rows, routing.top_k, hidden), draw(rows, hidden)
         chosen = torch.rand(rows, routing.num_experts, device=like.device).argsort(dim=1)[:, : routing.top_k]
         self.ids, self.topk_weights = chosen.int(), torch.rand(rows, routing.top_k, device=like.device)
+        self.tokens = decode_align.align_plain(self.ids, routing.num_experts, decode_align.tile_rows(e.gate_up))
         self.hit = int(chosen.unique().numel())
 
     def project(self, layer: LayerWeights, blocks: Blocks) -> None:
@@ -119,7 +120,7 @@ class Tuner:
                 self.x[0], layer.post_norm, 1e-6, layer.experts, self.inner, self.ids[0], **blocks,
             )  # fmt: skip
         else:
-            decode_experts_gemm.gate_up_gemm(self.x, layer.experts, self.routed, self.shared, self.ids, **blocks)
+            decode_experts_gemm.gate_up_gemm(self.x, layer.experts, self.routed, self.shared, self.tokens, **blocks)
 
     def down(self, layer: LayerWeights, blocks: Blocks) -> None:
         """Down of the experts."""
@@ -129,7 +130,7 @@ class Tuner:
             )
         else:
             decode_experts_gemm.down_gemm(
-                self.routed, self.shared, layer.experts, self.routed_out, self.shared_out, self.ids, **blocks
+                self.routed, self.shared, layer.experts, self.routed_out, self.shared_out, self.tokens, **blocks
             )
 
     def tasks(self) -> list[tuple[str, Run, int, list[Blocks]]]:

@@ -110,7 +110,16 @@ def stream(
     if pieces.answer.finish_reason == "length":
         why = "--max_new_tokens" if room >= args.max_new_tokens else "the model knows no more"
         note(f"The answer was cut off after {options.max_new_tokens} tokens ({why}).")
+    tell_empty(pieces.answer)
     return pieces.answer
+
+
+def tell_empty(answer: Answer) -> None:
+    """Tell that an answer ended before a first word: nothing at all looks like a failure of the program."""
+    if answer.finish_reason != "stop" or answer.text.strip():
+        return
+    reason = "" if answer.stop_word is None else f": it began with {answer.stop_word!r}, which ends answers (--stop)"
+    note(f"The model gave an empty answer{reason}.")
 
 
 def report(

@@ -208,8 +208,11 @@ def leave_others() -> None:
 def finish(output: Path, total: int) -> int:
     """Tell how it went; the exit code is 1 when lines could not be answered."""
     failed = list(read_records(errors_file(output)))
-    answered = sum(1 for _ in read_records(output))
+    blank = [not str(record.get("answer") or "").strip() for record in read_records(output)]
+    answered, empty = len(blank), sum(blank)
     note(f"{answered} of {total} lines are answered in {output}.")
+    if empty:
+        note(f"{empty} of them {'has' if empty == 1 else 'have'} no text: the model ended its answer at once.")
     for record in failed[:5]:
         note(f"  line {record['line']}: {record['error']}")
     if failed:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepseek_vl2.cli.ask import check_drawing, draw_answer, with_system
+from deepseek_vl2.cli.ask import check_drawing, draw_answer, tell_empty, with_system
 from deepseek_vl2.cli.images import STDIN, clean_path, open_image, split_images
 from deepseek_vl2.cli.options import (
     Loaded,
@@ -235,14 +235,17 @@ class Chat:
             note(f"The conversation takes {prompt_tokens} of {longest} tokens: answers may suffer. /clear begins anew.")
 
     def tell_rest(self, answer: Answer) -> None:
-        """Tell what an answer's text does not show: its boxes, and that it was cut off."""
-        from deepseek_vl2.utils.grounding import parse_grounding
+        """Tell what an answer's text does not show: its boxes, that it was cut off, or that it has none."""
+        from deepseek_vl2.utils.grounding import parse_grounding, plain_text
 
         found = [] if self.args.raw else [thing for thing in parse_grounding(answer.text) if thing.boxes]
         for thing in found:
             note(f"  {thing.label or '(no label)'}: {', '.join(str(list(box)) for box in thing.boxes)}")
         if found:
             note("/boxes FILE draws them.")
+        elif answer.text.strip() and not plain_text(answer.text).strip() and not self.args.raw:
+            note(f"The answer holds tags alone: {answer.text}")
+        tell_empty(answer)
         if answer.finish_reason == "length":
             note(f"The answer was cut off after {self.args.max_new_tokens} tokens: /max_new_tokens allows more.")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 from argparse import ArgumentParser, Namespace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +165,7 @@ def model_facts(name: str, context: int) -> dict[str, Any]:
         "weights_bytes": sizes.weights,
         "needed_bytes": {kind: sizes.needed(kind, context) for kind in sizes.weights},
         "training_bytes": adapters.methods(parts["total"]),
-        **stored_facts(source, shapes),
+        **stored_facts(source, shapes, config),
     }
 
 
@@ -199,10 +201,12 @@ def image_tokens(config: Any) -> dict[str, int]:
     return counts
 
 
-def stored_facts(source: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+def stored_facts(source: str | Path, shapes: dict[str, tuple[int, ...]], config: Any) -> dict[str, Any]:
     """Return what the files of a directory hold and what is wrong with them, from their headers or, if small, whole."""
+    from deepseek_vl2.models.bnb_quantizer import METHODS
     from deepseek_vl2.models.checkpoint import StoredTensors, check_shapes, find_files
     from deepseek_vl2.models.checkpoint_check import check_tokenizer, find_not_finite, read_json_object
+    from deepseek_vl2.models.loading import quantized_by
     from deepseek_vl2.models.quantized_checkpoint import logical_shapes, read_layers
 
     if not Path(source).is_dir():
@@ -220,6 +224,9 @@ def stored_facts(source: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict
         if any(name.endswith(("weight_scale", "weight_scale_inv")) for name in stored.shapes):
             facts["dtype"] = f"packed, {facts['dtype']}"
             check_shapes(shapes, logical_shapes(stored, read_layers(stored)), source)
+        elif quantized_by(config) in METHODS.values():
+            facts["dtype"] = f"packed by bitsandbytes, {facts['dtype']}"
+            check_packed_by_bnb(config, stored, source)
         else:
             check_shapes(shapes, stored.shapes, source)
         if facts["file_bytes"] <= MOST_BYTES_READ:
@@ -230,6 +237,27 @@ def stored_facts(source: str | Path, shapes: dict[str, tuple[int, ...]]) -> dict
     except (ValueError, OSError) as error:
         return {"problem": str(error)}
     return facts
+
+
+def check_packed_by_bnb(config: Any, stored: Any, source: str | Path) -> None:
+    """Check the tensors of a file that bitsandbytes packed, where that package is there to say what they are.
+
+    Raises:
+        ValueError: some are missing, extra or of another shape.
+    """
+    import torch
+
+    from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+    from deepseek_vl2.models.bnb_quantizer import prepare_packed
+
+    if find_spec("bitsandbytes") is None:
+        return
+    described = config.quantization_config
+    plain = copy.deepcopy(config)
+    del plain.quantization_config
+    with torch.device("meta"):
+        model = DeepseekVLV2ForCausalLM(plain)
+    prepare_packed(model, described, stored, source)
 
 
 def what_fits(

@@ -77,13 +77,6 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
     return convert
 
 
-def some_text(text: str) -> str:
-    """Convert an option that is a text, and not an empty one: what a script's unset variable gives."""
-    if not text:
-        raise ArgumentTypeError("must not be empty")
-    return text
-
-
 def chunk_size(text: str) -> int:
     """Convert the option ``--chunk_size``."""
     try:
@@ -106,7 +99,6 @@ def add_model_arguments(parser: ArgumentParser) -> None:
         "--model",
         "--model_path",
         "-m",
-        type=some_text,
         metavar="MODEL",
         help='directory or hub id of a checkpoint; default: "nano", the small model that ships with the package',
     )
@@ -159,9 +151,7 @@ def add_generation_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--seed", type=whole_number(-(2**63), 2**63 - 1), help="while sampling; default: another one each time"
     )
-    group.add_argument(
-        "--stop", action="append", default=[], type=some_text, metavar="TEXT", help="ends the answer; may be repeated"
-    )
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be repeated")
     group.add_argument("--system_prompt", "--system", default="", metavar="TEXT", help="put in front")
     group.add_argument(
         "--chunk_size", type=chunk_size, default=-1, help="read the prompt this many tokens at a time, to save memory"

@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 from deepseek_vl2.cli.images import SUFFIXES
 
 TRACEBACK = "--traceback"
+# Options that may well be blank; others of words name something, and one of all options' defaults would do it instead.
+MAY_BE_BLANK = ("prompt", "system_prompt", "stop", "root_path", "api_key")
 ADDRESSES = ("http://", "https://", "data:", "file:")
 
 
@@ -97,6 +99,11 @@ class CommandParser(ArgumentParser):
         return [
             found for found in super()._get_option_tuples(option_string) if TRACEBACK not in found[0].option_strings
         ]
+
+    def _get_value(self, action: Action, arg_string: str) -> Any:
+        if not arg_string.strip() and action.type in (None, Path) and action.dest not in MAY_BE_BLANK:
+            raise ArgumentError(action, "it is empty, as from a variable that is not set")
+        return super()._get_value(action, arg_string)
 
     def _check_value(self, action: Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

@@ -10,7 +10,7 @@ V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
@@ -129,18 +129,31 @@ class PromptGraphs:
         kv_cache: the pool.
         tables: cosines and sines of all positions.
         capture: what captures; ``None``: nothing is replayed.
+        met: the kinds of prompts that were met with an earlier pool: they are captured when they come again.
     """
 
     def __init__(
-        self, language: ref[Any], weights: DecoderWeights, kv_cache: KVCache, tables: Tables, capture: Capture | None
+        self,
+        language: ref[Any],
+        weights: DecoderWeights,
+        kv_cache: KVCache,
+        tables: Tables,
+        capture: Capture | None,
+        met: Collection[Hashable] = (),
     ) -> None:
         self.language, self.weights, self.kv_cache, self.tables = language, weights, kv_cache, tables
         self.capture = capture
+        self.earlier = frozenset(met)
         self.graphs = GraphCache(MAX_GRAPHS)
         # All graphs read the same rows: only one of them runs at a time.
         table = weights.embedding
         with torch.inference_mode(False):
             self.embeds_NH = torch.zeros(0, table.shape[1], dtype=table.dtype, device=table.device)
+
+    @property
+    def met(self) -> frozenset[Hashable]:
+        """The kinds of prompts that were met, with this pool or an earlier one."""
+        return self.earlier.union(key for key, graph in self.graphs.held.items() if graph.used)
 
     def groups(self, parts: Sequence[Part], alone: bool = True) -> list[list[int]]:
         """Return the groups of parts, by their indices, that make up a pass and are replayed; none: it is launched.
@@ -170,15 +183,18 @@ class PromptGraphs:
         return self._graph_of(len(parts), padded_length(max(part.segment.new for part in parts), len(self.tables[0])))
 
     def _graph_of(self, prompts: int, length: int) -> CapturedGraph:
-        return self.graphs.get((prompts, length, cuda_graphs.modes()), lambda: self._new_graph(prompts, length))
+        key = (prompts, length, cuda_graphs.modes())
+        return self.graphs.get(key, lambda: self._new_graph(prompts, length, key in self.earlier))
 
-    def _new_graph(self, prompts: int, length: int) -> CapturedGraph:
+    def _new_graph(self, prompts: int, length: int, met: bool) -> CapturedGraph:
         language, pools, rows = self.language, self.kv_cache.pools, prompts * length
         with torch.inference_mode(False), torch.no_grad():  # later calls outside of inference mode write them too
             if len(self.embeds_NH) < rows:
                 self.embeds_NH = self.embeds_NH.new_zeros(rows, self.embeds_NH.shape[1])
             given = static_inputs(self.weights, self.tables, self.embeds_NH[:rows], prompts)
-        return CapturedGraph(given, lambda: run_captured(language(), pools, given))
+        graph = CapturedGraph(given, lambda: run_captured(language(), pools, given))
+        graph.used = met
+        return graph
 
     def capture_lengths(self) -> None:
         """Capture prefills of one prompt, of all lengths up to `MOST_ALONE`: nobody then waits for one of them.

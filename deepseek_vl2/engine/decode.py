@@ -30,6 +30,7 @@ from ..ops.triton import (
     router,
 )
 from ..ops.triton.common import multiprocessors, pdl_options, power_of_two
+from ..ops.triton.decode_align import ExpertTokens, max_further, tile_rows
 from ..ops.triton.decode_experts import ExpertWeights
 from ..ops.triton.router import RouterConfig
 from ..ops.triton.weights import Weight
@@ -114,6 +115,7 @@ class DecodeBuffers:
         logits: [B, vocabulary], float32; ``None`` where the output head is not on this device.
         cos: table for all positions, [C, rotated], and ``sin``.
         counters: [B], 0 between the kernels, see `router.route`.
+        expert_counts: of each layer, [layers, E + 1], see `decode_align.ExpertTokens`; 0 when a step begins.
         pdl: the options of launches, see `common.pdl_options`.
     """
 
@@ -124,6 +126,7 @@ class DecodeBuffers:
     hidden: torch.Tensor
     normed: torch.Tensor
     counters: torch.Tensor
+    expert_counts: torch.Tensor
     pdl: dict[str, Any] = field(default_factory=dict)
     scratch: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -140,6 +143,17 @@ class DecodeBuffers:
             self.scratch[key] = torch.empty(shape, dtype=dtype, device=self.hidden.device)
         return self.scratch[key]
 
+    def expert_tokens(self, layer: int, routing: RouterConfig, tile: int) -> ExpertTokens:
+        """Return the lists of a layer's experts, which its router writes."""
+        further = max_further(self.count, routing.top_k, tile)
+        return ExpertTokens(
+            self.expert_counts[layer, : routing.num_experts + 1],
+            self.take("expert tokens", routing.num_experts, self.count, dtype=torch.int32),
+            self.take("further tiles", further, dtype=torch.int32),
+            routing.top_k,
+            tile,
+        )
+
 
 def new_buffers(
     weights: DecoderWeights, rows: RowTensors, cos: torch.Tensor, sin: torch.Tensor, pdl: bool = True
@@ -151,6 +165,7 @@ def new_buffers(
     """
     device, count, (vocabulary, hidden) = rows.tokens.device, len(rows.tokens), weights.head.shape
     dtype, ends_here = weights.embedding.dtype, weights.head.device == device
+    most = max(layer.experts.num_experts for layer in weights.layers)
     with torch.inference_mode(False):  # captured steps write them, in any mode
         return DecodeBuffers(
             rows=rows,
@@ -160,6 +175,7 @@ def new_buffers(
             hidden=torch.zeros(count, hidden, dtype=dtype, device=device),
             normed=torch.zeros(count, hidden, dtype=dtype, device=device),
             counters=torch.zeros(count, dtype=torch.int32, device=device),
+            expert_counts=torch.zeros(len(weights.layers), most + 1, dtype=torch.int32, device=device),
             pdl=pdl_options(device) if pdl and count <= MAX_PDL_ROWS else {},
         )
 
@@ -270,19 +286,23 @@ def mlp_gemv(layer: LayerWeights, buffers: DecodeBuffers) -> None:
     decode_experts_gemv.down_gemv(inner, weights, hidden, hidden, ids[0], topk_weights[0], **pdl)
 
 
-def mlp_gemm(layer: LayerWeights, buffers: DecodeBuffers, next_norm: torch.Tensor, next_eps: float) -> None:
+def mlp_gemm(
+    model: DecoderWeights, index: int, buffers: DecodeBuffers, next_norm: torch.Tensor, next_eps: float
+) -> None:
     """Add a layer's experts, or its dense MLP, to the hidden states, and write the next norm of them."""
-    hidden, normed, routing, weights = buffers.hidden, buffers.normed, layer.routing, layer.experts
+    layer, hidden, normed = model.layers[index], buffers.hidden, buffers.normed
+    routing, weights = layer.routing, layer.experts
     pdl, small = buffers.pdl, buffers.count <= MAX_SMALL_BATCH
     rows, width = hidden.shape
-    ids = topk_weights = routed = routed_out = shared = shared_out = row_map = None
+    ids = tokens = topk_weights = routed = routed_out = shared = shared_out = row_map = None
     if routing is not None and layer.gate is not None:
         ids = buffers.take(f"ids {id(layer)}", rows, routing.top_k, dtype=torch.int32)
         topk_weights = buffers.take("topk weights", rows, routing.top_k, dtype=torch.float32)
         logits = buffers.take("gate", rows, routing.num_experts, dtype=torch.float32)
+        tokens = buffers.expert_tokens(index, routing, tile_rows(weights.gate_up)) if small else None
         router.route(
             hidden, layer.post_norm, layer.eps, layer.gate, layer.bias, routing, logits, buffers.counters, ids,
-            topk_weights, normed, live_rows=buffers.rows.live if small else None, **pdl,
+            topk_weights, normed, live_rows=buffers.rows.live if small else None, tokens=tokens, **pdl,
         )  # fmt: skip
         routed = buffers.take("routed", rows, routing.top_k, weights.intermediate_size)
         routed_out = buffers.take("routed out", rows, routing.top_k, width)
@@ -292,8 +312,8 @@ def mlp_gemm(layer: LayerWeights, buffers: DecodeBuffers, next_norm: torch.Tenso
         shared = buffers.take("shared", rows, weights.shared_intermediate_size)
         shared_out = buffers.take("shared out", rows, width)
     if small:
-        decode_experts_gemm.gate_up_gemm(normed, weights, routed, shared, ids, PDL_LAUNCH=bool(pdl))
-        decode_experts_gemm.down_gemm(routed, shared, weights, routed_out, shared_out, ids, **pdl)
+        decode_experts_gemm.gate_up_gemm(normed, weights, routed, shared, tokens, PDL_LAUNCH=bool(pdl))
+        decode_experts_gemm.down_gemm(routed, shared, weights, routed_out, shared_out, tokens, **pdl)
     else:
         routed_out, row_map, shared_out = large_batch_mlp(weights, normed, ids)
     norm.fused_add_rms_norm(
@@ -355,6 +375,7 @@ def decode_stage(
     if first == 0:
         torch.index_select(weights.embedding, 0, buffers.rows.tokens, out=buffers.hidden)
     if not single:
+        buffers.expert_counts.zero_()
         scale, eps = layers[first].input_norm, layers[first].eps
         norm.fused_add_rms_norm(buffers.hidden, None, None, None, scale, eps, buffers.hidden, buffers.normed)
     for index in range(first, last):
@@ -370,7 +391,7 @@ def decode_stage(
         next_norm, next_eps = following.input_norm, following.eps
         if index + 1 == len(layers):
             next_norm, next_eps = weights.norm, weights.eps
-        mlp_gemm(layer, buffers, next_norm, next_eps)
+        mlp_gemm(weights, index, buffers, next_norm, next_eps)
     if last == len(layers):
         predict(weights, buffers)
     buffers.rows.positions.add_(buffers.rows.advance)

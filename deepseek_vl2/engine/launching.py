@@ -31,13 +31,18 @@ class Launching:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Let others work while the thread that launches waits for the device."""
-        active = not self._over.is_set()
+        active = self.active
         self._over.set()
         try:
             yield
         finally:
             if active:
                 self._over.clear()
+
+    @property
+    def active(self) -> bool:
+        """Whether something is launched."""
+        return not self._over.is_set()
 
     def wait(self) -> None:
         """Wait while something is launched, for a moment at most."""

@@ -13,17 +13,24 @@ from .kv_cache import Extent
 BLOCK = 32
 
 
-def block_hashes(ids: Sequence[int], images: Sequence[tuple[int, int, bytes]] = ()) -> list[bytes]:
+def block_hashes(
+    ids: Sequence[int], images: Sequence[tuple[int, int, bytes]] = (), known: Sequence[bytes] = ()
+) -> list[bytes]:
     """Return a hash for each whole block of a prompt, which stands for all that comes before it too.
 
     Args:
         ids: the prompt's ids.
         images: of each image, the index of its first token, of the one behind its last, and a key of its content.
+        known: the hashes of its first blocks, where they were made before.
     """
-    hashes, previous = [], b""
-    for start in range(0, len(ids) - BLOCK + 1, BLOCK):
+    hashes = list(known)
+    previous, begin = hashes[-1] if hashes else b"", len(hashes) * BLOCK
+    words = array("q", ids[begin:])
+    numbers = memoryview(words.tobytes())
+    for start in range(begin, len(ids) - BLOCK + 1, BLOCK):
         digest = blake2b(previous, digest_size=16)
-        digest.update(array("q", ids[start : start + BLOCK]).tobytes())
+        offset = (start - begin) * words.itemsize
+        digest.update(numbers[offset : offset + BLOCK * words.itemsize])
         for first, last, key in images:
             if first < start + BLOCK and last > start:
                 digest.update(first.to_bytes(8, "little") + key)

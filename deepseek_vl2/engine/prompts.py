@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import blake2b
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ NAMES = ("input_ids", "attention_mask", "images", "images_seq_mask", "images_spa
 
 def content_key(kind: str, shape: Sequence[int], data: Any) -> bytes:
     """Return what stands for some pixels: a hash of them and of how they lie."""
-    digest = blake2b(f"{kind} {tuple(shape)} ".encode(), digest_size=32)
+    # Processors have instructions for this one: with them it takes a third of BLAKE2's time.
+    digest = sha256(f"{kind} {tuple(shape)} ".encode())
     digest.update(data)
     return digest.digest()
 

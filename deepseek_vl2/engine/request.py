@@ -80,6 +80,7 @@ class Prompt:
     shared: bool = False
     stored: list[tuple[torch.Tensor, torch.Tensor]] | None = None
     _hashes: list[bytes] | None = field(default=None, repr=False)
+    _spans: list[tuple[int, int, bytes]] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids) if self.embeds_TH is None else len(self.embeds_TH)
@@ -87,17 +88,25 @@ class Prompt:
     def hashes(self) -> list[bytes]:
         """Return the hashes of its blocks; none where it is not to be shared."""
         if self._hashes is None:
-            self._hashes = self.hashes_with(())
+            self._hashes = block_hashes(self.ids, self._image_spans()) if self._is_hashed() else []
         return self._hashes
 
     def hashes_with(self, tokens: Sequence[int]) -> list[bytes]:
         """Return the hashes of its blocks with some tokens behind it."""
-        images = self.images
-        if not self.shared or self.embeds_TH is not None or (images is not None and images.keys is None):
+        if not self._is_hashed():
             return []
-        return block_hashes([*self.ids, *tokens], self._image_spans())
+        return block_hashes([*self.ids, *tokens], self._image_spans(), known=self.hashes())
+
+    def _is_hashed(self) -> bool:
+        without_keys = self.images is not None and self.images.keys is None
+        return self.shared and self.embeds_TH is None and not without_keys
 
     def _image_spans(self) -> list[tuple[int, int, bytes]]:
+        if self._spans is None:
+            self._spans = self._find_image_spans()
+        return self._spans
+
+    def _find_image_spans(self) -> list[tuple[int, int, bytes]]:
         if self.images is None:
             return []
         places = self.images.positions()

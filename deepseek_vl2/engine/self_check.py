@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 
 from ..models.quantization import PackedWeight, WeightFormat, dequantize
-from ..ops.triton import decode_experts, decode_experts_gemm, decode_experts_gemv, decode_gemm, decode_gemv, linear
+from ..ops.triton import (
+    decode_experts,
+    decode_experts_gemm,
+    decode_experts_gemv,
+    decode_gemm,
+    decode_gemv,
+    linear,
+)
+from ..ops.triton.decode_align import PACKED_TILE, align_plain
 from ..ops.triton.decode_experts import ExpertWeights
 from ..ops.triton.prefill_experts import permuted_experts
 from ..ops.triton.weights import BLOCK, QuantWeight, Weight, format_of
@@ -89,8 +97,9 @@ def expert_pairs(layer: LayerWeights, dtype: torch.dtype) -> Pairs:
         return None if plain is None else torch.full_like(plain, float("nan"), dtype=dtype)
 
     inner, outer = (like(routed), like(shared)), (like(routed_out), like(shared_out))
-    decode_experts_gemm.gate_up_gemm(x, weights, *inner, ids)
-    decode_experts_gemm.down_gemm(*inner, weights, *outer, ids)
+    tokens = None if ids is None else align_plain(ids, weights.num_experts, PACKED_TILE)
+    decode_experts_gemm.gate_up_gemm(x, weights, *inner, tokens)
+    decode_experts_gemm.down_gemm(*inner, weights, *outer, tokens)
     for got, want in zip(outer, (routed_out, shared_out), strict=True):
         if got is not None and want is not None:
             yield "experts of several rows", got, want

@@ -10,7 +10,7 @@ and the hidden states are copied in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
@@ -126,7 +126,7 @@ class TritonRunner:
         self.tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         self._make_tables(language)
         self.steps: dict[tuple[Any, ...], CapturedStep] = {}
-        self.prompts = self._new_prompts()
+        self.prompts = self._new_prompts(())
         self.short: Rows | None = None
 
     @property
@@ -170,12 +170,12 @@ class TritonRunner:
     def pool_changed(self) -> None:
         """See `Runner.pool_changed`."""
         self.steps.clear()
-        self.prompts = self._new_prompts()
+        self.prompts = self._new_prompts(self.prompts.met)
 
-    def _new_prompts(self) -> PromptGraphs:
+    def _new_prompts(self, met: Collection[Hashable]) -> PromptGraphs:
         # A graph is of one device: prompts of a model on several are launched.
         capture = self.capture[self.device] if len(self.stages) == 1 else None
-        return PromptGraphs(self.language, self.weights, self.kv_cache, self.tables[self.device], capture)
+        return PromptGraphs(self.language, self.weights, self.kv_cache, self.tables[self.device], capture, met)
 
     # ---------------------------------------------------------------- decoding
 

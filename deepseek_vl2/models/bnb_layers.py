@@ -142,6 +142,10 @@ class BnbExperts(nn.Module):
         """Return the tensors, by their names here, that hold a part's weights, [E, O, I]."""
         raise NotImplementedError
 
+    def packed_shape(self, part: str) -> tuple[int, ...]:
+        """Return the shape of a part's packed numbers."""
+        raise NotImplementedError
+
     def product(self, part: str, rows_LI: torch.Tensor, expert: int) -> torch.Tensor:
         """Return rows times one expert's matrix, [L, O]; gradients reach the rows, and unpack the matrix again."""
         raise NotImplementedError
@@ -211,6 +215,11 @@ class Bnb4bitExperts(BnbExperts):
             f"{part}_offset": as_bits(state.offset),
         }
 
+    def packed_shape(self, part: str) -> tuple[int, ...]:
+        """Return the shape of a part's packed numbers."""
+        rows, columns = self.shapes[part]
+        return self.num_experts, rows * columns // 2
+
     def absmax(self, part: str, expert: int) -> torch.Tensor:
         """Return the largest absolute value of each block of an expert's matrix, in float32."""
         held: torch.Tensor = getattr(self, f"{part}_absmax")[expert]
@@ -261,6 +270,10 @@ class Bnb8bitExperts(BnbExperts):
         """Return the tensors, by their names here, that hold a part's weights, [E, O, I]."""
         packed, scale = quantize(weight, self.FORMAT, torch.float32)
         return {part: packed, f"{part}_scale": as_bits(scale)}
+
+    def packed_shape(self, part: str) -> tuple[int, ...]:
+        """Return the shape of a part's packed numbers."""
+        return self.num_experts, *self.shapes[part]
 
     def _packed(self, part: str, expert: int) -> PackedWeight:
         return PackedWeight(getattr(self, part)[expert], as_numbers(getattr(self, f"{part}_scale")[expert]))

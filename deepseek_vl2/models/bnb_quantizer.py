@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
-from transformers.utils import logging
 
+from .bnb_checkpoint import PackedTensors, file_shapes, file_state, read_packed
 from .bnb_layers import (
     BLOCK_4BIT,
     Bnb4bitExperts,
@@ -26,13 +27,11 @@ from .bnb_layers import (
     linear_of_odd_rows,
     unpack_bnb,
 )
-from .checkpoint import conversion_rules
+from .checkpoint import StoredTensors, check_shapes, conversion_rules
 from .checkpoint_check import first_names
 from .moe import DeepseekV2Experts
 from .quantized_layers import set_module
 from .quantizer import LINEAR
-
-logger = logging.get_logger(__name__)
 
 METHODS = {"4bit": "deepseek_vl2_bnb_4bit", "8bit": "deepseek_vl2_bnb_8bit"}
 EXPERTS: dict[str, type[BnbExperts]] = {"4bit": Bnb4bitExperts, "8bit": Bnb8bitExperts}
@@ -47,7 +46,30 @@ class WithExpertsConfig(BitsAndBytesConfig):
         super().__init__(**options)
         if not self.is_quantizable():
             raise ValueError("BitsAndBytesConfig asks for nothing: set load_in_4bit or load_in_8bit.")
-        self.quant_method: Any = METHODS["4bit" if self.load_in_4bit else "8bit"]
+        self.quant_method: Any = METHODS[self.kind]
+        self.packed: PackedTensors | None = None  # of a file whose weights are packed already
+
+    @property
+    def kind(self) -> str:
+        """Which of the two quantizers it asks for."""
+        return "4bit" if self.load_in_4bit else "8bit"
+
+    @classmethod
+    def of_file(cls, described: Any) -> WithExpertsConfig:
+        """Return what a config.json says of a packed model.
+
+        Raises:
+            ValueError: it asks for nothing, or for what is not known here.
+        """
+        content = described if isinstance(described, dict) else described.to_dict()
+        wanted = with_experts({name: value for name, value in content.items() if not name.startswith("_")})
+        if not isinstance(wanted, WithExpertsConfig):
+            raise ValueError("The checkpoint's quantization_config says neither load_in_4bit nor load_in_8bit.")
+        return wanted
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a saved config.json says."""
+        return {name: value for name, value in super().to_dict().items() if name != "packed"}
 
     @classmethod
     def of(cls, config: BitsAndBytesConfig) -> WithExpertsConfig:
@@ -65,7 +87,7 @@ class WithExpertsConfig(BitsAndBytesConfig):
         if config.load_in_4bit and config.bnb_4bit_quant_type not in ("nf4", "fp4"):
             raise ValueError(f"bnb_4bit_quant_type is nf4 or fp4, not {config.bnb_4bit_quant_type!r}.")
         options = config.to_dict()
-        for name in ("quant_method", "_load_in_4bit", "_load_in_8bit"):
+        for name in ("quant_method", "_load_in_4bit", "_load_in_8bit"):  # the last two under their other names too
             options.pop(name, None)
         return cls(**options)
 
@@ -75,6 +97,25 @@ def with_experts(wanted: Any) -> Any:
     if isinstance(wanted, dict) and (wanted.get("load_in_4bit") or wanted.get("load_in_8bit")):
         wanted = BitsAndBytesConfig(**{name: value for name, value in wanted.items() if name != "quant_method"})
     return WithExpertsConfig.of(wanted) if isinstance(wanted, BitsAndBytesConfig) else wanted
+
+
+class ReadPacked(ConversionOps):
+    """Reads a parameter that the file holds packed."""
+
+    def __init__(self, layers: ConversionOps, packed: PackedTensors, not_finite: list[str]) -> None:
+        self.layers = layers  # transformers' own, for linear layers
+        self.packed = packed
+        self.not_finite = not_finite
+
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Return the packed tensors of one parameter, by their full names."""
+        found: dict[str, torch.Tensor] = {}
+        for name, value in input_dict.items():
+            if self.packed.not_finite(name):
+                self.not_finite.append(name)
+            device = (value[0] if isinstance(value, list) else value).device
+            found.update(read_packed(name, model, self.packed, device, self.layers))
+        return found
 
 
 class QuantizeExperts(ConversionOps):
@@ -102,6 +143,55 @@ class QuantizeExperts(ConversionOps):
         return found
 
 
+def replace_layers(model: Any, config: WithExpertsConfig) -> None:
+    """Put bitsandbytes' layers, whose weights are still to come, in the places of a model's own.
+
+    Raises:
+        ValueError: a matrix is not made up of whole blocks.
+    """
+    from transformers.integrations import replace_with_bnb_linear
+
+    skipped = config.llm_int8_skip_modules or []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, DeepseekV2Experts) and should_convert_module(name, skipped):
+            with torch.device("meta"):
+                experts = EXPERTS[config.kind](module, config, model.dtype)
+            set_module(model, name, experts.train(module.training))
+    plain = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not LINEAR.fullmatch(n)]
+    replace_with_bnb_linear(model, [*plain, *skipped], config, pre_quantized=False)
+    for name, linear in bnb_linears(model):
+        linear.plain_dtype = model.dtype
+        if config.kind == "4bit":
+            # Its product for such CPUs reorders the weight in place, and has no gradient from then on.
+            linear.support_avx512bf16_for_cpu = False
+            check_blocks(name, linear.out_features, linear.in_features)
+            if linear.in_features % BLOCK_4BIT:
+                linear.__class__ = linear_of_odd_rows()
+
+
+def prepare_packed(model: Any, described: Any, stored: StoredTensors, source: Any) -> WithExpertsConfig:
+    """Put bitsandbytes' layers into a model on the meta device, as a file holds them, and check that it does.
+
+    Args:
+        model: of plain layers.
+        described: the ``quantization_config`` of the file's config.json.
+        stored: the file's tensors.
+        source: where they are from, for errors.
+
+    Raises:
+        ValueError: it is no description, or tensors are missing, extra or of another shape.
+        ImportError: bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ImportError(
+            'The checkpoint is packed by bitsandbytes, which is not installed: pip install "bitsandbytes>=0.50".'
+        )
+    wanted = WithExpertsConfig.of_file(described)
+    replace_layers(model, wanted)
+    check_shapes(file_shapes(model, stored), stored.shapes, source)
+    return wanted
+
+
 class WithExperts:
     """What both quantizers do to the model beside bitsandbytes' own."""
 
@@ -116,31 +206,19 @@ class WithExperts:
         return bool(super().param_needs_quantization(model, param_name, **kwargs))  # type: ignore[misc]
 
     def get_quantize_ops(self) -> ConversionOps:
-        """Return what packs a parameter once it is read."""
+        """Return what packs a parameter once it is read, or reads it packed."""
+        packed = self.quantization_config.packed
+        if packed is not None:
+            layers = super().get_load_operations()["deserialize"](self)  # type: ignore[misc]
+            return ReadPacked(layers, packed, self.not_finite)
         return QuantizeExperts(super().get_quantize_ops(), self.not_finite)  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        from transformers.integrations import replace_with_bnb_linear
-
         self.not_finite: list[str] = []
-        skipped = self.quantization_config.llm_int8_skip_modules or []
-        for name, module in list(model.named_modules()):
-            if isinstance(module, DeepseekV2Experts) and should_convert_module(name, skipped):
-                with torch.device("meta"):
-                    experts = EXPERTS[self.kind](module, self.quantization_config, model.dtype)
-                set_module(model, name, experts.train(module.training))
-        plain = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not LINEAR.fullmatch(n)]
-        replace_with_bnb_linear(model, [*plain, *skipped], self.quantization_config, pre_quantized=False)
-        for name, linear in bnb_linears(model):
-            linear.plain_dtype = model.dtype
-            if self.kind == "4bit":
-                # Its product for such CPUs reorders the weight in place, and has no gradient from then on.
-                linear.support_avx512bf16_for_cpu = False
-                check_blocks(name, linear.out_features, linear.in_features)
-                if linear.in_features % BLOCK_4BIT:
-                    linear.__class__ = linear_of_odd_rows()
+        replace_layers(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.quantization_config.packed = None
         if self.not_finite:
             raise ValueError(f"The checkpoint has weights that are NaN or infinite, in {first_names(self.not_finite)}.")
         setattr(model, f"is_loaded_in_{self.kind}", True)  # PEFT looks for this
@@ -157,13 +235,13 @@ class WithExperts:
             delattr(model, f"is_loaded_in_{self.kind}")
         model._weight_conversions = conversion_rules()
 
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Return the tensors of a file, see `bnb_checkpoint`."""
+        return file_state(model), {}
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """Return that the packed model cannot be saved; transformers then raises, and the log says what to do."""
-        logger.warning(
-            "Experts in bitsandbytes' formats have no files that others read: save adapters, merge them and save the "
-            'result, or write a packed checkpoint with quantize="int4" or deepseek-vl2 quantize.'
-        )
-        return False
+        """Return that the model can be saved."""
+        return True
 
     @property
     def is_trainable(self) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 NANO_NAME = "nano"
+NO_NAME = 'The model\'s name is empty: give a directory, the id of a hub repository, or "nano".'
 
 
 def locate_bundled(source: Any) -> Any:
@@ -16,7 +17,7 @@ def locate_bundled(source: Any) -> Any:
 
     Raises:
         FileNotFoundError: what looks like a directory is not there, or is a file.
-        ValueError: the name is empty.
+        ValueError: the name is empty, which as a path would be the working directory.
     """
     if not isinstance(source, str) or source != NANO_NAME:
         return _checked(source)
@@ -30,7 +31,7 @@ def _checked(source: Any) -> Any:
         return source
     name = os.fspath(source)
     if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"The name of a model is its directory, the id of a repository or 'nano', got {name!r}.")
+        raise ValueError(NO_NAME)
     path = Path(os.path.expanduser(name))  # that of pathlib fails where there is no such user
     if path.is_file():
         raise FileNotFoundError(f"{path} is a file: name the checkpoint directory that holds it.")

@@ -7,7 +7,10 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-MOST_LAYERS = 10_000  # more is a slip, and would be built for hours
+# More is a slip, which would be built for hours, or for which there is no memory.
+MOST_LAYERS = MOST_EXPERTS = 10_000
+MOST_PIXELS = 100_000  # of a side
+MOST_MERGED = 1_000  # features of a side that become one
 
 
 class FieldError(ValueError):
@@ -56,6 +59,10 @@ OPTIONAL_COUNT = Field(optional=True)
 OPTIONAL_FROM_ZERO = Field(0, optional=True)
 FROM_ZERO = Field(0)
 LAYERS = Field(1, MOST_LAYERS)
+EXPERTS = Field(1, MOST_EXPERTS, optional=True)
+PIXELS = Field(1, MOST_PIXELS)
+MERGED = Field(1, MOST_MERGED)
+DEPTH = Field(-math.inf, MOST_LAYERS)  # its least depends on the projector's type
 POSITIVE = Field(0, whole=False, above=True)
 SHARE = Field(0, 1, whole=False)
 ANY_NUMBER = Field(-math.inf, whole=False)

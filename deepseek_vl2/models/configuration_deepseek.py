@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 from .config_fields import (
     ANY_NUMBER,
     COUNT,
+    EXPERTS,
     FROM_ZERO,
     LAYERS,
     OPTIONAL_COUNT,
@@ -30,7 +31,7 @@ FIELDS = {
     "num_attention_heads": COUNT,
     "num_key_value_heads": COUNT,
     "n_shared_experts": OPTIONAL_FROM_ZERO,
-    "n_routed_experts": OPTIONAL_COUNT,
+    "n_routed_experts": EXPERTS,
     "num_experts_per_tok": OPTIONAL_FROM_ZERO,
     "q_lora_rank": OPTIONAL_COUNT,
     "n_group": OPTIONAL_FROM_ZERO,

@@ -10,11 +10,13 @@ from transformers import PretrainedConfig
 
 from .bundled import locate_bundled
 from .config_fields import (
-    ANY_NUMBER,
     COUNT,
+    DEPTH,
     FROM_ZERO,
     LAYERS,
+    MERGED,
     OPTIONAL_FROM_ZERO,
+    PIXELS,
     POSITIVE,
     FieldError,
     check_fields,
@@ -22,10 +24,11 @@ from .config_fields import (
     check_sizes,
 )
 from .configuration_deepseek import DeepseekV2Config, check_choice
+from .tiling import check_tiles
 
 VISION_FIELDS = {
-    "image_size": COUNT,
-    "patch_size": COUNT,
+    "image_size": PIXELS,
+    "patch_size": PIXELS,
     "width": COUNT,
     "layers": LAYERS,
     "heads": COUNT,
@@ -36,9 +39,9 @@ VISION_FIELDS = {
 PROJECTOR_FIELDS = {
     "input_dim": COUNT,
     "n_embed": COUNT,
-    "depth": ANY_NUMBER,  # its least depends on the type
+    "depth": DEPTH,
     "mlp_ratio": POSITIVE,
-    "downsample_ratio": COUNT,
+    "downsample_ratio": MERGED,
 }
 
 PROJECTOR_TYPES = ("identity", "linear", "mlp_gelu", "downsample_mlp_gelu")
@@ -248,6 +251,11 @@ class DeepseekVLV2Config(PretrainedConfig):
         self.image_token_id = image_token_id
         check_fields(self, {"image_token_id": OPTIONAL_FROM_ZERO})
         self.candidate_resolutions = tuple(check_sizes("candidate_resolutions", candidate_resolutions))
+        for resolution in self.candidate_resolutions:
+            try:
+                check_tiles(resolution, vision_config.image_size)
+            except ValueError as error:
+                raise FieldError(f"candidate_resolutions: {error}") from None
         kwargs.setdefault("architectures", ["DeepseekVLV2ForCausalLM"])
         kwargs.setdefault("tie_word_embeddings", language_config.tie_word_embeddings)
         self.tie_word_embeddings = kwargs.pop("tie_word_embeddings")

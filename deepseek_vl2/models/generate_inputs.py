@@ -1,6 +1,6 @@
 """What ``generate`` is given, looked at before any work goes into it: here a mistake has a name.
 
-Shape suffixes: B batch, T sequence, H width of the language model.
+Shape suffixes: B batch, T sequence, H width of the language model, V tiles, S their side in pixels.
 """
 
 from __future__ import annotations
@@ -25,6 +25,58 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
+def _can_be_read(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's values can be looked at: it has some, and nothing is being traced or captured."""
+    if tensor.device.type == "meta" or torch.compiler.is_compiling() or not tensor.numel():
+        return False
+    return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _finite_rows(values: torch.Tensor) -> torch.Tensor:
+    """Return where the last dimension holds finite numbers alone; one pass over them, and nothing is kept."""
+    low, high = values.detach().aminmax(dim=-1)
+    return low.isfinite() & high.isfinite()  # what is no number is both
+
+
+def check_finite_embeds(inputs_embeds: torch.Tensor, attention_mask: Any) -> None:
+    """Raise ``ValueError`` for embeddings, [B, T, H], that hold NaN or infinity: any answer to them would be noise.
+
+    On a GPU that is one pass over them before the prompt is read, when the mask is waited for all the same.
+    """
+    if not _can_be_read(inputs_embeds) or inputs_embeds.element_size() < 2:
+        return
+    finite_BT = _finite_rows(inputs_embeds)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.shape == finite_BT.shape:
+        finite_BT = finite_BT | ~attention_mask.to(finite_BT.device).bool()
+    if not bool(finite_BT.all()):
+        row, token = (~finite_BT).nonzero()[0].tolist()
+        raise ValueError(
+            f"inputs_embeds hold NaN or infinity, first at token {token} of row {row}: no answer can come of them."
+        )
+
+
+def check_finite_tiles(images: Any, images_spatial_crop: Any) -> None:
+    """Raise ``ValueError`` for tiles, [B, V, 3, S, S], that are NaN or infinite; those that fill a row up are not seen.
+
+    Args:
+        images: tiles; of another shape: they are named elsewhere.
+        images_spatial_crop: tiles across and down of each image, [B, images, 2].
+    """
+    if not isinstance(images, torch.Tensor) or not isinstance(images_spatial_crop, torch.Tensor):
+        return
+    crop = images_spatial_crop
+    if images.dim() != 5 or crop.dim() != 3 or len(crop) != len(images) or not images.is_floating_point():
+        return
+    if not _can_be_read(images) or not _can_be_read(crop) or images.element_size() < 2:
+        return
+    views_B = (crop.prod(dim=-1) + crop[..., 0].gt(0)).sum(dim=-1).to(images.device)
+    used_BV = torch.arange(images.shape[1], device=images.device) < views_B[:, None]
+    finite_BV = _finite_rows(images.flatten(2)) | ~used_BV
+    if not bool(finite_BV.all()):
+        row, tile = (~finite_BV).nonzero()[0].tolist()
+        raise ValueError(f"images hold NaN or infinity, first in tile {tile} of row {row}.")
+
+
 def check_kind_of_ids(input_ids: Any, call: str) -> None:
     """Raise ``ValueError`` for what are no token ids, [B, T]; ``call``: who takes them."""
     if isinstance(input_ids, Mapping):
@@ -40,7 +92,7 @@ def check_kind_of_ids(input_ids: Any, call: str) -> None:
 def check_ids(input_ids: Any, vocab_size: int) -> None:
     """Raise ``ValueError`` for what are no token ids, [B, T], of a vocabulary."""
     check_kind_of_ids(input_ids, "generate")
-    if not input_ids.numel() or input_ids.device.type == "meta" or torch.compiler.is_compiling():
+    if not _can_be_read(input_ids):
         return
     low, high = torch.stack(input_ids.aminmax()).tolist()
     if low < 0 or high >= vocab_size:
@@ -98,12 +150,14 @@ def check_prompt(input_ids: Any, inputs_embeds: Any, attention_mask: Any, config
         fresh: no cache holds a part of the prompt.
 
     Raises:
-        ValueError: one of them is of another kind or shape, or ids are no tokens; what was given is named.
+        ValueError: one of them is of another kind or shape, ids are no tokens, or embeddings no finite numbers; what
+            was given is named.
     """
     if input_ids is not None:
         check_ids(input_ids, config.vocab_size)
     if inputs_embeds is not None:
         check_embeds(inputs_embeds, config.hidden_size)
+        check_finite_embeds(inputs_embeds, attention_mask)
     prompt = input_ids if inputs_embeds is None else inputs_embeds
     if attention_mask is None or prompt is None:
         return
@@ -167,17 +221,9 @@ def check_image_numbers(images: Any, images_seq_mask: Any, images_spatial_crop: 
         raise ValueError(f"images_spatial_crop must be [rows, images, 2], got {describe(crop)}.")
 
 
-def check_finite_tiles(tiles: Any) -> None:
-    """Raise ``ValueError`` for tiles on the host with NaN or infinity; a device would have to be waited for."""
-    if not isinstance(tiles, torch.Tensor) or tiles.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if not bool(tiles.sum(dtype=torch.float32).isfinite()):
-        raise ValueError("The pixels of the images are NaN or infinite: the answer would be of no use.")
-
-
 def check_unseen_images(input_ids: torch.Tensor, image_token_id: int) -> None:
     """Raise ``ValueError`` for ids with image tokens, given to the language model alone."""
-    if input_ids.device.type == "meta" or torch.compiler.is_compiling():
+    if not _can_be_read(input_ids):
         return
     tokens = int((input_ids == image_token_id).sum())
     if tokens:

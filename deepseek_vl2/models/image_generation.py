@@ -14,7 +14,7 @@ from transformers.generation import GenerationConfig
 from .backend import backend
 from .cache import CACHE_NAME, one_cache
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
-from .generate_inputs import check_finite_tiles
+from .generate_inputs import check_finite_embeds, check_finite_tiles
 from .generation import ChunkedGenerationMixin, check_padding
 from .image_merge import check_image_inputs, check_no_images
 from .modeling_base import PROCESSOR_ONLY
@@ -101,6 +101,8 @@ class ImageGenerationMixin(ChunkedGenerationMixin):
             inputs_embeds = self.prepare_inputs_embeds(
                 input_ids, images, images_seq_mask, images_spatial_crop, pixel_values, image_sizes
             )
+        else:
+            check_finite_embeds(inputs_embeds, attention_mask)
         return inputs_embeds, self.prefill_in_chunks(inputs_embeds, attention_mask, chunk_size)
 
     @torch.no_grad()
@@ -134,6 +136,8 @@ class ImageGenerationMixin(ChunkedGenerationMixin):
         if kwargs.get("inputs_embeds") is None and any(value is not None for value in standard):
             given = ImageInputs(*(kwargs.get(name) for name in IMAGE_INPUTS))
             kwargs.update(self.named_images(kwargs.get("input_ids"), given, *standard)._asdict())
+        if kwargs.get("inputs_embeds") is None:
+            check_finite_tiles(kwargs.get("images"), kwargs.get("images_spatial_crop"))
         prompt = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs.get("input_ids")
         if prompt is not None:
             copies = self.prepare_call(prompt, generation_config, kwargs)
@@ -161,7 +165,6 @@ class ImageGenerationMixin(ChunkedGenerationMixin):
         if kwargs.get("inputs_embeds") is None and kwargs.get("input_ids") is not None:
             held = 0 if cache is None or images["images"] is not None else int(cache.get_seq_length())
             check_image_inputs(kwargs["input_ids"][:, held:], **images, image_token_id=self.config.image_token_id)
-            check_finite_tiles(images["images"])
         embed = chunk_size is not None or copies > 1 or assisted or (cache is not None and cache.get_seq_length() > 0)
         if kwargs.get("inputs_embeds") is None and images["images"] is not None and embed:
             kwargs["inputs_embeds"] = self.prepare_inputs_embeds(kwargs["input_ids"], **images)

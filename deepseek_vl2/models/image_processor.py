@@ -13,6 +13,7 @@ from transformers.processing_utils import ProcessorMixin
 from .batch import OutputWithTiles, pad_rows
 from .bundled import locate_bundled
 from .call_inputs import as_image_list
+from .config_fields import FieldError, check_sizes
 from .image_modes import WHITE, Background, check_background
 from .image_processing import ImageTransform, load_images, make_tiles
 from .standard_images import sizes_of_grids
@@ -44,7 +45,11 @@ class DeepseekVLV2ImageProcessor(BaseImageProcessor):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.candidate_resolutions = [(int(width), int(height)) for width, height in candidate_resolutions]
+        self.candidate_resolutions = check_sizes("candidate_resolutions", candidate_resolutions)
+        if not self.candidate_resolutions:
+            raise FieldError("candidate_resolutions is empty: give at least one (width, height).")
+        for resolution in self.candidate_resolutions:
+            tile_grid(resolution, self.candidate_resolutions[0][0])
         self.image_mean, self.image_std, self.normalize = tuple(image_mean), tuple(image_std), normalize
         self.background = check_background(background)
 

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.generation import GenerationConfig
 
-from .bnb_quantizer import WithExpertsConfig, with_experts
+from .bnb_checkpoint import split_state
+from .bnb_quantizer import METHODS, WithExpertsConfig, prepare_packed, with_experts
 from .bundled import locate_bundled
 from .calibration import CalibratedPacking
 from .checkpoint import (
@@ -37,6 +38,7 @@ Loaded = TypeVar("Loaded", bound="CheckpointLoadingMixin")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Of these a config has fields too, and the call's are the ones that count.
 CALL_OPTIONS = ("dtype", "torch_dtype", "quantization_config")
+QUANTIZED_ALREADY = "The checkpoint is quantized already: load it as it is, or quantize the released one."
 SPECIAL_OPTIONS = ("state_dict", "gguf_file", "variant", "tp_plan", "distributed_config", "quantization_config")
 
 
@@ -58,6 +60,15 @@ def stays_in_memory(model: nn.Module, options: dict[str, Any]) -> bool:
         model, max_memory=options.get("max_memory"), no_split_module_classes=model._no_split_modules
     )
     return "disk" not in inferred.values()
+
+
+def quantized_by(config: PretrainedConfig) -> str | None:
+    """Return the method that a config.json says a checkpoint is quantized by, or ``None``."""
+    described = getattr(config, "quantization_config", None)
+    if described is None:
+        return None
+    method = described.get("quant_method") if isinstance(described, dict) else described.quant_method
+    return str(getattr(method, "value", method))
 
 
 def dtype_of_scales(config: PretrainedConfig, stored: StoredTensors, options: dict[str, Any]) -> torch.dtype:
@@ -181,6 +192,8 @@ class CheckpointLoadingMixin:
         options["config"] = config
         cls.complete_config(config, source, hub)
         stored = StoredTensors(files)
+        if quantized_by(config) in METHODS.values():
+            return cls._open_bnb(config, stored, source, options)
         try:
             packed = cls._read_packed(config, stored, wanted)
         except ValueError as error:
@@ -201,7 +214,9 @@ class CheckpointLoadingMixin:
         elif isinstance(wanted, WeightOnlyConfig):
             wanted.formats = plan_formats(model, wanted)
             wanted.scale_dtype = dtype_of_scales(config, stored, options)
-        if not stays_in_memory(model, options):
+        # Packed weights transformers cannot read; their quantizers refuse a map that leaves some on the disk.
+        is_packed = isinstance(wanted, WeightOnlyConfig | WithExpertsConfig)
+        if not is_packed and not stays_in_memory(model, options):
             return None
         if packed is not None:
             return Checkpoint(packed.state, is_packed=True, files=stored.files)
@@ -213,7 +228,25 @@ class CheckpointLoadingMixin:
                 packed_for = work.run(wanted.calibration)
             state = packed_while_read(state, wanted.formats, dtype, packed_for)
             return Checkpoint(state, is_packed=True, files=stored.files)
-        return Checkpoint(stored.fused(), is_packed=False, files=stored.files)
+        return Checkpoint(stored.fused(), is_packed=is_packed, files=stored.files)
+
+    @classmethod
+    def _open_bnb(cls, config: PretrainedConfig, stored: StoredTensors, source: Any, options: dict[str, Any]) -> Any:
+        """Return the tensors of a model that bitsandbytes packed before it was saved, as `_open_checkpoint` does.
+
+        Raises:
+            ValueError: they do not fit the config, or shall be quantized once more.
+        """
+        if options.get("quantization_config") is not None:
+            raise ValueError(QUANTIZED_ALREADY)
+        options["config"] = config = copy.deepcopy(config)  # the caller's own stays as it is
+        described = config.quantization_config
+        del config.quantization_config
+        with torch.device("meta"):
+            model: Any = cls(config)  # type: ignore[call-arg]
+        options["quantization_config"] = wanted = prepare_packed(model, described, stored, source)
+        state, wanted.packed = split_state(model, stored)
+        return Checkpoint(state, is_packed=True, files=stored.files)
 
     @staticmethod
     def _read_packed(config: Any, stored: StoredTensors, wanted: Any) -> PackedFile | None:
@@ -222,17 +255,16 @@ class CheckpointLoadingMixin:
         Raises:
             ValueError: they are of a kind that is not read, or shall be quantized once more.
         """
-        described = getattr(config, "quantization_config", None)
-        if described is None:
+        method = quantized_by(config)
+        if method is None:
             return None
-        method = described.get("quant_method") if isinstance(described, dict) else described.quant_method
         if method not in READABLE:
             raise ValueError(
                 f"The checkpoint is quantized by {method}, which this package does not read: it reads "
                 f"{' and '.join(READABLE)}, or quantizes a released checkpoint itself."
             )
         if wanted is not None:
-            raise ValueError("The checkpoint is quantized already: load it as it is, or quantize the released one.")
+            raise ValueError(QUANTIZED_ALREADY)
         packed = PackedFile(stored)
         if not packed.formats:
             raise ValueError(

@@ -27,7 +27,7 @@ from .configuration_deepseek_vl_v2 import (
     MlpProjectorConfig,
     VisionEncoderConfig,
 )
-from .generate_inputs import check_forward
+from .generate_inputs import check_finite_tiles, check_forward
 from .generation import set_generation_ids
 from .image_generation import IMAGE_INPUTS, ImageGenerationMixin
 from .image_merge import (
@@ -265,12 +265,14 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ImageGenerationMixin,
             pixel_values, image_sizes: instead of the three, images under transformers' names; see `StandardBatch`.
 
         Raises:
-            ValueError: ids, mask and images disagree, or a prompt with image tokens lacks one of the three.
+            ValueError: ids, mask and images disagree, a prompt with image tokens lacks one of the three, or tiles hold
+                what is not finite.
         """
         images, images_seq_mask, images_spatial_crop = self.named_images(
             input_ids, ImageInputs(images, images_seq_mask, images_spatial_crop), pixel_values, image_sizes
         )
         check_image_inputs(input_ids, images, images_seq_mask, images_spatial_crop, self.config.image_token_id)
+        check_finite_tiles(images, images_spatial_crop)
         return self._embed(input_ids, images, images_seq_mask, images_spatial_crop)
 
     def _embed(

@@ -16,7 +16,8 @@ from .bundled import locate_bundled
 from .checkpoint_check import HOLDS, check_config, check_tokenizer
 from .config_fields import (
     ANY_WHOLE,
-    COUNT,
+    MERGED,
+    PIXELS,
     FieldError,
     check_channels,
     check_fields,
@@ -110,7 +111,7 @@ class BaseProcessor(ProcessorMixin):
         self.sft_format = sft_format
         self.mask_prompt = mask_prompt
         self.ignore_id = ignore_id
-        check_fields(self, {"patch_size": COUNT, "downsample_ratio": COUNT, "ignore_id": ANY_WHOLE})
+        check_fields(self, {"patch_size": PIXELS, "downsample_ratio": MERGED, "ignore_id": ANY_WHOLE})
         self.background = check_background(background)
         self.transformers_defaults = transformers_defaults
         self._prepare_tokenizer(tokenizer)
@@ -121,7 +122,10 @@ class BaseProcessor(ProcessorMixin):
 
     def _check_resolutions(self, resolutions: Sequence[Size]) -> None:
         for resolution in resolutions:
-            tile_grid(resolution, self.image_size)
+            try:
+                tile_grid(resolution, self.image_size)
+            except ValueError as error:
+                raise FieldError(f"candidate_resolutions: {error}") from None
 
     def _prepare_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Add the tokens that the prompts need and the tokenizer lacks, and check that it keeps spaces."""

@@ -8,6 +8,7 @@ from dataclasses import fields
 from types import EllipsisType
 from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -139,15 +140,15 @@ class DeepseekVLV2Processor(ChatTemplateProcessor, GroundingProcessor):
         return make_tiles(sample.images, sample.grids, self.image_size, self.image_transform)
 
     def _finish(self, sample: TokenSequence, sft_format: str) -> VLChatProcessorOutput:
-        input_ids = torch.tensor(sample.ids, dtype=torch.long)
-        target_ids = torch.tensor(sample.labels, dtype=torch.long)
+        # NumPy reads lists several times as fast as PyTorch.
+        input_ids, target_ids = (torch.from_numpy(np.array(ids, np.int64)) for ids in (sample.ids, sample.labels))
         grids = sample.grids or [TileGrid(0, 0)]
         return VLChatProcessorOutput(
             sft_format=sft_format,
             input_ids=input_ids,
             target_ids=target_ids,
             images=self._make_tiles(sample),
-            images_seq_mask=torch.tensor(sample.image_mask, dtype=torch.bool),
+            images_seq_mask=torch.from_numpy(np.array(sample.image_mask, np.bool_)),
             images_spatial_crop=torch.tensor(grids, dtype=torch.long),
             num_image_tokens=sample.num_image_tokens,
         )

@@ -207,7 +207,13 @@ class WeightOnlyQuantizer(HfQuantizer):
     requires_calibration = False
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Raise ``ValueError`` where the weights did not come through this package's loading."""
+        """Raise ``ValueError`` where weights did not come through this package's loading, or would be on the disk."""
+        device_map = kwargs.get("device_map")
+        if device_map == "disk" or (isinstance(device_map, dict) and "disk" in device_map.values()):
+            raise ValueError(
+                "Packed weights are not left on the disk, and max_memory or the device_map leaves some there: give the "
+                "devices more memory, or pack in fewer bits."
+            )
         if not self.quantization_config.formats:
             raise ValueError(
                 "Weights are packed while they are read from safetensors files into memory: load the checkpoint from "

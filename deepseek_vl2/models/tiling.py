@@ -11,6 +11,10 @@ from typing import NamedTuple
 
 Size = tuple[int, int]
 
+# Of one image; the released lists stop at 9. More tokens than any release has positions come of more, and a tile of 384
+# pixels is 0.4 MB: a slip in a list would end in a lack of memory.
+MAX_TILES = 1_000
+
 # From this many images in a conversation on, no image is cut into tiles.
 MAX_TILED_IMAGES = 2
 
@@ -59,13 +63,25 @@ def select_best_resolution(image_size: Size, candidate_resolutions: Sequence[Seq
     return best
 
 
+def check_tiles(resolution: Size, tile_size: int) -> None:
+    """Raise ``ValueError`` for a resolution of more than `MAX_TILES` tiles of side ``tile_size``."""
+    width, height = resolution
+    tiles = -(-width // tile_size) * -(-height // tile_size)
+    if tiles > MAX_TILES:
+        raise ValueError(
+            f"Resolution {width}x{height} is {tiles:,} tiles of {tile_size}x{tile_size}: an image is cut into "
+            f"{MAX_TILES:,} at most."
+        )
+
+
 def tile_grid(resolution: Size, tile_size: int) -> TileGrid:
     """Return how many square tiles of side ``tile_size`` a resolution holds.
 
     Raises:
-        ValueError: the resolution is not a whole number of tiles.
+        ValueError: the resolution is not a whole number of tiles, or of too many.
     """
     width, height = resolution
+    check_tiles(resolution, tile_size)
     if width < tile_size or height < tile_size or width % tile_size or height % tile_size:
         raise ValueError(f"Resolution {width}x{height} is not a whole number of {tile_size}x{tile_size} tiles.")
     return TileGrid(width // tile_size, height // tile_size)

@@ -244,13 +244,8 @@ class _Run:
             engine.run_until(lambda: not engine.holds(request))
 
 
-class TextStream(Iterator[str]):
-    """An iterator over the pieces of an answer.
-
-    Work begins with the first piece asked for. `close` (also at the end of ``with``, or when nobody holds the stream
-    any more) stops the model after the token at work and frees what it held. `answer` tells the rest: why the answer
-    ended, tokens, seed. Errors of the model are raised by ``next``.
-    """
+class _Stream:
+    """What the streams of threads and of event loops share: the run of one answer."""
 
     def __init__(
         self,
@@ -265,6 +260,23 @@ class TextStream(Iterator[str]):
     def answer(self) -> Answer:
         """The answer so far."""
         return self._run.answer
+
+    def cancel(self) -> None:
+        """Ask the model to stop after the token at work; from any thread. The stream then ends by itself."""
+        self._run.cancel()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_run"):
+            self._run.cancel()
+
+
+class TextStream(_Stream, Iterator[str]):
+    """An iterator over the pieces of an answer.
+
+    Work begins with the first piece asked for. `close` (also at the end of ``with``, or when nobody holds the stream
+    any more) stops the model after the token at work and frees what it held. `answer` tells the rest: why the answer
+    ended, tokens, seed. Errors of the model are raised by ``next``.
+    """
 
     def __next__(self) -> str:
         piece = self._run.next_piece()
@@ -278,10 +290,6 @@ class TextStream(Iterator[str]):
             pass
         return self.answer
 
-    def cancel(self) -> None:
-        """Ask the model to stop after the token at work; from any thread. The stream then ends by itself."""
-        self._run.cancel()
-
     def close(self) -> None:
         """Stop the model and wait until it has; nothing can be read any more."""
         self._run.close()
@@ -292,31 +300,13 @@ class TextStream(Iterator[str]):
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_run"):
-            self._run.cancel()
 
-
-class AsyncTextStream(AsyncIterator[str]):
+class AsyncTextStream(_Stream, AsyncIterator[str]):
     """`TextStream` for an event loop: ``async for piece in stream``. The loop never waits for the model.
 
     Cancelling the reading task stops the model after the token at work; `aclose` (also at the end of ``async with``)
     waits until it has.
     """
-
-    def __init__(
-        self,
-        model: DeepseekVLV2ForCausalLM,
-        tokenizer: PreTrainedTokenizerBase,
-        inputs: Mapping[str, Any],
-        options: GenerationOptions,
-    ) -> None:
-        self._run = _Run(model, tokenizer, inputs, options)
-
-    @property
-    def answer(self) -> Answer:
-        """The answer so far."""
-        return self._run.answer
 
     async def __anext__(self) -> str:
         try:
@@ -334,10 +324,6 @@ class AsyncTextStream(AsyncIterator[str]):
             pass
         return self.answer
 
-    def cancel(self) -> None:
-        """Ask the model to stop after the token at work; from any thread. The stream then ends by itself."""
-        self._run.cancel()
-
     async def aclose(self) -> None:
         """Stop the model and wait until it has; nothing can be read any more."""
         self.cancel()
@@ -348,7 +334,3 @@ class AsyncTextStream(AsyncIterator[str]):
 
     async def __aexit__(self, *exception: Any) -> None:
         await self.aclose()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_run"):
-            self._run.cancel()

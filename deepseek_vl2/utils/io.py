@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 import deepseek_vl2.models
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models.bundled import NO_NAME
 from deepseek_vl2.models.checkpoint_check import check_config
 from deepseek_vl2.models.image_loading import load_image
 from deepseek_vl2.models.image_modes import WHITE, Background, check_background
@@ -64,7 +65,7 @@ def resolve_model_path(model_path: str | Path) -> str | Path:
     """
     name = str(model_path)
     if not name.strip():
-        raise ValueError(f"The name of a model is a directory, the id of a hub repository or 'nano', got {name!r}.")
+        raise ValueError(NO_NAME)
     if name == DEMO_NAME:
         return demo_checkpoint()
     if name == NANO_NAME:

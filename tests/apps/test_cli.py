@@ -126,7 +126,6 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.Capture
         (["ask", " \t"], "question is empty"),
         (["ask", "x", "--image", "s3://bucket/a.png"], "s3://bucket/a.png is an address of 's3'"),
         (["ask", "x", "--image", "/dev/zero"], "/dev/zero is a device"),
-        (["pull", ""], "no id of a hub repository"),
         (["ask", "x", "--output", "a.jpg"], "no image to draw"),
         (["ask", "x", "--image", PICTURE, "--output", "a.txt"], "name of an image file"),
         (["ask", "x", "--image", PICTURE, "--output", "a.psd"], "name of an image file"),

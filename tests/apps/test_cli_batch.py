@@ -441,8 +441,7 @@ def test_a_full_disk_names_the_file(
     [
         (["-", "a.jsonl"], "INPUT must be a file"),
         (["q.jsonl", "-"], "OUTPUT must be a file"),
-        (["q.jsonl", "a.jsonl", "--model", ""], "argument --model/--model_path/-m: must not be empty"),
-        (["q.jsonl", "a.jsonl", "--stop", ""], "argument --stop: must not be empty"),
+        (["q.jsonl", "a.jsonl", "--model", ""], "argument --model/--model_path/-m: it is empty"),
         (["q.jsonl", "a.jsonl", "--seed", "1" + "0" * 30], "argument --seed: must be at most"),
     ],
 )

@@ -194,3 +194,59 @@ def test_the_question_may_follow_the_images(capsys: pytest.CaptureFixture[str]) 
     assert main(arguments) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["prompt"] == "What differs?" and [image["source"] for image in answer["images"]] == [PICTURE] * 2
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("pull", "BLANK"),
+        ("pull", "a/b", "--revision", "BLANK"),
+        ("info", "BLANK"),
+        ("ask", "x", "--model", "BLANK"),
+        ("ask", "x", "-i", "BLANK"),
+        ("ask", "x", "-i", PICTURE, "--output", "BLANK"),
+        ("chat", "-m", "BLANK"),
+        ("ground", PICTURE, "BLANK"),
+        ("batch", "BLANK", "out"),
+        ("quantize", "nano", "BLANK"),
+        ("serve", "BLANK"),
+        ("serve", "--host", "BLANK"),
+        ("serve", "--served-model-name", "BLANK"),
+        ("demo", "--model", "BLANK"),
+        ("demo", "--host", "BLANK"),
+        ("finetune", "--model", "BLANK", "--data", "x", "--output", "y"),
+        ("finetune", "--data", "BLANK", "--output", "y"),
+        ("evaluate", "--output", "BLANK"),
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_is_empty_stands_for_no_default(
+    arguments: tuple[str, ...], blank: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a script's variable is not set: a default would answer with another model, or listen to everybody."""
+    with pytest.raises(SystemExit) as done:
+        main([blank if word == "BLANK" else word for word in arguments])
+    assert done.value.code == 2
+    assert "it is empty, as from a variable that is not set" in capsys.readouterr().err
+
+
+def test_texts_may_be_empty() -> None:
+    parser = command_parser("ask")
+    args = parser.parse_args(["x", "--system_prompt", "", "--stop", "\n"])
+    assert args.system_prompt == "" and args.stop == ["\n"]
+
+
+@pytest.mark.parametrize("name", ["", " ", "\t"])
+def test_a_models_name_that_is_empty_is_no_directory(name: str) -> None:
+    from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+    from deepseek_vl2.utils.io import load_pretrained_model
+
+    for load in (
+        load_pretrained_model,
+        DeepseekVLV2Config.from_pretrained,
+        DeepseekVLV2ForCausalLM.from_pretrained,
+        DeepseekVLV2Processor.from_pretrained,
+    ):
+        with pytest.raises(ValueError, match="The model's name is empty"):
+            load(name)

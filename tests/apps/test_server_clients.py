@@ -6,23 +6,12 @@ The model is random: what it may write is bounded by the schemas, so that every 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel, Field
-from server_support import MODEL, RunningServer, data_url, make_server, picture
-
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
-
-
-@pytest.fixture(scope="module")
-def server(
-    golden_model: Callable[..., DeepseekVLV2ForCausalLM], processor: DeepseekVLV2Processor
-) -> Iterator[RunningServer]:
-    """Run a server over the golden model of the small architecture."""
-    with make_server(golden_model("small"), processor, engine={"max_length": 1600}) as running:
-        yield running
+from server_support import MODEL, RunningServer, data_url, picture
 
 
 class Color(BaseModel):

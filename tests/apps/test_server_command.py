@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import socket
 from argparse import ArgumentParser, Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -14,12 +16,15 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("llguidance")
 
+from deepseek_vl2.cli import addresses
+from deepseek_vl2.cli.addresses import check_address
 from deepseek_vl2.cli.options import whole_number
 from deepseek_vl2.serve.api import command
 from deepseek_vl2.serve.api.chat import EventStream
 from deepseek_vl2.serve.api.decode_process import Decoders
 from deepseek_vl2.serve.api.images import decode_images, image_error
-from deepseek_vl2.serve.api.settings import ImageLimits
+from deepseek_vl2.serve.api.serving import http_server
+from deepseek_vl2.serve.api.settings import ConnectionLimits, ImageLimits
 
 
 def parsed(*arguments: str) -> Namespace:
@@ -104,3 +109,56 @@ def test_ports_have_an_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert parsed("--port", "65535").port == 65_535
     with pytest.raises(argparse.ArgumentTypeError, match="at most 65535, not 65536"):
         whole_number(1, 65_535)("65536")
+
+
+# ---------------------------------------------------------------- the address
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that another program listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield other.getsockname()[1]
+
+
+def test_an_address_is_looked_at_before_the_model_is_loaded(
+    taken: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "build_server", lambda args: pytest.fail("loaded"))
+    for arguments, words in (
+        (("--host", "192.0.2.1"), "This machine has no address 192.0.2.1"),
+        (("--host", "2001:db8::1"), "This machine has no address 2001:db8::1"),
+        (("--host", "no such name"), "There is no address for the host 'no such name'"),
+        (("--host", "x" * 70), "There is no address for the host"),
+        (("--port", str(taken)), f"Port {taken} on 127.0.0.1 is in use"),
+    ):
+        assert command.main(parsed(*arguments)) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"deepseek-vl2 serve: error: {words}") and error.count("\n") == 1
+
+
+def test_a_port_that_was_taken_while_the_model_was_loaded(taken: int, caplog: pytest.LogCaptureFixture) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("no request comes")
+
+    async def abort() -> None:
+        pass
+
+    served: Any = SimpleNamespace(app=app, abort=abort, settings=SimpleNamespace(connections=ConnectionLimits()))
+    with pytest.raises(OSError, match=f"Port {taken} on 127.0.0.1 is in use"):
+        http_server(served, host="127.0.0.1", port=taken, lifespan="off").run()
+
+
+def test_addresses_that_are_there() -> None:
+    for host in ("127.0.0.1", "localhost", "0.0.0.0"):
+        check_address(host, 0)
+
+
+def test_a_port_of_the_administrator(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Guarded(socket.socket):
+        def bind(self, address: Any) -> None:
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(addresses.socket, "socket", Guarded)
+    with pytest.raises(OSError, match=r"Port 80 on 127\.0\.0\.1 is not allowed to this user"):
+        check_address("127.0.0.1", 80)

@@ -31,24 +31,8 @@ from deepseek_vl2.serve.api.errors import ApiError
 from deepseek_vl2.serve.api.guard import host_name, is_local_name
 from deepseek_vl2.serve.api.json_size import MAX_VALUES, count_values
 from deepseek_vl2.serve.api.settings import ConnectionLimits
-from deepseek_vl2.utils.demo import demo_checkpoint
-from deepseek_vl2.utils.io import load_pretrained_model
 
 LIMITS = ConnectionLimits(most=300, per_address=200, header_seconds=1.0, idle_seconds=1.0, write_seconds=1.0)
-
-
-@pytest.fixture(scope="module")
-def demo() -> Any:
-    """Return the demo model and its processor."""
-    _, processor, model = load_pretrained_model(demo_checkpoint(), device="cpu")
-    return model, processor
-
-
-@pytest.fixture
-def another() -> Any:
-    """Return another demo model and its processor: a model has one engine, and so one server at a time."""
-    _, processor, model = load_pretrained_model(demo_checkpoint(), device="cpu")
-    return model, processor
 
 
 @pytest.fixture(scope="module")

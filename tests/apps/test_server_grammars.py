@@ -22,8 +22,6 @@ from deepseek_vl2.serve.api.grammar import FIRST_SECONDS, TOKEN_SECONDS, Grammar
 from deepseek_vl2.serve.api.grammar_process import GrammarCache, GrammarProcess, GrammarService, RefusedGrammars
 from deepseek_vl2.serve.api.grammar_worker import HEADER, read_exactly, read_message, write_message
 from deepseek_vl2.serve.api.settings import GrammarLimits
-from deepseek_vl2.utils.demo import demo_checkpoint
-from deepseek_vl2.utils.io import load_pretrained_model
 
 LIMITS = GrammarLimits(seconds=1)
 MANY_PATTERNS = {f"^{chr(97 + i // 26)}{chr(97 + i % 26)}[a-z]*$": {"type": "integer"} for i in range(600)}
@@ -33,20 +31,6 @@ COSTLY = [
     {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 1500007}, "b": {"multipleOf": 1500009}}},
     {"type": "object", "patternProperties": MANY_PATTERNS},
 ]
-
-
-@pytest.fixture(scope="module")
-def demo() -> Any:
-    """Return the demo model and its processor."""
-    _, processor, model = load_pretrained_model(demo_checkpoint(), device="cpu")
-    return model, processor
-
-
-@pytest.fixture
-def another() -> Any:
-    """Return another demo model and its processor: a model has one engine, and so one server at a time."""
-    _, processor, model = load_pretrained_model(demo_checkpoint(), device="cpu")
-    return model, processor
 
 
 @pytest.fixture(scope="module")

@@ -54,15 +54,6 @@ def test_mistakes_end_in_one_line(words: list[str], said: str, capsys: pytest.Ca
     assert said in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("words", [["--model", ""], [""]])
-def test_a_name_that_is_empty_is_no_default(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser(prog="serve")
-    command.add_arguments(parser)
-    with pytest.raises(SystemExit):
-        parser.parse_args(words)
-    assert "must not be empty" in capsys.readouterr().err
-
-
 def test_a_missing_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     args = parse()
     args.model = "/no/such/checkpoint"

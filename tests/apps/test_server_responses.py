@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel
-from server_support import MODEL, RunningServer, data_url, make_server, picture
+from server_support import MODEL, RunningServer, data_url, picture
 
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.serve.api.response_store import ResponseStore
 from deepseek_vl2.serve.api.schemas import Message
 
@@ -28,21 +26,6 @@ TOOL = {
     "name": "paint",
     "parameters": {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}, "required": ["color"]},
 }
-
-
-@pytest.fixture(scope="module")
-def server(
-    golden_model: Callable[..., DeepseekVLV2ForCausalLM], processor: DeepseekVLV2Processor
-) -> Iterator[RunningServer]:
-    """Run a server over the golden model of the small architecture."""
-    with make_server(golden_model("small"), processor, engine={"max_length": 1600}) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Any:
-    """Return the official client."""
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 def ask(client: Any, content: Any = "Hello", **options: Any) -> Any:

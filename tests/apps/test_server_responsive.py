@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import inspect
 import io
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from fastapi.routing import APIRoute
 from PIL import Image, features
 from server_support import chat_body, make_server, post
 
+from deepseek_vl2.engine import request
+from deepseek_vl2.engine.request import Delta
 from deepseek_vl2.models.image_loading import load_image
 from deepseek_vl2.serve.api.decode_process import MOST_PIXELS_HERE, Decoders
 from deepseek_vl2.serve.api.errors import ApiError
 from deepseek_vl2.serve.api.images import decode_images, payload_of
+from deepseek_vl2.serve.api.replies import StreamedReply
 from deepseek_vl2.serve.api.responsive import BLOCK_BYTES, SWITCH_SECONDS
 from deepseek_vl2.serve.api.settings import ImageLimits
 from deepseek_vl2.utils.demo import demo_checkpoint
@@ -57,6 +64,50 @@ def test_collections_look_at_nothing_that_was_loaded() -> None:
         assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
         assert Image.core.get_block_size() == BLOCK_BYTES
     assert (gc.get_freeze_count(), sys.getswitchinterval(), Image.core.get_block_size()) == before
+
+
+def test_a_request_changes_threads_to_be_prepared_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain functions would be called in threads of FastAPI's; the engine's has more to do than to hash prompts."""
+    hashed_in: list[str] = []
+    hash_blocks = request.block_hashes
+
+    def noted(ids: Any, images: Any = (), known: Any = ()) -> list[bytes]:
+        if not known:
+            hashed_in.append(threading.current_thread().name)
+        return hash_blocks(ids, images, known)
+
+    monkeypatch.setattr(request, "block_hashes", noted)
+    _, processor, model = load_pretrained_model(demo_checkpoint(), device="cpu")
+    with make_server(model, processor, api_keys=("key",)) as server:
+        routes = [route for route in server.server.app.routes if isinstance(route, APIRoute)]
+        calls = [each.call for route in routes for each in (route.dependant, *route.dependant.dependencies)]
+        assert len(calls) > len(routes) and all(map(inspect.iscoroutinefunction, calls))
+        assert post(server, chat_body("One block of tokens " * 8))[0] == 401
+        assert post(server, chat_body("One block of tokens " * 8), Authorization="Bearer key")[0] == 200
+    assert hashed_in and "engine" not in hashed_in
+
+
+def test_events_of_one_moment_are_one_write() -> None:
+    class Spoken(StreamedReply):
+        def opening(self) -> list[bytes]:
+            return [b"opening "]
+
+        def pieces(self, found: tuple[int, Delta]) -> list[bytes]:
+            return [found[1].text.encode(), b" "]
+
+        def closing(self) -> list[bytes]:
+            return [b"usage ", b"end"]
+
+    async def later() -> AsyncIterator[tuple[int, Delta]]:
+        yield 0, Delta("second", [], 2)
+
+    async def written(first: tuple[int, Delta] | None) -> list[bytes]:
+        reply = Spoken()
+        reply.answers = later()  # type: ignore[assignment]
+        return [events async for events in reply.stream(first)]
+
+    assert asyncio.run(written((0, Delta("first", [], 1)))) == [b"opening first ", b"second ", b"usage end"]
+    assert asyncio.run(written(None)) == [b"opening ", b"second ", b"usage end"]
 
 
 KINDS = ["WEBP", *(["AVIF"] if features.check("avif") else [])]

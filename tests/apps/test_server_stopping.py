@@ -17,18 +17,9 @@ import pytest
 from server_support import PATH, RunningServer, chat_body, get, make_server, post, wait_until
 
 from deepseek_vl2.serve.api.settings import GrammarLimits
-from deepseek_vl2.utils.demo import demo_checkpoint
-from deepseek_vl2.utils.io import load_pretrained_model
 
 LONG = {"max_tokens": 3000, "ignore_eos": True}
 SLOTS: dict[str, Any] = {"max_batch": 1, "max_length": 4000, "queue_size": 8}
-
-
-@pytest.fixture(scope="module")
-def demo() -> Any:
-    """Return the demo model and its processor."""
-    _, processor, model = load_pretrained_model(demo_checkpoint(), device="cpu")
-    return model, processor
 
 
 def send(server: RunningServer, body: dict[str, Any], cut: int = 0) -> socket.socket:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from server_support import MODEL, RunningServer, make_server
+from server_support import MODEL, RunningServer
 
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.serve.api.schemas import ChatRequest
 from deepseek_vl2.serve.api.structured import closed
 from deepseek_vl2.serve.api.tools import CallReader, ToolUse
@@ -22,21 +20,6 @@ COLORS = {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}, 
 PAINT = {"type": "function", "function": {"name": "paint", "description": "Paint it.", "parameters": COLORS}}
 STOP = {"type": "function", "function": {"name": "stop_painting"}}
 ANSWER = '<tool_call>\n{"name": "paint", "arguments": {"color":"red"}}\n</tool_call>'
-
-
-@pytest.fixture(scope="module")
-def server(
-    golden_model: Callable[..., DeepseekVLV2ForCausalLM], processor: DeepseekVLV2Processor
-) -> Iterator[RunningServer]:
-    """Run a server over the golden model of the small architecture."""
-    with make_server(golden_model("small"), processor, engine={"max_length": 1600}) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Any:
-    """Return the official client."""
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 def ask(client: Any, messages: Any = HELLO, **options: Any) -> Any:

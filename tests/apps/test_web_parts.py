@@ -413,7 +413,7 @@ def test_the_server_asks_no_host_and_lets_the_browser_ask_none(
         with urllib.request.urlopen(address + "config") as response:
             config = json.load(response)
         port = int(address.rstrip("/").rpartition(":")[2])
-        with pytest.raises(OSError, match=f"Port {port} of 127.0.0.1 cannot be had"):
+        with pytest.raises(OSError, match=f"Port {port} on 127.0.0.1 is in use"):
             launch(build_page(backend), Limits(), port=port)
     finally:
         page.close(verbose=False)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from capture_support import Capture
+from capture_support import Capture, poison
 from packed_support import FEW_ROWS, pack
 from support import RELEASES, mini_language
 
@@ -314,6 +314,29 @@ def test_which_prompts_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert groups(10, 250, 510, 770) == []  # four groups
         assert groups(2400, 2300) == []  # the device takes longer than launching
     assert len(graphs.graphs.held) == 3 and graphs.embeds_NH.shape[0] == 3 * 768
+
+
+def test_kinds_of_prompts_stay_known_when_the_pool_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was captured reads the old pool; what comes again is captured at once, not launched once more before."""
+    model = made_model("small")
+    prompts = prompts_of(model, (300, 280) if GPU else (8, 7))
+    engine = by_kernels(model, EngineOptions(kv_cache_tokens=4096 if GPU else 256))
+    runner, capture = engine.runner, Capture()
+    assert isinstance(runner, TritonRunner)
+    runner.capture = {engine.device: capture}
+    runner.pool_changed()
+    first, second = (forced_logits(engine, prompts, [])[0] for _ in range(2))
+    assert (capture.captures, capture.replays) == (1, 1)  # launched, then captured
+    engine.kv_cache.grow(2 * engine.kv_cache.tokens)
+    for pool in engine.kv_cache.pools:
+        poison(*pool)
+    runner.pool_changed()
+    for expected in (2, 3):
+        third = forced_logits(engine, prompts, [])[0]
+        assert (capture.captures, capture.replays) == (2, expected)
+        limit = (0.05 if GPU else TOLERANCE) * float(first.abs().max())
+        torch.testing.assert_close(third, second, rtol=0, atol=limit)
+    assert runner.prompts.met == {key for key in runner.prompts.graphs.held}
 
 
 def test_a_capture_that_fails_leaves_prompts_launched(caplog: pytest.LogCaptureFixture) -> None:

@@ -36,6 +36,7 @@ from deepseek_vl2.ops.triton import (
     rope,
     router,
 )
+from deepseek_vl2.ops.triton.decode_align import PACKED_TILE, PLAIN_TILE, ExpertTokens, align_plain, max_further
 from deepseek_vl2.ops.triton.router import GREEDY, GROUP_LIMITED, NOAUX_TC, RouterConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -268,6 +269,45 @@ def test_padding_rows_get_no_expert(live: int) -> None:
         router.route(*one, live_rows=live_rows)
 
 
+def entries(tokens: ExpertTokens) -> tuple[list[int], list[list[int]], list[int]]:
+    """Return counts, and lists and further tiles in order of size: theirs is of no account."""
+    counts, listed = tokens.counts.tolist(), tokens.tokens.tolist()
+    further = tokens.further[: counts[-1]].tolist()
+    return counts, [sorted(own[:count]) for own, count in zip(listed, counts[:-1], strict=True)], sorted(further)
+
+
+@pytest.mark.parametrize(("rows", "live", "tile"), [(6, 6, PLAIN_TILE), (40, 33, PACKED_TILE)])
+def test_the_router_lists_the_rows_of_each_expert(rows: int, live: int, tile: int) -> None:
+    routing, width = RouterConfig(5, 3), 32
+    x, matrix = draw(rows, width), draw(5, width)
+    matrix[0] = 0.1 * x.sum(dim=0)  # more often than the others: several tiles
+    ids, weights = torch.zeros(rows, 3, device=DEVICE, dtype=torch.int32), poisoned(rows, 3)
+    counters = torch.zeros(rows, device=DEVICE, dtype=torch.int32)
+    counts = torch.zeros(6, device=DEVICE, dtype=torch.int32)
+    lists = (torch.full((5, rows), -9), torch.full((max_further(rows, 3, tile),), -9))
+    tokens = ExpertTokens(counts, *(part.to(DEVICE, torch.int32) for part in lists), 3, tile)
+    live_rows = torch.tensor([live], device=DEVICE, dtype=torch.int32)
+    given = (
+        x,
+        draw(width),
+        1e-6,
+        matrix,
+        None,
+        routing,
+        poisoned(rows, 5),
+        counters,
+        ids,
+        weights,
+        poisoned(rows, width),
+    )
+    router.route(*given, live_rows=live_rows, tokens=tokens)
+    want = align_plain(ids, 5, tile)
+    assert entries(tokens) == entries(want)
+    found = entries(want)
+    assert sum(found[0][:-1]) == 3 * live and len(found[2]) == sum(max(-(-n // tile), 1) - 1 for n in found[0][:-1])
+    assert found[2] or rows <= tile
+
+
 @pytest.mark.parametrize("rows", [5, 17])
 def test_experts_of_padding_rows_are_not_run(rows: int) -> None:
     width, count, inner, live = 64, 4, 32, 3
@@ -278,8 +318,9 @@ def test_experts_of_padding_rows_are_not_run(rows: int) -> None:
         assert part is not None
         part[-1] = float("nan")
     routed, out = poisoned(rows, 2, inner), poisoned(rows, 2, width)
-    decode_experts_gemm.gate_up_gemm(x, weights, routed, None, ids)
-    decode_experts_gemm.down_gemm(routed, None, weights, out, None, ids)
+    tokens = align_plain(ids, count, PLAIN_TILE)
+    decode_experts_gemm.gate_up_gemm(x, weights, routed, None, tokens)
+    decode_experts_gemm.down_gemm(routed, None, weights, out, None, tokens)
     part, _ = decode_experts.gate_up_plain(x[:live], weights, ids[:live])
     plain, _ = decode_experts.down_plain(part, None, weights, ids[:live])
     assert plain is not None
@@ -364,16 +405,17 @@ def test_experts_of_few_rows(dtype: torch.dtype, rows: int, width: int, count: i
     ids = random_ids(rows, count, chosen) if count else None
     if ids is not None and rows > 16:
         ids[:, 0], ids[:, 1:] = 0, random_ids(rows, count - 1, chosen - 1) + 1  # more than one block of rows
+    tokens = None if ids is None else align_plain(ids, count, PLAIN_TILE)
     routed = poisoned(rows, chosen, inner, dtype=dtype) if count else None
     common = poisoned(rows, shared, dtype=dtype) if shared else None
-    decode_experts_gemm.gate_up_gemm(x, weights, routed, common, ids)
+    decode_experts_gemm.gate_up_gemm(x, weights, routed, common, tokens)
     plain = decode_experts.gate_up_plain(x.float(), wide(weights), ids)
     out_routed = poisoned(rows, chosen, width, dtype=dtype) if count else None
     out_common = poisoned(rows, width, dtype=dtype) if shared else None
     for out, want in zip((routed, common), plain, strict=True):
         if out is not None and want is not None:
             check(out, want, dtype)
-    decode_experts_gemm.down_gemm(routed, common, weights, out_routed, out_common, ids)
+    decode_experts_gemm.down_gemm(routed, common, weights, out_routed, out_common, tokens)
     inputs = [None if part is None else part.float() for part in (routed, common)]
     plain = decode_experts.down_plain(inputs[0], inputs[1], wide(weights), ids)
     for out, want in zip((out_routed, out_common), plain, strict=True):

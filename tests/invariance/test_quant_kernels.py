@@ -16,12 +16,15 @@ pytest.importorskip("triton")
 
 from deepseek_vl2.models.quantization import PackedWeight, WeightFormat, dequantize, quantize
 from deepseek_vl2.ops.triton import packed_gemv, unpack_pairs
+from deepseek_vl2.ops.triton.decode_align import PACKED_TILE, align_plain
 from deepseek_vl2.ops.triton.decode_experts import ExpertWeights, down_plain, gate_up_plain
 from deepseek_vl2.ops.triton.decode_experts_gemm import down_gemm, gate_up_gemm
 from deepseek_vl2.ops.triton.decode_experts_gemv import down_gemv, gate_up_gemv
 from deepseek_vl2.ops.triton.decode_gemm import linear_gemm
 from deepseek_vl2.ops.triton.decode_gemv import linear_gemv
-from deepseek_vl2.ops.triton.weights import QuantWeight
+from deepseek_vl2.ops.triton.packed_grouped_gemm import grouped_down, grouped_gate_up
+from deepseek_vl2.ops.triton.prefill_experts import permute_tokens, permuted_experts
+from deepseek_vl2.ops.triton.weights import QuantWeight, fragment_order
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMATS = {
@@ -140,29 +143,34 @@ def test_the_assembly_cuts_out_each_number(name: str, program: Any, places: int)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("name", "programs", "most"),
+    ("name", "programs", "count"),
     [
-        ("nibbles", (unpack_pairs.INT4_BF16, unpack_pairs.INT4_FP16), 1 << 8),
-        ("int8", (unpack_pairs.INT8_BF16, unpack_pairs.INT8_FP16), 1 << 16),
-        ("fp8", (unpack_pairs.FP8_BF16, unpack_pairs.FP8_FP16), 1 << 16),
+        ("nibbles", (unpack_pairs.INT4_BF16, unpack_pairs.INT4_FP16), 1),
+        ("nibbles", (unpack_pairs.INT4_WORD_BF16, unpack_pairs.INT4_WORD_FP16), 4),
+        ("int8", (unpack_pairs.INT8_BF16, unpack_pairs.INT8_FP16), 2),
+        ("int8", (unpack_pairs.INT8_WORD_BF16, unpack_pairs.INT8_WORD_FP16), 4),
+        ("fp8", (unpack_pairs.FP8_BF16, unpack_pairs.FP8_FP16), 2),
+        ("fp8", (unpack_pairs.FP8_WORD_BF16, unpack_pairs.FP8_WORD_FP16), 4),
     ],
 )
-def test_the_assembly_makes_exact_pairs(name: str, programs: tuple[Any, Any], most: int, dtype: torch.dtype) -> None:
-    """Every byte, beside every other: what tensor cores get in place of the plain form."""
+def test_the_assembly_makes_exact_pairs(name: str, programs: tuple[Any, Any], count: int, dtype: torch.dtype) -> None:
+    """Every byte at each place, beside every other: what tensor cores get in place of the plain form."""
     program = programs[dtype == torch.float16].value
-    given = torch.arange(most, dtype=torch.int32)
-    values = {"$2" if name == "nibbles" else "$1": given.numpy().astype(np.uint32)}
+    some = np.arange(1 << 16, dtype=np.uint32)
+    first, second = some & 255, some >> 8
+    given = np.stack([first, second, 255 - second, first ^ second])[:count]
+    words = np.sum([part << np.uint32(8 * k) for k, part in enumerate(given)], axis=0, dtype=np.uint32)
+    places = torch.from_numpy(given.astype(np.uint8))
     if name == "nibbles":
-        expected = [given & 15, given >> 4]
-        expected = [numbers.float() - 8 for numbers in expected]
+        expected = torch.stack([places & 15, places >> 4], dim=1).flatten(0, 1).float() - 8
     else:
-        kind = torch.int8 if name == "int8" else torch.float8_e4m3fn
-        expected = [part.to(torch.uint8).view(kind).float() for part in (given & 255, given >> 8)]
-    found = torch.from_numpy(run_assembly(program, values, "a").view(np.int32))
-    for half, numbers in zip((found, found >> 16), expected, strict=True):
-        pairs = (half & 0xFFFF).to(torch.uint16).view(dtype).float()
-        valid = ~numbers.isnan()
-        assert torch.equal(pairs[valid], numbers[valid])
+        expected = places.view(torch.int8 if name == "int8" else torch.float8_e4m3fn).float()
+    pairs = len(expected) // 2
+    operand = "$2" if count == 1 else f"${pairs}"
+    results = ["a"] if count == 1 else [f"${pair}" for pair in range(pairs)]
+    found = torch.cat([halves_of(run_assembly(program, {operand: words}, result), dtype) for result in results])
+    valid = ~expected.isnan()
+    assert torch.equal(found[valid], expected[valid].double())
 
 
 def halves_of(words: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -301,16 +309,56 @@ def test_experts_of_a_few_rows(routed: str | None, shared: str | None) -> None:
         poisoned_routed, routed_out = poisoned(rows, 2, 128), poisoned(rows, 2, 128)
     if shared:
         poisoned_shared, shared_out = poisoned(rows, 256), poisoned(rows, 128)
-    gate_up_gemm(x, weights, poisoned_routed, poisoned_shared, ids)
+    tokens = None if ids is None else align_plain(ids, 4, PACKED_TILE)
+    gate_up_gemm(x, weights, poisoned_routed, poisoned_shared, tokens)
     parts = gate_up_plain(x, exact, ids)
     for got, want in zip((poisoned_routed, poisoned_shared), parts, strict=True):
         assert (got is None) == (want is None)
         if got is not None and want is not None:
             check(got, want)
-    down_gemm(poisoned_routed, poisoned_shared, weights, routed_out, shared_out, ids)
+    down_gemm(poisoned_routed, poisoned_shared, weights, routed_out, shared_out, tokens)
     for got, want in zip((routed_out, shared_out), down_plain(*parts, exact, ids), strict=True):
         if got is not None and want is not None:
             check(got, want)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("hidden", "inner"), [(128, 128), (192, 96)])
+def test_experts_of_a_prompt(name: str, hidden: int, inner: int) -> None:
+    """Widths of whole fragments, whose columns change places on the way, and others."""
+    fmt = FORMATS[name]
+    if inner % (128 if fmt.block else max(fmt.group_size, 1)):
+        pytest.skip("this format has no such rows")
+    weights, exact = layer(FORMATS[name], None, (5, hidden, inner, 0))
+    assert weights.gate_up is not None and weights.down is not None
+    x, ids = draw(37, hidden), torch.rand(37, 5, device=DEVICE).argsort(dim=1)[:, :3].int()
+    outputs, row_map = permuted_experts(x, weights.gate_up, weights.down, ids)
+    routed, _ = down_plain(*gate_up_plain(x, exact, ids), exact, ids)
+    assert routed is not None
+    check(outputs[row_map.long()], routed.flatten(0, 1))
+
+
+@pytest.mark.parametrize("name", ["int4-32", "int8"])
+def test_an_experts_last_rows_take_half_a_tile(name: str) -> None:
+    weights, exact = layer(FORMATS[name], None, (4, 64, 64, 0))
+    assert isinstance(weights.gate_up, QuantWeight) and isinstance(weights.down, QuantWeight)
+    counts = torch.tensor([134, 0, 64, 65])  # a whole tile and a half, none, a half, a whole one
+    ids = torch.arange(4).repeat_interleave(counts)[:, None].to(DEVICE, torch.int32)
+    x, ends = draw(len(ids), 64), counts.cumsum(0).to(DEVICE, torch.int32)
+    rows = permute_tokens(x, torch.arange(len(ids), dtype=torch.int32, device=DEVICE), fragments=True)
+    inner = grouped_gate_up(rows, weights.gate_up, ends, BLOCK_P=128)
+    out = grouped_down(inner, weights.down, ends, BLOCK_P=128)
+    routed, _ = down_plain(*gate_up_plain(x, exact, ids), exact, ids)
+    assert routed is not None
+    check(out, routed[:, 0])
+
+
+def test_the_order_of_fragments_is_that_of_the_kernels() -> None:
+    order = fragment_order(128)
+    assert sorted(order) == list(range(128))
+    x = torch.arange(128.0, device=DEVICE).repeat(2, 1)
+    found = permute_tokens(x, torch.tensor([1, 0], dtype=torch.int32, device=DEVICE), fragments=True)
+    assert found.tolist() == [[float(column) for column in order]] * 2
 
 
 @pytest.mark.parametrize("name", FORMATS)

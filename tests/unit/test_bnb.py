@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import KINDS, mini_inputs, mini_model, released_names
+from safetensors.torch import load_file, save_file
+from support import KINDS, mini_model, released_names
+from training_support import batch, logits, train
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from deepseek_vl2.cli.main import main
 from deepseek_vl2.engine.support import unsupported_modules
-from deepseek_vl2.models import DeepseekVLV2ForCausalLM
+from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.utils.demo import demo_checkpoint
+from deepseek_vl2.utils.io import load_pretrained_model
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("peft")
 
 from peft import LoraConfig, get_peft_model
 
+from deepseek_vl2.models import bnb_quantizer
 from deepseek_vl2.models.bnb_layers import BnbExperts, bnb_linears, dense_linear
 from deepseek_vl2.models.moe import DeepseekV2Experts
-from deepseek_vl2.models.quantizer import LINEAR
+from deepseek_vl2.models.quantizer import LINEAR, WeightOnlyConfig
 from deepseek_vl2.training.lora import add_lora, load_lora, merge_and_save, merge_lora
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -47,34 +55,6 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def load(directory: Path, name: str = "nf4", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     config = BitsAndBytesConfig(**{**CONFIGS[name], **options})
     return DeepseekVLV2ForCausalLM.from_pretrained(directory, dtype=dtype, quantization_config=config).eval()
-
-
-def batch() -> dict[str, torch.Tensor]:
-    inputs = mini_inputs([5, (1, 1), 30], [(2, 1), 12])
-    ignored = inputs["images_seq_mask"] | ~inputs["attention_mask"]
-    return {**inputs, "labels": inputs["input_ids"].masked_fill(ignored, -100)}
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    inputs = batch()
-    inputs.pop("labels")
-    return model(**inputs).logits
-
-
-def train(model: Any, steps: int = 3) -> list[float]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    model.train()
-    losses = []
-    for _ in range(steps):
-        loss = model(**batch()).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    model.eval()
-    return losses
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -285,10 +265,106 @@ def test_adapters_that_peft_puts_on_packed_numbers_are_an_error(released: dict[s
         logits(model)
 
 
-def test_a_packed_model_is_not_saved(released: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not serializable"):
-        load(released["small"]).save_pretrained(tmp_path)
-    assert not list(tmp_path.glob("*.safetensors"))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_packed_model_is_saved_and_read_back(name: str, kind: str, released: dict[str, Path], tmp_path: Path) -> None:
+    model = load(released[kind], name)
+    before, state = logits(model), model.state_dict()
+    model.save_pretrained(tmp_path)
+    again = DeepseekVLV2ForCausalLM.from_pretrained(tmp_path).eval()
+    assert again.dtype == torch.float32 and len(experts_of(again)) == len(experts_of(model)) > 0
+    found = again.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype for key, tensor in state.items())
+    assert torch.equal(logits(again), before)
+    again.save_pretrained(tmp_path / "twice")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "twice").eval()), before)
+
+
+@pytest.mark.parametrize("name", ["nf4 twice", "int8"])
+def test_a_saved_model_in_bfloat16_and_several_files(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also as the commands load and describe it."""
+    options = {"llm_int8_skip_modules": ["language.model.layers.1"], "bnb_4bit_compute_dtype": torch.bfloat16}
+    model = load(demo_checkpoint(), name, torch.bfloat16, **options)
+    processor = DeepseekVLV2Processor.from_pretrained(demo_checkpoint())
+    inputs = dict(processor(conversations=[{"role": "user", "content": "Hello"}]))
+    for saved in (model, processor):
+        saved.save_pretrained(tmp_path, **({"max_shard_size": "50KB"} if saved is model else {}))
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    _, _, again = load_pretrained_model(tmp_path, device="cpu")
+    assert again.dtype == torch.bfloat16 and len(experts_of(again)) == 1
+    assert isinstance(again.language.model.layers[1].mlp.experts, DeepseekV2Experts)
+    settings = {"do_sample": False, "max_new_tokens": 8}
+    assert torch.equal(again.generate(**inputs, **settings), model.generate(**inputs, **settings))
+    capsys.readouterr()
+    assert main(["info", str(tmp_path)]) == 0
+    told = capsys.readouterr()
+    assert "packed by bitsandbytes" in told.out and not told.err
+
+
+def test_what_was_read_back_trains_merges_and_unpacks(released: dict[str, Path], tmp_path: Path) -> None:
+    load(released["small"]).save_pretrained(tmp_path / "packed")
+    base = DeepseekVLV2ForCausalLM.from_pretrained(tmp_path / "packed")
+    unpacked = DeepseekVLV2ForCausalLM.from_pretrained(tmp_path / "packed").eval()
+    torch.testing.assert_close(logits(unpacked.dequantize()), logits(load(released["small"])), rtol=1e-4, atol=1e-4)
+    model = add_lora(base, rank=4)
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    merge_and_save(model, None, tmp_path / "merged")
+    assert released_names(tmp_path / "merged") == released_names(released["small"])
+
+
+def spoilt(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    return directory
+
+
+EXPERTS = "language.model.layers.1.mlp.experts"
+QUERIES = "language.model.layers.1.self_attn.q_proj.weight"
+DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "no scales": (lambda t: t.pop(f"{QUERIES}.absmax"), r"missing tensors \(1\):\s+" + f"{QUERIES}.absmax"),
+    "no description": (lambda t: t.pop(f"{QUERIES}.quant_state.bitsandbytes__nf4"), "missing tensors"),
+    "no experts": (lambda t: t.pop(f"{EXPERTS}.down_proj"), f"missing tensors.*\\s+{EXPERTS}.down_proj"),
+    "no scales of experts": (lambda t: t.pop(f"{EXPERTS}.down_proj_absmax"), "missing tensors"),
+    "another shape": (lambda t: t.update({QUERIES: t[QUERIES][:64].clone()}), "another shape"),
+    "one more": (lambda t: t.update(more=torch.zeros(2)), "extra tensors"),
+    "NaN scales": (lambda t: t[f"{QUERIES}.absmax"].fill_(float("nan")), f"NaN or infinite, in {QUERIES}"),
+    "infinite scales": (lambda t: t[f"{EXPERTS}.down_proj_absmax"].fill_(float("inf")), "NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_of_packed_models(damage: str, released: dict[str, Path], tmp_path: Path) -> None:
+    load(released["small"]).save_pretrained(tmp_path)
+    change, words = DAMAGES[damage]
+    with pytest.raises(ValueError, match=words):
+        DeepseekVLV2ForCausalLM.from_pretrained(spoilt(tmp_path, change))
+
+
+def test_a_saved_model_needs_bitsandbytes(
+    released: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(released["small"]).save_pretrained(tmp_path)
+    monkeypatch.setattr(bnb_quantizer, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="packed by bitsandbytes, which is not installed"):
+        DeepseekVLV2ForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_saved_model_is_not_packed_twice(released: dict[str, Path], tmp_path: Path) -> None:
+    load(released["small"]).save_pretrained(tmp_path)
+    for wanted in (BitsAndBytesConfig(**NF4), WeightOnlyConfig("int8")):
+        with pytest.raises(ValueError, match="quantized already"):
+            DeepseekVLV2ForCausalLM.from_pretrained(tmp_path, quantization_config=wanted)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"].update(load_in_4bit=False, _load_in_4bit=False)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="neither load_in_4bit nor load_in_8bit"):
+        DeepseekVLV2ForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def check(error: pytest.ExceptionInfo[Any], directory: Path, file: str, says: st
 
 LANGUAGE: list[tuple[str, Any]] = [
     ("num_attention_heads", 0), ("num_hidden_layers", -1), ("num_hidden_layers", 0), ("num_hidden_layers", 10**9),
+    ("n_routed_experts", 10**12),
     ("hidden_size", "64"), ("hidden_size", 0), ("hidden_size", None), ("hidden_size", True), ("vocab_size", -5),
     ("intermediate_size", 1.5), ("moe_intermediate_size", 0), ("num_key_value_heads", 0), ("n_routed_experts", -1),
     ("n_shared_experts", -1), ("num_experts_per_tok", "3"), ("first_k_dense_replace", -3), ("rms_norm_eps", -1),
@@ -57,12 +58,16 @@ LANGUAGE: list[tuple[str, Any]] = [
 ]  # fmt: skip
 VISION: list[tuple[str, Any]] = [
     ("layers", 0), ("layers", -1), ("heads", 0), ("image_size", "384"), ("patch_size", 0), ("mlp_ratio", -1),
-    ("width", "64"),
+    ("width", "64"), ("image_size", 10**12), ("patch_size", 10**12),
 ]  # fmt: skip
-PROJECTOR: list[tuple[str, Any]] = [("downsample_ratio", 0), ("input_dim", "x"), ("mlp_ratio", 0), ("depth", "2")]
+PROJECTOR: list[tuple[str, Any]] = [
+    ("downsample_ratio", 0), ("input_dim", "x"), ("mlp_ratio", 0), ("depth", "2"),
+    ("depth", 10**12), ("depth", 2.5), ("downsample_ratio", 10**12),
+]  # fmt: skip
 WHOLE: list[tuple[str, Any]] = [
     ("language_config", "x"), ("vision_config", 5), ("projector_config", []), ("global_view_pos", 3),
     ("candidate_resolutions", "x"), ("candidate_resolutions", [[384]]), ("candidate_resolutions", [[0, 0]]),
+    ("candidate_resolutions", [[384, 384], [384 * 500, 384 * 500]]), ("candidate_resolutions", [[10**30, 10**30]]),
     ("image_token_id", "x"), ("quantization_config", 5), ("torch_dtype", "foo"), ("torch_dtype", "int8"), ("dtype", 5),
 ]  # fmt: skip
 FIELDS = [
@@ -96,6 +101,7 @@ def test_every_way_to_the_config_says_so(copied: Path, value: Any, capsys: pytes
 PROCESSOR_FIELDS: list[tuple[str, Any]] = [
     ("patch_size", 0), ("patch_size", "a"), ("patch_size", 15), ("downsample_ratio", 0), ("downsample_ratio", 3),
     ("candidate_resolutions", []), ("candidate_resolutions", [[1, 1]]), ("candidate_resolutions", [["a", "b"]]),
+    ("candidate_resolutions", [[384, 384], [192000, 192000]]), ("candidate_resolutions", [[384, 384], [400, 384]]),
     ("candidate_resolutions", [[384, 384, 384]]), ("image_mean", [0.5]), ("image_mean", "x"), ("image_std", [0, 0, 0]),
     ("image_std", None), ("ignore_id", "x"), ("image_token", 5), ("image_token", ""), ("pad_token", 7),
     ("sft_format", "zzz"), ("sft_format", ["deepseek"]), ("normalize", "no"), ("mask_prompt", "yes"),
@@ -249,7 +255,7 @@ def test_an_adapter_beside_a_model_is_not_silently_left_out(copied: Path) -> Non
         ("~/no such model", "There is no checkpoint directory"),
         ("~no_such_user/model", "There is no checkpoint directory"),
         ("{}/model.safetensors", "is a file"),
-        ("", "the id of a repository"),
+        ("", "name is empty"),
     ],
 )
 def test_names_of_no_model(good: Path, name: str, says: str) -> None:

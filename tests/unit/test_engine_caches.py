@@ -46,6 +46,18 @@ def test_blocks_behind_different_pictures_differ() -> None:
     assert blocks_alike(*both) == [False] * 4
 
 
+def test_hashes_go_on_from_those_that_are_known() -> None:
+    images = [(3, 2 * BLOCK + 5, b"red")]
+    for known in range(5):
+        assert block_hashes(IDS, images, block_hashes(IDS, images)[:known]) == block_hashes(IDS, images)
+
+
+def test_a_prompt_with_its_answer_is_hashed_as_one_that_holds_both() -> None:
+    ids, answer = [5] * (2 * BLOCK - 3), [6] * (BLOCK + 4)
+    assert prompt(ids, b"red").hashes_with(answer) == prompt([*ids, *answer], b"red").hashes()
+    assert prompt(ids, b"red").hashes_with(answer) != prompt(ids, b"blue").hashes_with(answer)
+
+
 def prompt(ids: list[int], key: bytes, grid: TileGrid = ONE_TILE) -> Prompt:
     """Return a prompt that begins with a picture of tiles of 2 x 2 tokens."""
     count = count_image_tokens(grid, 2)

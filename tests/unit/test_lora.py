@@ -4,44 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from support import KINDS, mini_inputs, mini_model, released_names
+from support import KINDS, mini_model, released_names
+from training_support import batch, logits, train
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.training.lora import PARTS, add_lora, load_lora, merge_and_save, merge_lora, target_modules
 
 pytest.importorskip("peft")
-
-
-def batch() -> dict[str, torch.Tensor]:
-    inputs = mini_inputs([5, (1, 1), 30], [(2, 1), 12])
-    ignored = inputs["images_seq_mask"] | ~inputs["attention_mask"]
-    return {**inputs, "labels": inputs["input_ids"].masked_fill(ignored, -100)}
-
-
-def train(model: Any, steps: int = 3) -> list[float]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    model.train()
-    losses = []
-    for _ in range(steps):
-        loss = model(**batch()).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    model.eval()
-    return losses
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    inputs = batch()
-    inputs.pop("labels")
-    return model(**inputs).logits
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import KINDS, mini_inputs, mini_model, released_names
+from support import KINDS, mini_model, released_names
+from training_support import batch, logits, train
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 from deepseek_vl2.models.moe import DeepseekV2Experts
@@ -31,34 +32,6 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def load(directory: Path, weights: Any) -> Any:
     config = WeightOnlyConfig(weights)
     return DeepseekVLV2ForCausalLM.from_pretrained(directory, dtype=torch.float32, quantization_config=config).eval()
-
-
-def batch() -> dict[str, torch.Tensor]:
-    inputs = mini_inputs([5, (1, 1), 30], [(2, 1), 12])
-    ignored = inputs["images_seq_mask"] | ~inputs["attention_mask"]
-    return {**inputs, "labels": inputs["input_ids"].masked_fill(ignored, -100)}
-
-
-def train(model: Any, steps: int = 3) -> list[float]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    model.train()
-    losses = []
-    for _ in range(steps):
-        loss = model(**batch()).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    model.eval()
-    return losses
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    inputs = batch()
-    inputs.pop("labels")
-    return model(**inputs).logits
 
 
 @pytest.mark.parametrize(("kind", "weights"), [("tiny", "int4"), ("small", "int8"), ("base", "int4"), ("base", "fp8")])

@@ -14,6 +14,7 @@ from support import CASES, GOLDEN, case_images, case_inputs, mini_processor
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from deepseek_vl2.models import DeepseekVLV2Processor
+from deepseek_vl2.models.image_processor import DeepseekVLV2ImageProcessor
 from deepseek_vl2.models.processing_deepseek_vl_v2 import BatchCollateOutput, VLChatProcessorOutput
 
 Processor = DeepseekVLV2Processor
@@ -301,6 +302,18 @@ def test_resolutions_that_are_not_whole_tiles_are_an_error(processor: Processor)
         processor(prompt="<image>", images=[picture()], candidate_resolutions=[(400, 384)])
     with pytest.raises(ValueError, match="400x384"):
         Processor(processor.tokenizer, candidate_resolutions=[(384, 384), (400, 384)])
+
+
+def test_resolutions_of_more_tiles_than_there_is_memory_for_are_an_error(processor: Processor) -> None:
+    far = (384 * 500, 384 * 500)
+    with pytest.raises(ValueError, match="192000x192000 is 250,000 tiles of 384x384"):
+        processor(prompt="<image>", images=[picture()], candidate_resolutions=[(384, 384), far])
+    for make in (lambda sizes: Processor(processor.tokenizer, candidate_resolutions=sizes), DeepseekVLV2ImageProcessor):
+        with pytest.raises(ValueError, match="250,000 tiles"):
+            make([(384, 384), far])
+    for sizes in ([], [(384,)], [(384, 384), (400, 384)]):
+        with pytest.raises(ValueError, match=r"candidate_resolutions|400x384"):
+            DeepseekVLV2ImageProcessor(sizes)
 
 
 def test_the_chat_template_takes_the_overrides_too(processor: Processor) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import mini_conversation, mini_model, mini_processor
 from torch.utils.data import IterableDataset
+from training_support import trainer_settings
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
@@ -329,17 +330,11 @@ def test_trl_sft_trainer_works(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     conversations = [{"messages": sample["conversation"], "images": sample["images"]} for sample in DATA]
-    args = trl.SFTConfig(
-        output_dir=str(tmp_path),
+    args = trainer_settings(
+        trl.SFTConfig,
+        tmp_path,
         max_steps=12,
-        per_device_train_batch_size=2,
         learning_rate=3e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,

@@ -10,6 +10,7 @@ import torch
 import transformers
 from packaging import version
 from PIL import Image
+from training_support import trainer_settings
 
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.utils.io import resolve_model_path
@@ -60,22 +61,6 @@ def with_pictures(rows: list[dict[str, Any]]) -> Any:
     return datasets.Dataset.from_list([{**row, "images": [p]} for row, p in zip(rows, PICTURES, strict=True)])
 
 
-def settings(kind: Any, directory: Path, **options: Any) -> Any:
-    return kind(
-        output_dir=str(directory),
-        max_steps=1,
-        per_device_train_batch_size=2,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        **options,
-    )
-
-
 def trains(trainer: Any) -> list[dict[str, float]]:
     """Train, and return what was logged; the weights of the language model and of what images run through change."""
     model = trainer.model
@@ -119,7 +104,7 @@ def test_sft_trains(
 ) -> None:
     data = SFT_DATA[kind]()
     # TRL drops the column of texts beside images, unless it is told to keep all.
-    args = settings(trl.SFTConfig, tmp_path, remove_unused_columns=kind != "text")
+    args = trainer_settings(trl.SFTConfig, tmp_path, remove_unused_columns=kind != "text")
     log = trains(trl.SFTTrainer(model, args, train_dataset=data, processing_class=processor))
     assert 0 < log[0]["loss"] < 20  # with messages and text, TRL takes the loss on image tokens too
 
@@ -132,7 +117,7 @@ def test_sft_learns_answers_alone(
         pytest.skip("TRL before 1.15, the last for Python 3.10, refuses this for images")
     if pictures and version.parse(transformers.__version__) < version.parse("5.18"):
         pytest.skip("TRL asks for transformers 5.18 here")
-    args = settings(trl.SFTConfig, tmp_path, assistant_only_loss=True)
+    args = trainer_settings(trl.SFTConfig, tmp_path, assistant_only_loss=True)
     trainer = trl.SFTTrainer(model, args, train_dataset=conversations(pictures), processing_class=processor)
     batch = next(iter(trainer.get_train_dataloader()))
     learned = {tuple(row[row != -100].tolist()) for row in batch["labels"]}
@@ -141,7 +126,7 @@ def test_sft_learns_answers_alone(
 
 
 def test_sft_packs_texts(model: DeepseekVLV2ForCausalLM, processor: DeepseekVLV2Processor, tmp_path: Path) -> None:
-    args = settings(trl.SFTConfig, tmp_path, packing=True, max_length=64)
+    args = trainer_settings(trl.SFTConfig, tmp_path, packing=True, max_length=64)
     trainer = trl.SFTTrainer(model, args, train_dataset=conversations(False), processing_class=processor)
     batch = next(iter(trainer.get_train_dataloader()))
     assert (batch["position_ids"] == 0).sum() == 2 and "attention_mask" not in batch
@@ -151,7 +136,7 @@ def test_sft_packs_texts(model: DeepseekVLV2ForCausalLM, processor: DeepseekVLV2
 def test_the_loss_of_sft_is_the_models_own(
     model: DeepseekVLV2ForCausalLM, processor: DeepseekVLV2Processor, tmp_path: Path
 ) -> None:
-    args = settings(trl.SFTConfig, tmp_path, gradient_checkpointing=False)
+    args = trainer_settings(trl.SFTConfig, tmp_path, gradient_checkpointing=False)
     trainer = trl.SFTTrainer(model, args, train_dataset=conversations(), processing_class=processor)
     batch = next(iter(trainer.get_train_dataloader()))
     want = DeepseekVLV2ForCausalLM.forward(model, **batch, use_cache=False).loss
@@ -162,7 +147,7 @@ def test_sft_with_adapters(model: DeepseekVLV2ForCausalLM, processor: DeepseekVL
     peft = pytest.importorskip("peft")
     trainer = trl.SFTTrainer(
         model,
-        settings(trl.SFTConfig, tmp_path),
+        trainer_settings(trl.SFTConfig, tmp_path),
         train_dataset=conversations(),
         processing_class=processor,
         peft_config=peft.LoraConfig(target_modules=["o_proj"], r=2),
@@ -174,7 +159,7 @@ def test_sft_with_adapters(model: DeepseekVLV2ForCausalLM, processor: DeepseekVL
 def test_a_limit_that_cuts_an_image_is_named(
     model: DeepseekVLV2ForCausalLM, processor: DeepseekVLV2Processor, tmp_path: Path
 ) -> None:
-    args = settings(trl.SFTConfig, tmp_path, max_length=20)
+    args = trainer_settings(trl.SFTConfig, tmp_path, max_length=20)
     trainer = trl.SFTTrainer(model, args, train_dataset=conversations(), processing_class=processor)
     with pytest.raises(ValueError, match="max_length=20 would cut its image: raise max_length"):
         trainer.train()
@@ -196,7 +181,10 @@ def test_dpo_trains(
     pictures: bool, model: DeepseekVLV2ForCausalLM, processor: DeepseekVLV2Processor, tmp_path: Path
 ) -> None:
     trainer = trl.DPOTrainer(
-        model, args=settings(trl.DPOConfig, tmp_path), train_dataset=preferences(pictures), processing_class=processor
+        model,
+        args=trainer_settings(trl.DPOConfig, tmp_path),
+        train_dataset=preferences(pictures),
+        processing_class=processor,
     )
     assert type(trainer.ref_model) is DeepseekVLV2ForCausalLM
     assert trains(trainer)[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the model is its own reference yet
@@ -211,7 +199,7 @@ def reward_length(completions: list[Any], **_: Any) -> list[float]:
 
 
 def grpo(model: Any, processor: Any, directory: Path, data: Any, **options: Any) -> Any:
-    args = settings(
+    args = trainer_settings(
         trl.GRPOConfig, directory, num_generations=2, max_completion_length=3, beta=0.01, temperature=2.0, **options
     )
     return trl.GRPOTrainer(model, reward_length, args=args, train_dataset=data, processing_class=processor)

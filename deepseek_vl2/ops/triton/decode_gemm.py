@@ -99,8 +99,9 @@ def _gemm_kernel(
         else:
             dtype = x_ptr.dtype.element_ty
             weight = load_tile(
-                matrix, scale_ptr, n, size, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype
-            )
+                matrix, scale_ptr, n, size, start, K // PER, SCALES, BLOCK_K, KIND, GROUP, ROW_BLOCK, dtype,
+                BY_WORD=BLOCK_N < 64,
+            )  # fmt: skip
         x_offsets = group * x_group + b[None, :] * x_row + k[:, None]
         x = tl.load(x_ptr + x_offsets, mask=(b < rows)[None, :] & (k < K)[:, None], other=0.0)
         total = dot(weight, x, total)
@@ -118,20 +119,22 @@ def _gemm_kernel(
 def gemm_blocks(rows: int, outputs: int, inputs: int, device: torch.device, fmt: dict[str, int]) -> dict[str, int]:
     """Return the block sizes of a GEMM: enough programs for the device's multiprocessors, 64 rows at most."""
     block_n = 64 if outputs >= 64 * multiprocessors(device) else 32 if outputs > 1280 or rows > 16 else 16
-    block_k, stages = tile_columns(inputs), 4
-    if fmt["KIND"]:
+    block_k, stages, warps = tile_columns(inputs), 4, 4
+    if fmt["KIND"] and rows <= 16:
+        block_n, block_k, stages, warps = 16, tile_columns(inputs, 512), 3, 2
+    elif fmt["KIND"]:
         # Rows of packed weights are short: more columns at a time, where there is memory for as many of the inputs.
-        roomy = rows <= 16 or shared_memory(device) > WIDE_SHARED_BYTES
+        roomy = shared_memory(device) > WIDE_SHARED_BYTES
         block_k = tile_columns(inputs, 256) if roomy else block_k
         stages = 4 if roomy and block_n < 64 else 3
-        if rows > 16 and roomy:
+        if roomy:
             block_n, stages = (64, 3) if outputs > 2560 else (16, 4)
     return {
         "BLOCK_N": min(block_n, power_of_two(outputs, 16)),
         "BLOCK_K": block_k,
-        "BLOCK_B": min(power_of_two(rows, 16), 64),
+        "BLOCK_B": min(power_of_two(rows, 8), 64),
         "STAGES": stages,
-        "num_warps": 4,
+        "num_warps": warps,
     }
 
 

@@ -317,7 +317,6 @@ def packed_gate_up_kernel(
     ROW_BLOCK: tl.constexpr,
     PDL: tl.constexpr = False,
 ) -> None:
-    launch_dependents(PDL)
     PER: tl.constexpr = 8 if KIND == INT4 else 4
     COLUMNS: tl.constexpr = WORDS * PER
     SCALES: tl.constexpr = 1 if GROUP == 0 else (H + GROUP - 1) // GROUP
@@ -348,6 +347,7 @@ def packed_gate_up_kernel(
     gates, gate_scales = load_words(gate_ptr, gate_scale_ptr, first, size, H, BLOCK_N, WORDS, KIND, GROUP, ROW_BLOCK)
     ups, up_scales = load_words(up_ptr, up_scale_ptr, first, size, H, BLOCK_N, WORDS, KIND, GROUP, ROW_BLOCK)
     grid_wait(PDL)
+    launch_dependents(PDL)  # not before: the next kernel reads what the one before this has written
     gate = zeros_of(BLOCK_N, WORDS)
     up = zeros_of(BLOCK_N, WORDS)
     squares = tl.zeros([COLUMNS], tl.float32)
@@ -422,11 +422,21 @@ def packed_down_kernel(
     SCALES: tl.constexpr = 1 if GROUP == 0 else (I + GROUP - 1) // GROUP
     first = tl.program_id(0) * BLOCK_N
     totals = zeros_of(BLOCK_N, WORDS)
+    # All weights are on the way before the wait. The choice is older than the kernel before, which has waited itself.
     if S > 0:
-        # The shared experts come first: their weights are on the way before the wait.
         words, scales = load_words(
             shared_down_ptr, shared_down_scale_ptr, first, H, S, BLOCK_N, WORDS, KIND, GROUP, ROW_BLOCK
         )
+    matrices = ()
+    factors = ()
+    scale_ptrs = ()
+    for slot in tl.static_range(TOP_K):
+        expert = tl.load(ids_ptr + slot, cache_modifier=".cg").to(tl.int64)
+        matrix = down_ptr + expert * (H * (I // PER))
+        scale_ptr = down_scale_ptr + expert * ((H + ROW_BLOCK - 1) // ROW_BLOCK * SCALES)
+        matrices += (load_words(matrix, scale_ptr, first, H, I, BLOCK_N, WORDS, KIND, GROUP, ROW_BLOCK),)  # type: ignore[assignment]
+        factors += (tl.load(weights_ptr + slot, cache_modifier=".cg"),)  # type: ignore[assignment]
+        scale_ptrs += (scale_ptr,)  # type: ignore[assignment]
     grid_wait(PDL)
     if S > 0:
         totals = _add_down(
@@ -434,13 +444,9 @@ def packed_down_kernel(
             WORDS, KIND, GROUP,
         )  # fmt: skip
     for slot in tl.static_range(TOP_K):
-        expert = tl.load(ids_ptr + slot).to(tl.int64)
-        matrix = down_ptr + expert * (H * (I // PER))
-        scale_ptr = down_scale_ptr + expert * ((H + ROW_BLOCK - 1) // ROW_BLOCK * SCALES)
-        part, part_scales = load_words(matrix, scale_ptr, first, H, I, BLOCK_N, WORDS, KIND, GROUP, ROW_BLOCK)
         totals = _add_down(
-            totals, part, part_scales, tl.load(weights_ptr + slot), intermediate_ptr + slot * I, scale_ptr, first, H, I,
-            BLOCK_N, WORDS, KIND, GROUP,
+            totals, matrices[slot][0], matrices[slot][1], factors[slot], intermediate_ptr + slot * I, scale_ptrs[slot],
+            first, H, I, BLOCK_N, WORDS, KIND, GROUP,
         )  # fmt: skip
     for index in tl.static_range(BLOCK_N):
         row = first + index
@@ -487,7 +493,9 @@ def gemv_blocks(columns: int, fmt: dict[str, int]) -> dict[str, int]:
 
     Bytes with scales for some columns alone have half the rows: registers would spill.
     """
-    return word_blocks(columns, 2 if has_scales_of_bytes(fmt) else 4, 1, fmt)
+    if has_scales_of_bytes(fmt):
+        return word_blocks(columns, 2, 1, fmt)
+    return word_blocks(columns, 2 if fmt["KIND"] == INT4.value else 4, 2, fmt)
 
 
 def gate_up_blocks(columns: int, fmt: dict[str, int]) -> dict[str, int]:

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from . import grouped_gemm, packed_grouped_gemm
 from .common import check_rows, power_of_two, rounded
-from .weights import QuantWeight, Weight
+from .weights import FRAGMENT, QuantWeight, Weight
 
 
 @triton.jit
@@ -110,27 +110,32 @@ def _permute_kernel(
     H: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + token * H + h, mask=h < H, other=0.0)
+    source = h
+    if FRAGMENTS:
+        source = h // 64 * 64 + h % 8 // 2 * 16 + h % 64 // 8 * 2 + h % 2
+    x = tl.load(x_ptr + token * H + source, mask=h < H, other=0.0)
     for slot in tl.static_range(K):
         place = tl.load(row_map_ptr + token * K + slot).to(tl.int64)
         if place >= 0:
             tl.store(out_ptr + place * H + h, x, mask=h < H)
 
 
-def permute_tokens(x_NH: torch.Tensor, row_map_P: torch.Tensor) -> torch.Tensor:
+def permute_tokens(x_NH: torch.Tensor, row_map_P: torch.Tensor, fragments: bool = False) -> torch.Tensor:
     """Return a row for each routed token, [P, H], in the order of experts.
 
-    Rows behind the last expert's, as many as there are ids of no expert, are unset.
+    Rows behind the last expert's, as many as there are ids of no expert, are unset. With ``fragments`` columns are in
+    `weights.fragment_order`.
     """
     check_rows(x_NH)
     (tokens, hidden), routed_tokens = x_NH.shape, len(row_map_P)
     out = x_NH.new_empty(routed_tokens, hidden)
     block = min(power_of_two(hidden, 16), 2048)
     _permute_kernel[(tokens, triton.cdiv(hidden, block))](
-        x_NH, row_map_P, out, H=hidden, K=routed_tokens // tokens, BLOCK=block, num_warps=8
+        x_NH, row_map_P, out, H=hidden, K=routed_tokens // tokens, BLOCK=block, FRAGMENTS=fragments, num_warps=8
     )
     return out
 
@@ -180,7 +185,8 @@ def permuted_experts(
     """Run the experts of all tokens; returns the outputs in the order of experts, [P, H], and the row map, [P]."""
     experts, hidden, intermediate_size = down_EHI.shape
     row_map, ends = moe_align(topk_ids_NK, experts)
-    rows = permute_tokens(hidden_NH, row_map)
+    packed = isinstance(gate_up_EJH, QuantWeight)
+    rows = permute_tokens(hidden_NH, row_map, packed and hidden % FRAGMENT == 0)
     if isinstance(gate_up_EJH, QuantWeight) and isinstance(down_EHI, QuantWeight):
         intermediate_PI = packed_grouped_gemm.grouped_gate_up(rows, gate_up_EJH, ends)
         return packed_grouped_gemm.grouped_down(intermediate_PI, down_EHI, ends), row_map

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .common import check_rows, dot, grid_wait, launch_dependents, load_row, load_rows, power_of_two
+from .decode_align import ExpertTokens, enter_row
 
 GREEDY, GROUP_LIMITED, NOAUX_TC = 0, 1, 2
 METHODS = {"greedy": GREEDY, "group_limited_greedy": GROUP_LIMITED, "noaux_tc": NOAUX_TC}
@@ -163,6 +164,9 @@ def _route_kernel(
     weights_ptr: tl.tensor,
     normed_ptr: tl.tensor,
     live_ptr: tl.tensor,
+    expert_counts_ptr: tl.tensor,
+    tokens_ptr: tl.tensor,
+    further_ptr: tl.tensor,
     eps: tl.tensor,
     scale: tl.tensor,
     H: tl.constexpr,
@@ -171,6 +175,7 @@ def _route_kernel(
     PROGRAMS: tl.constexpr,
     NORMED: tl.constexpr,
     PADDED: tl.constexpr,
+    TILE: tl.constexpr,
     E: tl.constexpr,
     E_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -228,6 +233,9 @@ def _route_kernel(
         slot = tl.arange(0, TOP_K_PAD)
         tl.store(ids_ptr + row * TOP_K + slot, ids, mask=slot < TOP_K)
         tl.store(weights_ptr + row * TOP_K + slot, weights, mask=slot < TOP_K)
+        if TILE > 0:
+            rows = tl.num_programs(1)
+            enter_row(ids, row, rows, expert_counts_ptr, tokens_ptr, further_ptr, E, TOP_K, TOP_K_PAD, TILE)
         tl.store(counters_ptr + row, 0)
 
 
@@ -244,6 +252,7 @@ def route(
     topk_weights_BK: torch.Tensor,
     normed_BH: torch.Tensor | None = None,
     live_rows: torch.Tensor | None = None,
+    tokens: ExpertTokens | None = None,
     **blocks: Any,
 ) -> None:
     """Write `route_plain` of contiguous rows, several programs a row.
@@ -262,6 +271,7 @@ def route(
         normed_BH: written; without it the norm is folded into the logits, and not rounded.
         live_rows: how many rows are no padding, int32 [1]: those behind them get ids of -1, no expert, whose weights
             `decode_experts_gemm` does not read. Not for a single row: `decode_experts_gemv` knows no such id.
+        tokens: written, `align_plain` of the ids but for the order of its lists; its counts must be 0 before.
         blocks: block sizes instead of the usual ones, and options of the launch (`pdl_options`).
     """
     check_rows(x_BH, weight_EH, logits_BE, topk_ids_BK, topk_weights_BK)
@@ -282,12 +292,14 @@ def route(
         topk_weights_BK,
         x_BH if normed_BH is None else normed_BH,
         topk_ids_BK if live_rows is None else live_rows,
+        *((topk_ids_BK,) * 3 if tokens is None else (tokens.counts, tokens.tokens, tokens.further)),
         eps,
         routing.scale,
         H=hidden,
         PROGRAMS=programs,
         NORMED=normed_BH is not None,
         PADDED=live_rows is not None,
+        TILE=0 if tokens is None else tokens.tile,
         **routing.constants(),
         **sizes,
     )

@@ -23,6 +23,7 @@ PLAIN, INT4, INT8, FP8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.c
 KINDS = {torch.int32: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
 BLOCK = 128  # rows and columns of a block of fp8
 SMALLEST_GROUP = 16
+FRAGMENT = 64  # columns of `fragment_order`
 PER_WORD = 8
 
 
@@ -113,6 +114,17 @@ def tile_columns(columns: int, most: int = 128) -> int:
     wider than a group would wait for its scale.
     """
     return min(max(triton.next_power_of_2(columns), 16), most)
+
+
+def fragment_order(columns: int) -> list[int]:
+    """Return the order of columns, multiples of 64, in which a warp group's threads have neighbours of a row.
+
+    Of every 16 columns of a product a thread of the tensor cores multiplies two pairs, eight columns apart. Any order
+    will do that both factors have; in this one the pairs of 64 columns lie side by side, and are read as words.
+    """
+    order = [block + 16 * pair + 2 * step + k for block in range(0, columns, FRAGMENT) for step in range(8)
+             for pair in range(4) for k in range(2)]  # fmt: skip
+    return order
 
 
 # ---------------------------------------------------------------- inside of kernels
@@ -231,6 +243,14 @@ def row_scale(
 
 
 @triton.jit
+def to_fragments(tile: tl.tensor, EACH: tl.constexpr) -> tl.tensor:
+    """Return a tile with its columns in `fragment_order`, of which each thread has EACH elements."""
+    BLOCKS: tl.constexpr = tile.shape[1] // (4 * EACH)
+    parts = tl.reshape(tile, tile.shape[0], BLOCKS, 4, 8, EACH // 8)
+    return tl.reshape(tl.permute(parts, 0, 1, 3, 2, 4), tile.shape[0], tile.shape[1])
+
+
+@triton.jit
 def load_tile(
     packed_ptr: tl.tensor,
     scale_ptr: tl.tensor,
@@ -244,10 +264,13 @@ def load_tile(
     GROUP: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
+    BY_WORD: tl.constexpr = False,
+    FRAGMENTS: tl.constexpr = False,
 ) -> tl.tensor:
     """Return a tile of a packed weight, [rows, BLOCK_K]; scales of whole rows are still to be applied.
 
-    A packed row has ``width`` numbers and ``count`` scales.
+    A packed row has ``width`` numbers and ``count`` scales. BY_WORD: see `unpack_pairs`. FRAGMENTS: return the columns
+    in `fragment_order`.
     """
     HALF: tl.constexpr = tl.float16 == DTYPE or tl.bfloat16 == DTYPE
     if HALF and not INTERPRETED:
@@ -257,9 +280,13 @@ def load_tile(
         columns = tl.multiple_of(start // PER_BYTE, BLOCK_K // PER_BYTE) + tl.arange(0, BLOCK_K // PER_BYTE)
         held = (rows < size)[:, None] & (columns < row_bytes)[None, :]
         part = tl.load(bytes_ptr + rows.to(tl.int64)[:, None] * row_bytes + columns[None, :], mask=held, other=0)
-        tile = unpack_pairs(part, KIND, DTYPE)
+        if FRAGMENTS:
+            part = to_fragments(part, 16 // PER_BYTE)
+        tile = unpack_pairs(part, KIND, DTYPE, BY_WORD)
         if GROUP > 0:
             scale = load_column_scale(scale_ptr, rows, size, start, count, BLOCK_K, GROUP, ROW_BLOCK)
+            if FRAGMENTS:
+                scale = to_fragments(tl.broadcast_to(scale, tile.shape), 16)
             tile = (tile * scale).to(DTYPE)
     else:
         PER: tl.constexpr = 8 if KIND == INT4 else 1
@@ -273,4 +300,6 @@ def load_tile(
         elif GROUP > 0:
             scale = load_column_scale(scale_ptr, rows, size, start, count, BLOCK_K, GROUP, ROW_BLOCK)
         tile = unpack(part, scale, KIND, GROUP).to(DTYPE)
+        if FRAGMENTS:
+            tile = to_fragments(tile, 16)
     return tile

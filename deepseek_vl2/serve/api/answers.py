@@ -12,7 +12,6 @@ from typing import TypeVar
 import anyio
 from starlette.requests import Request
 
-from deepseek_vl2.engine.detokenizer import ShownToken
 from deepseek_vl2.engine.engine import Engine, EngineStopped, QueueFull
 from deepseek_vl2.engine.kv_cache import OutOfTokens
 from deepseek_vl2.engine.request import Delta, Event
@@ -54,8 +53,11 @@ class Deadline:
             with anyio.fail_after(self.left()):
                 yield
         except TimeoutError as error:
-            message = f"The request was not done within the {self.seconds:g} seconds allowed."
-            raise ApiError(504, message, code="timeout") from error
+            raise self.error() from error
+
+    def error(self) -> ApiError:
+        """Return what a client is told whose time ran out."""
+        return ApiError(504, f"The request was not done within the {self.seconds:g} seconds allowed.", code="timeout")
 
 
 async def unless_disconnected(request: Request, work: Callable[[], Awaitable[T]]) -> T:
@@ -64,26 +66,20 @@ async def unless_disconnected(request: Request, work: Callable[[], Awaitable[T]]
     Raises:
         Disconnected: it left; the work was cancelled.
     """
-    outcome: list[T] = []
-    failure: list[Exception] = []
+    scope = anyio.CancelScope()
 
-    async def watch(scope: anyio.CancelScope) -> None:
+    async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         scope.cancel()
 
-    async with anyio.create_task_group() as group:
-        group.start_soon(watch, group.cancel_scope)
-        try:
-            outcome.append(await work())
-        except Exception as error:  # raised below, outside of the group, which would wrap it
-            failure.append(error)
-        group.cancel_scope.cancel()
-    if failure:
-        raise failure[0]
-    if not outcome:
-        raise Disconnected
-    return outcome[0]
+    watcher = asyncio.create_task(watch())  # a group's end would go through the event loop before the first token
+    try:
+        with scope:
+            return await work()
+    finally:
+        watcher.cancel()
+    raise Disconnected
 
 
 class Mailbox:
@@ -137,6 +133,8 @@ class Answers:
         self._error: Exception | None = None
         self._running = 0
         self._patient = False
+        self._late = False
+        self._timer: asyncio.TimerHandle | None = None  # one for all tokens: a scope for each would cost more than it
         self._wake = asyncio.Event()
 
     def sink(self, index: int) -> Callable[[Event], None]:
@@ -161,8 +159,11 @@ class Answers:
 
     def cancel(self) -> None:
         """Stop what is not finished."""
+        if self._timer is not None:
+            self._timer.cancel()
         for request in self.requests:
-            self.engine.cancel(request)
+            if self.engine.holds(request):
+                self.engine.cancel(request)
 
     def _take(self, index: int, event: Event) -> None:
         """Note what the engine tells; in the event loop."""
@@ -172,15 +173,23 @@ class Answers:
             if self.first_token_seconds is None:
                 self.first_token_seconds = self.deadline.elapsed()
             held = self._held.get(index)
-            tokens: list[ShownToken] = event.tokens
-            if held is not None:
-                tokens = held.tokens
-                tokens.extend(event.tokens)
-            text = event.text if held is None else held.text + event.text
-            self._held[index] = Delta(text, tokens, event.completion_tokens, event.finish_reason, event.stop)
+            if held is None:
+                self._held[index] = event
+            else:
+                held.tokens.extend(event.tokens)  # a list of its own
+                told = (held.text + event.text, held.tokens)
+                self._held[index] = Delta(*told, event.completion_tokens, event.finish_reason, event.stop)
             self._running -= event.finish_reason is not None
         if self._error is not None or not self._patient or not self._running:
             self._wake.set()
+
+    def _watch_time(self) -> None:
+        if self._timer is None and (left := self.deadline.left()) is not None:
+            self._timer = self.mailbox.loop.call_later(left, self._be_late)
+
+    def _be_late(self) -> None:
+        self._late = True
+        self._wake.set()
 
     async def next(self, whole: bool = False) -> tuple[int, Delta]:
         """Return what came next, and of which answer; ``whole``: once everything has come.
@@ -189,10 +198,12 @@ class Answers:
             ApiError: an answer failed, or time ran out.
         """
         self._patient = whole
-        with self.deadline.enforced():
-            while self._error is None and not (self._held and not (whole and self._running)):
-                self._wake.clear()
-                await self._wake.wait()
+        while self._error is None and not (self._held and not (whole and self._running)):
+            if self._late:
+                raise self.deadline.error()
+            self._wake.clear()
+            self._watch_time()
+            await self._wake.wait()
         if self._error is not None and not self._held:
             raise answer_error(self._error)
         if self._error is not None and whole:

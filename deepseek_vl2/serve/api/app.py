@@ -109,12 +109,12 @@ class Server:
         self.metrics = Metrics(self.engine)
         builder = PromptBuilder(
             model, processor, options.max_length, token_bytes.longest(), settings.images, settings.preparing_threads,
-            self.engine.launching,
+            self.engine.launching, options.share_prefixes,
         )  # fmt: skip
         compiler = GrammarCompiler(token_bytes, model.config.language_config.vocab_size, sorted(end_ids(model)))
         self.grammars = GrammarService(compiler, settings.grammars)
         self.running = RunningRequests()
-        self.bodies = BodyReader(settings)
+        self.bodies = BodyReader(settings, self.engine.launching)
         self.service = GenerationService(self.engine, self.metrics, settings, self.bodies)
         self.generator = Generator(self.engine, token_bytes, builder, self.grammars, settings)
         self.store = ResponseStore(
@@ -180,7 +180,7 @@ class Server:
                 await anyio.sleep(0.05)
         self.running.end()
 
-    def _guard(self, request: Request) -> None:
+    async def _guard(self, request: Request) -> None:  # a plain function would be called in another thread
         check_api_key(request, self.settings.api_keys)
 
     def _add_middleware(self, app: FastAPI) -> None:

@@ -11,9 +11,15 @@ import anyio
 import anyio.to_thread
 from starlette.requests import Request
 
+from deepseek_vl2.engine.launching import Launching
+
 from .errors import ApiError
+from .json_size import count_separators
 from .settings import Settings
 
+# Such a body is parsed in the event loop, where it takes 2 ms at most, and less than changing threads twice mostly:
+# one of a picture in base64, or of some text.
+SMALL_BYTES, SMALL_VALUES = 1 << 19, 256
 PARSING_THREADS = 2  # Python runs one at a time; the event loop is to be the next in turn
 T = TypeVar("T")
 
@@ -68,15 +74,17 @@ class BodyReader:
 
     Args:
         settings: what they may be.
+        launching: of the engine, which goes first.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, launching: Launching) -> None:
         self.settings = settings
+        self.launching = launching
         self.budget = BodyBudget(settings.body_bytes)
         self.limiter = anyio.CapacityLimiter(PARSING_THREADS)
 
     async def read(self, request: Request, parse: Callable[[bytes], T]) -> T:
-        """Return what ``parse``, called in another thread, makes of a request's body.
+        """Return what ``parse`` makes of a request's body; one that is large is parsed in another thread.
 
         Raises:
             ApiError: the body is not JSON, too large or too slow, or whatever ``parse`` raises.
@@ -84,7 +92,19 @@ class BodyReader:
         """
         check_content_type(request)
         body = await read_body(request, self.settings.max_body_bytes, self.settings.body_seconds, self.budget)
-        return await anyio.to_thread.run_sync(parse, body, limiter=self.limiter)
+        if not self.launching.active and is_small(body):
+            return parse(body)
+
+        def parse_later() -> T:
+            self.launching.wait()
+            return parse(body)
+
+        return await anyio.to_thread.run_sync(parse_later, limiter=self.limiter)
+
+
+def is_small(body: bytes) -> bool:
+    """Whether a body is parsed in no time, whatever it holds."""
+    return len(body) <= SMALL_BYTES and count_separators(body, 0, len(body)) <= SMALL_VALUES
 
 
 async def read_body(request: Request, max_bytes: int, seconds: float, budget: BodyBudget) -> bytes:

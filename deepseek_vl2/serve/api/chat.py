@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Protocol
@@ -134,20 +133,20 @@ class GenerationService:
     ) -> Response:
         endpoint.check(asked)
 
-        async def prepare() -> ResponseWriter:
+        async def work() -> tuple[ResponseWriter, Any]:
             with answers.deadline.enforced():
-                return await endpoint.submit(asked, answers)
-
-        reply = await unless_disconnected(request, prepare)
-        if asked.stream:
-            # After the first token, so that what fails before has a status of its own; but not much later, since
+                reply = await endpoint.submit(asked, answers)
+            # Of a stream the first token, so that what fails before has a status of its own; but not much later, since
             # clients and proxies give up a connection on which nothing comes.
-            first = await unless_disconnected(request, functools.partial(self._first, answers))
+            return reply, await (self._first(answers) if asked.stream else reply.whole())
+
+        reply, found = await unless_disconnected(request, work)
+        if asked.stream:
             left = answers.deadline.left()
             seconds = None if left is None else left + LAST_WORDS_SECONDS
             pings = self.settings.ping_seconds
-            return EventStream(reply.stream(first), stack.close, seconds, pings, lambda: reply.status)
-        response = JSONResponse(await unless_disconnected(request, reply.whole))
+            return EventStream(reply.stream(found), stack.close, seconds, pings, lambda: reply.status)
+        response = JSONResponse(found)
         stack.close()
         return response
 

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from deepseek_vl2.engine.scheduler import EngineOptions
     from deepseek_vl2.serve.api.settings import Settings
 
+from deepseek_vl2.cli.addresses import check_address
 from deepseek_vl2.cli.main import run_guarded
-from deepseek_vl2.cli.options import add_memory_arguments, default_model, some_text
+from deepseek_vl2.cli.options import add_memory_arguments, default_model
 from deepseek_vl2.utils.progress import Progress, weights_reported
 
 PROGRAM = "deepseek-vl2 serve"
@@ -83,13 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = parser.epilog or EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "name", nargs="?", type=some_text, metavar="MODEL",
+        "name", nargs="?", metavar="MODEL",
         help="directory or hub id of a checkpoint, or 'demo' (random weights); default: 'nano', the small model that "
         "ships with the package",
     )  # fmt: skip
-    parser.add_argument(
-        "--model", "--model_path", "-m", type=some_text, metavar="MODEL", help="the same, as for the other commands"
-    )
+    parser.add_argument("--model", "--model_path", "-m", metavar="MODEL", help="the same, as for the other commands")
     _add_http_arguments(parser.add_argument_group("where it listens, and to whom"))
     _add_engine_arguments(parser.add_argument_group("model and batching"))
     _add_limit_arguments(parser.add_argument_group("limits of a request"))
@@ -354,10 +353,11 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes, then finish what runs; returns the exit code.
 
     Raises:
-        ValueError, OSError: see `build_server`; or a package is missing.
+        ValueError, OSError: see `build_server` and `check_address`; or a package is missing.
     """
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     check_extra()
+    check_address(args.host, args.port)
     server = build_server(args)
     from deepseek_vl2.serve.api.serving import http_server
 

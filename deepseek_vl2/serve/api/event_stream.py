@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
@@ -14,11 +15,16 @@ OUT_OF_TIME = 504
 PING = b": ping\n\n"  # a comment, which clients skip
 
 
+def now() -> float:
+    """Return the event loop's time; anyio asks which library runs first, for each token of a stream."""
+    return asyncio.get_running_loop().time()
+
+
 class EventStream(Response):
     """A stream of server-sent events, which ends when the client leaves.
 
     Args:
-        events: the events.
+        events: the events, those of a moment together; nothing where there are none.
         close: called at the end, however it comes.
         seconds: when it ends all the same, for a client that stays and reads nothing; ``None`` for never.
         ping_seconds: silence after which a comment is sent.
@@ -47,7 +53,7 @@ class EventStream(Response):
         self.outcome = outcome
         self.on_end: Callable[[int], None] | None = None
         self.last_sent = 0.0
-        self.sending = anyio.Lock()
+        self.sending = asyncio.Lock()  # anyio's goes through the event loop each time
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
@@ -57,16 +63,17 @@ class EventStream(Response):
             async with anyio.create_task_group() as group:
                 group.start_soon(self._watch, receive, group.cancel_scope)
                 group.start_soon(self._ping, send)
-                end = None if self.seconds is None else anyio.current_time() + self.seconds
+                end = None if self.seconds is None else now() + self.seconds
                 if end is not None:
                     group.cancel_scope.deadline = end
                 with contextlib.suppress(OSError):  # the client left while it was written to
-                    async for event in self.events:
-                        await self._send(send, event)
+                    async for events in self.events:
+                        if events:
+                            await self._send(send, events)
                     await self._send(send, b"", more=False)
                     status = self.outcome()
                 group.cancel_scope.cancel()
-            if status == CLIENT_LEFT and end is not None and anyio.current_time() >= end:
+            if status == CLIENT_LEFT and end is not None and now() >= end:
                 status = OUT_OF_TIME
         finally:
             self.close()
@@ -76,13 +83,13 @@ class EventStream(Response):
     async def _send(self, send: Send, body: bytes, more: bool = True) -> None:
         async with self.sending:  # or a ping could follow the end
             await send({"type": "http.response.body", "body": body, "more_body": more})
-            self.last_sent = anyio.current_time()
+            self.last_sent = now()
 
     async def _ping(self, send: Send) -> None:
-        self.last_sent = anyio.current_time()
+        self.last_sent = now()
         while True:
             await anyio.sleep_until(self.last_sent + self.ping_seconds)
-            if anyio.current_time() >= self.last_sent + self.ping_seconds:
+            if now() >= self.last_sent + self.ping_seconds:
                 with contextlib.suppress(OSError):
                     await self._send(send, PING)
 

@@ -82,7 +82,6 @@ class Generator:
 
     def parse(self, body: bytes, kind: type[RequestT], most_values: int = MAX_VALUES) -> RequestT:
         """Read a request's body; errors as `parse_body`, and for another model than this server's."""
-        self.engine.launching.wait()
         return parse_body(body, kind, self.check_model, most_values)
 
     def check(self, request: GenerationFields, n: int | None = None) -> None:

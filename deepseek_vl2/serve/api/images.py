@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-
 from PIL import Image, UnidentifiedImageError
 
 from deepseek_vl2.models.image_loading import read_image
 
+from .base64_text import BLOCK, decode_base64
 from .decode_process import Decoders
 from .download import DownloadError, download
 from .errors import ApiError
 from .image_files import FORMATS, is_heif, open_image
 from .settings import ImageLimits
 
-BASE64_BLOCK = 1 << 19
 MAX_DATA_HEADER = 1000  # characters of a data URL before its comma
-# Base64 as it is found: with line breaks, and with the two characters that URLs need.
-BASE64_FORMS = str.maketrans({"-": "+", "_": "/", "\n": None, "\r": None, "\t": None, " ": None})
 
 
 def image_error(place: str, message: str) -> ApiError:
     """Return the error for an image; ``place`` is the field that holds it."""
     return ApiError(400, message, place, "invalid_image")
-
-
-def decode_base64(text: str, start: int, end: int) -> bytes:
-    """Return what a part of a text without its padding means; it is read in blocks, between which other threads run.
-
-    Raises:
-        ValueError: it is not base64.
-    """
-    if text.find("=", start, end) >= 0:
-        raise ValueError("there is padding before its end")
-    decoded, rest = [], ""
-    for begin in range(start, end, BASE64_BLOCK):
-        block = rest + text[begin : min(begin + BASE64_BLOCK, end)].translate(BASE64_FORMS)
-        whole = len(block) - len(block) % 4
-        decoded.append(base64.b64decode(block[:whole], validate=True))
-        rest = block[whole:]
-    decoded.append(base64.b64decode(rest + "=" * (-len(rest) % 4), validate=True))
-    return b"".join(decoded)
 
 
 def payload_of(url: str) -> tuple[int, int] | None:
@@ -51,7 +28,7 @@ def payload_of(url: str) -> tuple[int, int] | None:
         return None
     end = len(url)
     while end > start:
-        tail = url[max(start, end - BASE64_BLOCK) : end]
+        tail = url[max(start, end - BLOCK) : end]
         kept = len(tail.rstrip(" \t\r\n="))
         end -= len(tail) - kept
         if kept:
@@ -73,7 +50,7 @@ def decode_data_url(url: str, place: str, limits: ImageLimits) -> bytes:
         raise image_error(place, f"The image has more than the {limits.max_bytes:,} bytes allowed.")
     try:
         data = decode_base64(url, start, end)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise image_error(place, f"The data URL is not valid base64: {error}.") from error
     if len(data) > limits.max_bytes:
         raise image_error(place, f"The image has more than the {limits.max_bytes:,} bytes allowed.")

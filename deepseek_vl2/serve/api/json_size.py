@@ -6,9 +6,21 @@ about, and hold up the whole process while they do. Counting them takes a millis
 
 from __future__ import annotations
 
+import numpy as np
+
 MAX_VALUES = 32_768
 MAX_QUOTES = 300_000
 BLOCK = 1 << 20  # counted at a time, between which other threads run
+SEPARATORS = b",[{"
+LEAST_FOR_NUMPY = 4096  # bytes; it counts several times as fast, once it has begun
+
+
+def count_separators(body: bytes, start: int, end: int) -> int:
+    """Return how many separators of values a part of a JSON text holds, those in strings included."""
+    if end - start < LEAST_FOR_NUMPY:
+        return sum(body.count(mark, start, end) for mark in SEPARATORS)
+    part = np.frombuffer(body, np.uint8, end - start, start)
+    return sum(int(np.count_nonzero(part == mark)) for mark in SEPARATORS)
 
 
 def count_values(body: bytes, enough: int) -> int:
@@ -21,7 +33,7 @@ def count_values(body: bytes, enough: int) -> int:
         found = 0
         while start < end and found <= enough:
             block = min(start + BLOCK, end)
-            found += sum(body.count(mark, start, block) for mark in (b",", b"[", b"{"))
+            found += count_separators(body, start, block)
             start = block
         return found
 

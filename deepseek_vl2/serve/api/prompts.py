@@ -46,6 +46,7 @@ class PromptBuilder:
         limits: limits of images.
         threads: prompts prepared at the same time.
         launching: of the engine, which goes first.
+        hashed: whether the engine asks prompts for their hashes, which are made here: its own thread has more to do.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class PromptBuilder:
         limits: ImageLimits,
         threads: int,
         launching: Launching,
+        hashed: bool = False,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -65,6 +67,7 @@ class PromptBuilder:
         self.limits = limits
         self.limiter = anyio.CapacityLimiter(threads)
         self.launching = launching
+        self.hashed = hashed
         self.decoders = Decoders()
 
     async def build(
@@ -147,7 +150,10 @@ class PromptBuilder:
         self.launching.wait()
         # Of a file: it has fewer bytes than its pixels.
         keys = [content_key("file", (len(data),), data) for _, data in read]
-        return PreparedPrompt(prompt_of(self.model, inputs, keys=keys), sizes)
+        prompt = prompt_of(self.model, inputs, keys=keys)
+        if self.hashed:
+            prompt.hashes()
+        return PreparedPrompt(prompt, sizes)
 
     @staticmethod
     def _part(part: Any, images: Any) -> dict[str, str | Image.Image]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
+
+from pydantic_core import to_json
 
 from deepseek_vl2 import __version__
 from deepseek_vl2.engine.detokenizer import ShownToken, TokenBytes
@@ -81,26 +82,21 @@ class StreamedReply(ABC):
         return [server_sent(error.body())]
 
     async def stream(self, first: tuple[int, Delta] | None) -> AsyncIterator[bytes]:
-        """Yield the response as server-sent events; what goes wrong from here on is an event too.
+        """Yield the response as server-sent events, those of a moment together; what goes wrong is an event too.
 
         Args:
             first: what came first, and of which answer; ``None`` when nothing has come yet.
         """
-        for event in self.opening():
-            yield event
+        opening = self.opening()
         try:
-            for event in [] if first is None else self.pieces(first):
-                yield event
+            yield b"".join(opening if first is None else [*opening, *self.pieces(first)])
             async for found in self.answers:
-                for event in self.pieces(found):
-                    yield event
+                yield b"".join(self.pieces(found))
         except ApiError as error:
             self.status = error.status
-            for event in self.failed(error):
-                yield event
+            yield b"".join(self.failed(error))
             return
-        for event in self.closing():
-            yield event
+        yield b"".join(self.closing())
 
 
 class Reply(StreamedReply):
@@ -238,4 +234,4 @@ def add_usage(
 
 def server_sent(data: dict[str, Any]) -> bytes:
     """Return a dict as a server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(data) + b"\n\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from deepseek_vl2.engine.request import Delta
 
 from .answers import Answers
 from .errors import ApiError
-from .replies import StreamedReply, token_entry
+from .replies import StreamedReply, server_sent, token_entry
 from .response_schemas import ResponsesRequest
 from .response_store import ResponseStore, new_id
 from .schemas import Message
@@ -220,8 +219,7 @@ class ResponsesReply(StreamedReply):
     def _event(self, kind: str, **fields: Any) -> bytes:
         data = {"type": kind, "sequence_number": self.number, **fields}
         self.number += 1
-        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-        return f"event: {kind}\ndata: {text}\n\n".encode()
+        return f"event: {kind}\n".encode() + server_sent(data)
 
     def _content_event(self, kind: str, **fields: Any) -> bytes:
         """Return an event that tells of the message's text."""

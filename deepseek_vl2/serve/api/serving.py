@@ -11,6 +11,8 @@ from typing import Any
 
 import uvicorn
 
+from deepseek_vl2.cli.addresses import check_address
+
 from .app import Server
 from .connections import BoundedProtocol, ConnectionCounter
 
@@ -39,6 +41,16 @@ class HttpServer(uvicorn.Server):
             self._captured_signals.append(sig)
         else:
             super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen.
+
+        Raises:
+            OSError: another program has taken the port while the model was loaded.
+        """
+        if sockets is None and self.config.fd is None and self.config.uds is None:
+            check_address(self.config.host, self.config.port)
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what runs, as far as there is time."""

@@ -10,6 +10,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deepseek_vl2.cli.addresses import check_address
 from deepseek_vl2.serve.web.examples import LOGO
 from deepseek_vl2.serve.web.layout import theme
 from deepseek_vl2.serve.web.limits import Limits
@@ -62,7 +63,7 @@ def launch(
         root_path: the path a proxy serves the page under.
 
     Raises:
-        OSError: the port is taken, or none is free.
+        OSError: see `check_address`; or no port is free.
     """
     options: dict[str, Any] = {
         "server_name": host,
@@ -78,12 +79,8 @@ def launch(
     }
     # Each would listen, record or fetch more than the page needs, and some follow environment variables by default.
     quiet = dict.fromkeys(("enable_monitoring", "run_history", "ssr_mode", "pwa", "mcp_server"), False)
-    try:
-        _, local, shared = page.launch(
-            prevent_thread_lock=True, quiet=True, show_error=True, footer_links=[], **options, **quiet
-        )
-    except OSError as error:
-        if port is None:
-            raise
-        raise OSError(f"Port {port} of {host} cannot be had: name another one, or none for the first free.") from error
+    check_address(host, port or 0)  # what is wrong with it Gradio does not say
+    _, local, shared = page.launch(
+        prevent_thread_lock=True, quiet=True, show_error=True, footer_links=[], **options, **quiet
+    )
     return shared or local
