@@ -299,6 +299,7 @@ def test_a_refusal_is_what_an_assistant_said(client: Any) -> None:
     answer = client.responses.create(model=MODEL, input=items, max_output_tokens=8, temperature=0)
     assert answer.output_text == want.content
     assert client.completions.create(model=MODEL, prompt="x", max_tokens=1, suffix="").choices
+    assert ask(client, [{"role": "user", "content": ""}], max_tokens=1).choices, "an empty text is a content"
 
 
 def test_a_literal_tag_of_an_image_is_text(

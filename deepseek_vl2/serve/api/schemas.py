@@ -169,7 +169,7 @@ class Message(Strict):
     @property
     def parts(self) -> list[TextPart | ImagePart]:
         """Return the content as parts; a refusal is what the assistant said."""
-        content = self.content or []
+        content = [] if self.content is None else self.content
         given: list[Part] = [TextPart(type="text", text=content)] if isinstance(content, str) else content
         if self.refusal:
             given = [*given, RefusalPart(type="refusal", refusal=self.refusal)]
