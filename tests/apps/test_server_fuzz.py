@@ -102,7 +102,9 @@ def fuzz(server: RunningServer, examples: int, known_model: bool) -> int:
                 response = case.call_and_validate(base_url=server.url, checks=checks, timeout=120)
                 good += response.status_code == 200
                 if known_model and positive and path in REQUESTS:
-                    assert response.status_code == 200, (path, body, response.text)
+                    # What is well formed is answered, unless it is longer than the model's context.
+            too_long = response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
+            assert response.status_code == 200 or too_long, (path, body, response.text)
 
             run()
     return good
