@@ -103,8 +103,9 @@ def fuzz(server: RunningServer, examples: int, known_model: bool) -> int:
                 good += response.status_code == 200
                 if known_model and positive and path in REQUESTS:
                     # What is well formed is answered, unless it is longer than the model's context.
-            too_long = response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
-            assert response.status_code == 200 or too_long, (path, body, response.text)
+                    refused = response.status_code == 400
+                    too_long = refused and response.json()["error"]["code"] == "context_length_exceeded"
+                    assert response.status_code == 200 or too_long, (path, body, response.text)
 
             run()
     return good
