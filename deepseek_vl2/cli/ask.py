@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepseek_vl2.cli.images import open_images
+from deepseek_vl2.cli.images import open_images, text_from_stdin
 from deepseek_vl2.cli.options import (
     Loaded,
     add_generation_arguments,
@@ -18,7 +18,9 @@ from deepseek_vl2.cli.options import (
     generation_options,
     load,
     loading_line,
+    most_tokens,
     note,
+    room_for_answer,
 )
 from deepseek_vl2.cli.stats import Stats
 
@@ -53,8 +55,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Ask, and print the answer as it comes."""
-    prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
-    if not prompt:
+    prompt = text_from_stdin().strip() if args.prompt == "-" else args.prompt
+    if not prompt.strip():
         raise ValueError("The question is empty.")
     with loading_line(args):
         images = open_images(args.image, question_from_stdin=args.prompt == "-")
@@ -95,7 +97,9 @@ def stream(
     stats = stats or Stats()
     stats.begin(time.perf_counter())
     inputs = loaded.processor(conversations=conversation).to(loaded.model.device)
-    with TextStream(loaded.model, loaded.tokenizer, inputs, generation_options(args)) as pieces:
+    options, room = generation_options(args), room_for_answer(most_tokens(loaded), inputs["input_ids"].shape[1])
+    options = replace(options, max_new_tokens=min(options.max_new_tokens, room))
+    with TextStream(loaded.model, loaded.tokenizer, inputs, options) as pieces:
         for piece in pieces:
             stats.count(time.perf_counter(), pieces.answer.completion_tokens)
             if show:
@@ -104,7 +108,8 @@ def stream(
     if show:
         print(flush=True)
     if pieces.answer.finish_reason == "length":
-        note(f"The answer was cut off after {args.max_new_tokens} tokens (--max_new_tokens).")
+        why = "--max_new_tokens" if room >= args.max_new_tokens else "the model knows no more"
+        note(f"The answer was cut off after {options.max_new_tokens} tokens ({why}).")
     tell_empty(pieces.answer)
     return pieces.answer
 

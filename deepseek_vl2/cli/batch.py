@@ -23,6 +23,7 @@ from deepseek_vl2.cli.batch_files import (
     forget,
     gather,
     locked,
+    naming,
     part_files,
     read_jobs,
     read_records,
@@ -33,6 +34,7 @@ from deepseek_vl2.cli.batch_window import answer_lines
 from deepseek_vl2.cli.options import (
     add_generation_arguments,
     add_model_arguments,
+    answer_options,
     load,
     note,
     whole_number,
@@ -104,9 +106,9 @@ def run(args: Namespace) -> int:
     questions, output = Path(args.input), Path(os.path.realpath(args.output))
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     shared = LAUNCHED in os.environ or rank > 0  # the lock is held by who launched this process, or by the first
-    jobs = read_jobs(questions)
     if not shared:
         check_files(questions, output)
+    jobs = read_jobs(questions, answer_options(args))
     with contextlib.nullcontext() if shared else locked(output) as lock:
         if not shared:
             check_files(questions, output)  # another run may have ended since
@@ -232,7 +234,7 @@ def work(args: Namespace, jobs: list[Job], part: Path, share: int, show: bool, b
     begin()
     seed = secrets.randbits(32) if args.seed is None else args.seed
     bar = tqdm(total=share, initial=share - len(jobs), unit="line", disable=args.quiet or not show)
-    with bar, open(part, "a", encoding="utf-8", newline="\n") as file:
+    with bar, naming(part), open(part, "a", encoding="utf-8", newline="\n") as file:
         if part.stat().st_size:
             file.write("\n")  # a killed process may have left its last line unfinished
         for record in answer_lines(loaded, jobs, args, seed):

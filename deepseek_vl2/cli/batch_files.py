@@ -29,7 +29,7 @@ class Job:
 
     Fields:
         line: its number, from 1.
-        key: of its text, to tell whether an answer is to this very line.
+        key: of its text and of the options that it is asked with, to tell whether an answer is to this very line.
         text: the line; ``None`` when it is not text in UTF-8.
     """
 
@@ -38,19 +38,23 @@ class Job:
     text: str | None
 
 
-def read_jobs(path: Path) -> list[Job]:
-    """Read the lines that are not blank.
+def read_jobs(path: Path, options: str = "") -> list[Job]:
+    """Read the lines that are not blank; arguments as `iter_jobs`.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or none of its lines is text, or it holds nothing.
     """
-    jobs = list(iter_jobs(path))
+    jobs = list(iter_jobs(path, options))
     check_input(path, len(jobs), any(job.text is not None for job in jobs))
     return jobs
 
 
-def iter_jobs(path: Path) -> Iterator[Job]:
+def iter_jobs(path: Path, options: str = "") -> Iterator[Job]:
     """Yield the lines that are not blank, while they are read.
+
+    Args:
+        path: the input.
+        options: with which the lines are asked.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -64,7 +68,7 @@ def iter_jobs(path: Path) -> Iterator[Job]:
     with open(path, "rb") as file:
         for number, line in enumerate(text_lines(file), 1):
             if line.strip():
-                yield Job(number, line_key(line), decoded(line))
+                yield Job(number, line_key(line, options), decoded(line))
 
 
 def text_lines(file: Iterable[bytes]) -> Iterator[bytes]:
@@ -85,9 +89,9 @@ def check_input(path: Path, lines: int, any_text: bool) -> None:
         raise ValueError(f"{path} is not text in UTF-8.")
 
 
-def line_key(line: bytes) -> str:
-    """Return what tells a line from others."""
-    return hashlib.sha256(line).hexdigest()[:16]
+def line_key(line: bytes, options: str = "") -> str:
+    """Return what tells a line, asked with some options, from others."""
+    return hashlib.sha256(line + options.encode(errors="backslashreplace")).hexdigest()[:16]
 
 
 def decoded(line: bytes) -> str | None:
@@ -137,6 +141,9 @@ def check_files(questions: Path, output: Path) -> None:
         ValueError: the output, or a file that belongs to it, is the input or was not written by a run.
         FileNotFoundError: the output's directory does not exist.
     """
+    for name, path in (("INPUT", questions), ("OUTPUT", output)):
+        if path.name == "-" and not path.exists():
+            raise ValueError(f"{name} must be a file, which the next run goes on with: - is none.")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"There is no directory {output.parent} to write {output.name} into.")
     lock = lock_file(output)
@@ -182,6 +189,17 @@ def parsed_record(line: bytes) -> dict[str, Any] | None:
     if not isinstance(record, dict) or not isinstance(record.get("line"), int):
         return None
     return record if isinstance(record.get("key"), str) and ("answer" in record or "error" in record) else None
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system that names no file, such as that of a full disk, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 @contextlib.contextmanager
@@ -297,8 +315,8 @@ def check_answers(jobs: Iterable[Job], places: dict[int, Place], output: Path) -
             unmatched.discard(job.line)
     if unmatched:
         raise ValueError(
-            f"{output} answers another input: its line {min(unmatched)} was another one. "
-            "Name another output, or begin anew with --overwrite."
+            f"{output} answers another input: its line {min(unmatched)} was another one, or was asked "
+            "with other options. Name another output, or begin anew with --overwrite."
         )
     return answered
 
@@ -327,7 +345,7 @@ def write_answers(output: Path) -> None:
 
 def copy_records(places: Iterable[Place], target: Path) -> None:
     """Write records, one a line, into a file."""
-    with contextlib.ExitStack() as stack, open(target, "wb") as written:
+    with naming(target), contextlib.ExitStack() as stack, open(target, "wb") as written:
         opened: dict[Path, IO[bytes]] = {}
         for place in places:
             if place.file not in opened:

@@ -10,7 +10,7 @@ from typing import Any
 
 from deepseek_vl2.cli.batch_files import Job, error_record, record_line
 from deepseek_vl2.cli.images import clean_path, download, open_image
-from deepseek_vl2.cli.options import Loaded, generation_options, is_out_of_memory
+from deepseek_vl2.cli.options import Loaded, generation_options, is_out_of_memory, most_tokens, room_for_answer
 
 # Fields that people write into a line for an answer of its own; the run's options are all lines'.
 OPTIONS = (
@@ -29,12 +29,14 @@ class Question:
         id: what the line calls itself, if anything.
         sample: its prompt, as the processor gives it.
         images: its images, as the processor took them.
+        is_low: each is seen as one view, without tiles.
     """
 
     job: Job
     id: Any
     sample: Any
     images: list[Any]
+    is_low: bool = False
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -135,7 +137,7 @@ def submit(loaded: Loaded, question: Question, args: Namespace, seed: int) -> Pe
     from deepseek_vl2.serve.streaming import answer_params, model_ends
 
     options, ends = generation_options(args), model_ends(loaded.model)
-    room = most_tokens(loaded) - len(question.sample["input_ids"])
+    room = room_for_answer(most_tokens(loaded), len(question.sample["input_ids"]))
     params = answer_params(options, ends, seed + question.job.line)  # a line gets what it would get alone
     line = Pending(question.job, question, engine=engine_of(loaded.model))
     line.request = Request(
@@ -155,7 +157,7 @@ def read_question(loaded: Loaded, job: Job, system_prompt: str) -> Question:
     Raises:
         ValueError, OSError: what is wrong with it.
     """
-    from deepseek_vl2.models.messages import check_messages
+    from deepseek_vl2.models.messages import check_messages, is_low_conversation
     from deepseek_vl2.utils.prompts import question_about
 
     line = read_line(job)
@@ -177,10 +179,8 @@ def read_question(loaded: Loaded, job: Job, system_prompt: str) -> Question:
         raise ValueError('The messages have images of their own: leave the line\'s "images" out.')
     shown = [open_image(source) if isinstance(source, str) else source for source in listed or images]
     sample = loaded.processor.process_one(conversations=turns, images=shown, system_prompt=system_prompt)
-    length, most = len(sample["input_ids"]), most_tokens(loaded)
-    if length >= most:
-        raise ValueError(f"The prompt has {length:,} tokens; the model knows {most:,}, its answer's included.")
-    return Question(job, line.get("id"), sample, shown)
+    room_for_answer(most_tokens(loaded), len(sample["input_ids"]))
+    return Question(job, line.get("id"), sample, shown, is_low_conversation(turns))
 
 
 def line_images(line: dict[str, Any]) -> list[str]:
@@ -222,13 +222,10 @@ def read_line(job: Job) -> Any:
     return line
 
 
-def most_tokens(loaded: Loaded) -> int:
-    """Return how many tokens a prompt and its answer may have together."""
-    return int(loaded.model.config.language_config.max_position_embeddings)
-
-
 def fetched(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a message whose image parts are paths, data or downloaded within the limits of `download`."""
+    from deepseek_vl2.models.messages import is_low
+
     if not isinstance(message.get("content"), list):
         return message
     parts = []
@@ -237,7 +234,8 @@ def fetched(message: Mapping[str, Any]) -> Mapping[str, Any]:
         source = source.get("url") if isinstance(source, dict) else source
         if isinstance(source, str) and part.get("type") != "text":
             address = source.startswith(("http://", "https://"))
-            part = {"type": "image", "image": open_image_data(download(source)) if address else clean_path(source)}
+            image = open_image_data(download(source)) if address else clean_path(source)
+            part = {"type": "image", "image": image, "detail": "low" if is_low(part) else None}
         parts.append(part)
     return {**message, "content": parts}
 

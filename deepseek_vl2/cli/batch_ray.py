@@ -26,12 +26,13 @@ from deepseek_vl2.cli.batch_files import (
     gather,
     iter_jobs,
     locked,
+    naming,
     part_files,
     record_line,
     write_answers,
 )
 from deepseek_vl2.cli.batch_worker import Greeting, LineWorker
-from deepseek_vl2.cli.options import note
+from deepseek_vl2.cli.options import answer_options, note
 
 
 @dataclass
@@ -58,7 +59,7 @@ def run(args: Namespace, finish: Callable[[Path, int], int]) -> int:
     check_files(questions, output)
     with locked(output):
         check_files(questions, output)  # another run may have ended since
-        survey = survey_input(questions, {} if args.overwrite else gather(output), output)
+        survey = survey_input(questions, {} if args.overwrite else gather(output), output, answer_options(args))
         try:
             if len(survey.answered) < survey.total:
                 answer_all(args, questions, output, survey)
@@ -88,8 +89,8 @@ def check_options(args: Namespace) -> None:
         raise ValueError(f"{', '.join(given)}: of our engine, not of --backend vllm.")
 
 
-def survey_input(questions: Path, places: dict[int, Place], output: Path) -> Survey:
-    """Read the input once, keeping none of it.
+def survey_input(questions: Path, places: dict[int, Place], output: Path, options: str = "") -> Survey:
+    """Read the input once, keeping none of it; ``options``: with which its lines are asked.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, it holds no text, or the answers belong to another one.
@@ -98,7 +99,7 @@ def survey_input(questions: Path, places: dict[int, Place], output: Path) -> Sur
 
     def counted() -> Iterator[Job]:
         nonlocal total, any_text
-        for job in iter_jobs(questions):
+        for job in iter_jobs(questions, options):
             total, any_text = total + 1, any_text or job.text is not None
             yield job
 
@@ -148,7 +149,7 @@ def answer_all(args: Namespace, questions: Path, output: Path, survey: Survey) -
             started,
             tell,
         )
-        jobs = (job for job in iter_jobs(questions) if job.line not in survey.answered)
+        jobs = (job for job in iter_jobs(questions, answer_options(args)) if job.line not in survey.answered)
         bar = tqdm(total=survey.total, initial=len(survey.answered), unit="line", disable=args.quiet)
         with bar:
             write_records(dispatcher.run(jobs), output.with_name(f"{output.name}.part0"), bar)
@@ -163,12 +164,14 @@ def write_records(records: Iterator[dict[str, Any]], part: Path, bar: Any) -> No
                 file = open(part, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
                 if part.stat().st_size:
                     file.write("\n")  # a killed process may have left its last line unfinished
-            file.write(record_line(record))
-            file.flush()
+            with naming(part):
+                file.write(record_line(record))
+                file.flush()
             bar.update()
     finally:
         if file is not None:
-            file.close()
+            with naming(part):
+                file.close()
 
 
 def check_version(greeting: Greeting) -> None:

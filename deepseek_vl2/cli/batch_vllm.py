@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from deepseek_vl2.cli.batch_files import Job, error_record
-from deepseek_vl2.cli.batch_lines import Pending, Question, answer_record, most_tokens, prepare, why_unanswered
-from deepseek_vl2.cli.options import Loaded, check_reachable, generation_options
+from deepseek_vl2.cli.batch_lines import Pending, Question, answer_record, prepare, why_unanswered
+from deepseek_vl2.cli.options import Loaded, check_reachable, generation_options, most_tokens
 
 
 @dataclass
@@ -104,6 +104,8 @@ class VllmLines:
         self.done.append(answer_record(question, completion.text, end))
 
     def _prompt(self, question: Question) -> dict[str, Any]:
+        if question.is_low:
+            raise ValueError("detail 'low' is of our engine: vLLM's plugin cuts images into tiles.")
         ids = collapse_images(self.loaded.processor, question.sample)
         images = {"multi_modal_data": {"image": question.images}} if question.images else {}
         return {"prompt_token_ids": ids, **images}

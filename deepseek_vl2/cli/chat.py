@@ -23,8 +23,10 @@ from deepseek_vl2.cli.options import (
     is_out_of_memory,
     load,
     loading_line,
+    most_tokens,
     note,
     number,
+    room_for_answer,
     whole_number,
 )
 from deepseek_vl2.cli.parser import suggestion
@@ -98,6 +100,8 @@ def read_lines(interactive: bool) -> Iterator[str]:
             if whole:
                 yield whole
             return
+        except UnicodeDecodeError as error:
+            raise ValueError(f"The standard input is not text in {error.encoding.upper()}.") from error
         except KeyboardInterrupt:
             if not interactive:
                 raise
@@ -221,9 +225,13 @@ class Chat:
         return with_system(conversation, self.args.system_prompt)
 
     def warn_of_length(self, prompt_tokens: int) -> None:
-        """Tell when prompt and answer may be longer than what the model was made for."""
-        longest = self.loaded.model.config.language_config.max_position_embeddings
-        if prompt_tokens + self.args.max_new_tokens > longest:
+        """Tell when prompt and answer may be longer than what the model was made for.
+
+        Raises:
+            ValueError: the prompt alone is.
+        """
+        longest = most_tokens(self.loaded)
+        if room_for_answer(longest, prompt_tokens) < self.args.max_new_tokens:
             note(f"The conversation takes {prompt_tokens} of {longest} tokens: answers may suffer. /clear begins anew.")
 
     def tell_rest(self, answer: Answer) -> None:

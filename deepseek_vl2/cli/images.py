@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -14,9 +15,18 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 STDIN = "-"
+MOST_SCHEME = 12  # characters of an address's beginning, such as https://
 
 # A word of a line: in quotes, or with its spaces escaped.
 _WORD = re.compile(r"""'[^']*'|"[^"]*"|(?:\\.|[^\s\\])+""")
+
+
+def is_file_name(text: str) -> bool:
+    """Whether there is a file of that name; a text that is too long for one, or holds a zero byte, is none."""
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def clean_path(text: str) -> str:
@@ -31,10 +41,10 @@ def clean_path(text: str) -> str:
         from urllib.request import url2pathname  # which takes half of the time that --help takes
 
         return url2pathname(urlsplit(text).path)
-    if text.startswith(("http://", "https://", "data:")) or Path(text).exists():
+    if "://" in text[:MOST_SCHEME] or text.startswith("data:") or is_file_name(text):
         return text
     unescaped = re.sub(r"\\(.)", r"\1", text)
-    return str(Path(unescaped).expanduser())
+    return str(Path(os.path.expanduser(unescaped)))  # pathlib's fails for ~5, which is no user
 
 
 def download(url: str, **limits: Any) -> bytes:
@@ -77,6 +87,14 @@ def open_images(sources: Sequence[str], question_from_stdin: bool = False) -> li
     return [image_from_stdin() if source == STDIN else open_image(source) for source in sources]
 
 
+def text_from_stdin() -> str:
+    """Return the text that is piped in; raise ``ValueError`` where it is none."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The standard input is not text in {error.encoding.upper()}.") from error
+
+
 def image_from_stdin() -> Image.Image:
     """Read an image that is piped in, upright and as RGB.
 
@@ -103,7 +121,7 @@ def looks_like_image(word: str) -> bool:
         return True
     if path.startswith(("http://", "https://")):
         return urlsplit(path).path.lower().endswith(SUFFIXES)
-    return path.lower().endswith(SUFFIXES) and Path(path).is_file()
+    return path.lower().endswith(SUFFIXES) and is_file_name(path)
 
 
 def split_images(line: str) -> tuple[list[str], str]:

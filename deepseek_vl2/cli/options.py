@@ -148,7 +148,9 @@ def add_generation_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--repetition_penalty", type=number(0, above=True), default=1.1, help="while sampling; default: 1.1"
     )
-    group.add_argument("--seed", type=int, help="while sampling; default: another one each time")
+    group.add_argument(
+        "--seed", type=whole_number(-(2**63), 2**63 - 1), help="while sampling; default: another one each time"
+    )
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be repeated")
     group.add_argument("--system_prompt", "--system", default="", metavar="TEXT", help="put in front")
     group.add_argument(
@@ -170,6 +172,26 @@ def generation_options(args: Namespace) -> GenerationOptions:
         stop=tuple(args.stop),
         prefill_chunk_size=None if args.chunk_size == -1 else args.chunk_size,
     )
+
+
+def answer_options(args: Namespace) -> str:
+    """Return what is asked for beside the questions, as a text that is the same for the same."""
+    kept = ["max_new_tokens", "stop", "system_prompt", "temperature"]
+    if args.temperature > 0:
+        kept += ["top_p", "top_k", "repetition_penalty", "seed"]
+    return repr([getattr(args, name) for name in kept])
+
+
+def most_tokens(loaded: Loaded) -> int:
+    """Return how many tokens a prompt and its answer may have together."""
+    return int(loaded.model.config.language_config.max_position_embeddings)
+
+
+def room_for_answer(most: int, prompt_tokens: int) -> int:
+    """Return how many tokens an answer may have of `most_tokens`; raise ``ValueError`` where a prompt leaves none."""
+    if prompt_tokens >= most:
+        raise ValueError(f"The prompt has {prompt_tokens:,} tokens; the model knows {most:,}, its answer's included.")
+    return most - prompt_tokens
 
 
 def default_model() -> str:
@@ -283,5 +305,5 @@ def check_device(device: str | None) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is torch's "out of memory"; without importing torch."""
-    return type(error).__name__ == "OutOfMemoryError"
+    """Whether an error is torch's "out of memory", of a GPU or of the host; without importing torch."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

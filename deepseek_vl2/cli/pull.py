@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -50,7 +51,7 @@ def run(args: Namespace) -> int:
 
 def check_id(name: str) -> None:
     """Raise ``ValueError`` for what cannot be a repository's id."""
-    if Path(name).expanduser().is_dir():
+    if name and os.path.isdir(os.path.expanduser(name)):
         raise ValueError(f"{name} is a directory here: it is used as it is, with --model {name}.")
     if ID.fullmatch(name) is None:
         short = {release.partition("/")[2]: release for release in RELEASES}

@@ -12,7 +12,7 @@ FILE_COMMANDS = ("/image", "/boxes", "/save")
 def matching_paths(text: str) -> list[str]:
     """Return the paths that begin with a text; directories end in a slash, ``~`` stays as it was typed."""
     typed, _, start = text.rpartition("/")
-    folder = Path(f"{typed}/").expanduser() if "/" in text else Path()
+    folder = Path(os.path.expanduser(f"{typed}/")) if "/" in text else Path()
     try:
         names = sorted(os.listdir(folder))
     except OSError:

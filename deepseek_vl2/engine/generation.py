@@ -109,6 +109,11 @@ def unsupported_positions(kwargs: dict[str, Any]) -> str | None:
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if mask is not None and mask.dim() != 2:
         return "the attention mask is not [rows, tokens]"
+    marked = kwargs.get("images_seq_mask")
+    if mask is not None and marked is not None and mask.shape == marked.shape:
+        real = mask.bool()
+        if bool((marked.bool().to(mask.device) & ~real).any() & real.any(dim=1).all()):
+            return "the attention mask hides tokens of an image"
     if positions is None:
         return None
     if positions.dim() != 2:

@@ -96,6 +96,8 @@ class OutputWithTiles(BatchFeature):
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"A batch's images are of floating point: they cannot become {dtype}.")
 
         def move(value: Any) -> Any:
             if isinstance(value, HELD):

@@ -47,7 +47,7 @@ def as_image_list(images: Any) -> Any:
     """Return the images of a call as a list: a single one, whatever it is given as, becomes a list of one."""
     if is_array(images):
         return as_images(images)
-    if isinstance(images, (Image.Image, str, bytes, bytearray, os.PathLike)) or hasattr(images, "read"):
+    if isinstance(images, (Image.Image, str, bytes, bytearray, memoryview, os.PathLike)) or hasattr(images, "read"):
         return [images]
     if images is not None and (isinstance(images, Mapping) or not isinstance(images, Iterable)):
         raise ValueError(f"images is a list of images, got {type(images).__name__}.")
@@ -86,12 +86,12 @@ def distribute_images(
         return [None] * len(sources)
     images = list(images)
     nested = bool(images) and all(item is None or isinstance(item, (list, tuple)) for item in images)
-    if single:
-        return [list(images[0] or []) if nested else images]
     if nested:
         if len(images) != len(sources):
             raise ValueError(f"{len(images)} lists of images were given for {len(sources)} inputs.")
         return [list(item or []) for item in images]
+    if single:
+        return [images]
     counts = [_count_tags(source, template, image_token) for source in sources]
     check_tags(sum(counts), len(images), image_token)
     starts = [sum(counts[:index]) for index in range(len(counts))]

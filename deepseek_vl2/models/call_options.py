@@ -12,6 +12,8 @@ from .batch import OutputWithTiles, VLChatProcessorOutput
 from .config_fields import COUNT, FROM_ZERO
 
 GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
+# transformers' names of what becomes of pairs of texts; there is one text.
+TRUNCATIONS = {"longest_first": True, "only_first": True, "do_not_truncate": False}
 PADDINGS = (True, False, "longest", "max_length", "do_not_pad", "left", "right")
 TENSORS = ("pt", "np")
 MOST_TOKENS = 10**9  # a tokenizer without a limit of its own names a far greater one
@@ -21,11 +23,16 @@ def take_groups(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Take transformers' groups of keywords out of ``kwargs`` and return what they hold."""
     found: dict[str, Any] = {}
     for group in GROUPS:
-        values = kwargs.pop(group, None) or {}
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{group} is a dict of keywords, got {type(values).__name__}.")
-        found.update(values)
+        values = kwargs.pop(group, None)
+        check_keywords(group, values)
+        found.update(values or {})
     return found
+
+
+def check_keywords(name: str, values: Any) -> None:
+    """Raise ``ValueError`` for what is no dict of keywords; ``None`` stands for an empty one."""
+    if values is not None and not isinstance(values, Mapping):
+        raise ValueError(f"{name} is a dict of keywords, got {type(values).__name__}.")
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,9 @@ class BatchOptions:
     Fields:
         padding: True or "longest", the default; "max_length"; "left" or "right", which name the side too; False: none,
             see `is_ragged`.
-        padding_side: "left" (generation needs it) or "right".
-        truncation: drop what is behind ``max_length`` tokens; images are never cut.
+        padding_side: "left" (generation needs it) or "right"; by default the tokenizer's.
+        truncation: drop what is behind ``max_length`` tokens; images are never cut. transformers' names of ways to do
+            so are known too.
         max_length: in tokens.
         pad_to_multiple_of: pad on to a multiple of so many tokens.
         return_tensors: "pt", the default, or "np".
@@ -47,7 +55,7 @@ class BatchOptions:
 
     padding: bool | str | None = None
     padding_side: str | None = None
-    truncation: bool = False
+    truncation: bool | str = False
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     return_tensors: str | None = None
@@ -57,6 +65,8 @@ class BatchOptions:
             raise ValueError(f"padding must be one of {', '.join(map(repr, PADDINGS))}, got {self.padding!r}.")
         if self.padding_side not in (None, "left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {self.padding_side!r}.")
+        if isinstance(self.truncation, str) and self.truncation in TRUNCATIONS:
+            object.__setattr__(self, "truncation", TRUNCATIONS[self.truncation])
         if not isinstance(self.truncation, bool):
             raise ValueError(f"truncation must be True or False, got {self.truncation!r}: ends are cut.")
         if self.return_tensors is not None and self.return_tensors not in TENSORS:
@@ -73,10 +83,10 @@ class BatchOptions:
         """Return options of which ``None`` stands for the default."""
         return cls(**{name: value for name, value in options.items() if value is not None})
 
-    @property
-    def left(self) -> bool:
+    def is_left(self, tokenizer: Any) -> bool:
         """Whether padding stands on the left."""
-        return (self.padding_side or ("right" if self.padding == "right" else "left")) == "left"
+        named = self.padding if self.padding in ("left", "right") else None
+        return (self.padding_side or named or tokenizer.padding_side) == "left"
 
     def limit(self, tokenizer: Any) -> int | None:
         """Return the most tokens of a sample, or ``None``.

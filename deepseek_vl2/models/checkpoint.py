@@ -21,13 +21,14 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.utils import cached_file
 
-from .checkpoint_check import HOLDS, first_names, read_json_object
+from .checkpoint_check import HOLDS, broken_link, first_names, read_json_object
 
 Shapes = dict[str, tuple[int, ...]]
 
 # Present in every release and never run: a checkpoint may come with or without them.
 OPTIONAL_TENSORS = r"^vision\.attn_pool\."
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 EXPERT_TENSOR = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 INTEGER_DTYPES = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
@@ -231,6 +232,17 @@ class FusedSlices:
         return fused[index]
 
 
+def _without_weights(directory: Path) -> str:
+    """Return why a directory has no weights to read."""
+    for name in (INDEX, SINGLE):
+        if broken := broken_link(directory / name):
+            return f"{broken}: copy or download the checkpoint again."
+    shards = sorted(path.name for path in directory.glob("*.safetensors") if path.is_file())
+    if shards:
+        return f"{directory} has no {INDEX}, which says what is in {first_names(shards)}: copy or download it too."
+    return f"There are no safetensors files in {directory}: {HOLDS}."
+
+
 def find_files(source: Any, **hub: Any) -> list[Path] | None:
     """Return the safetensors files of a directory or of a hub repository; ``None`` if there are none.
 
@@ -243,11 +255,12 @@ def find_files(source: Any, **hub: Any) -> list[Path] | None:
         ValueError: the index cannot be read.
     """
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo", "connection_errors")}
-    index = cached_file(source, "model.safetensors.index.json", **quiet, **hub)
+    index = cached_file(source, INDEX, **quiet, **hub)
     if index is None:
-        single = cached_file(source, "model.safetensors", **quiet, **hub)
-        if single is None and Path(source).is_dir() and not any(Path(source).glob("*.bin")):
-            raise FileNotFoundError(f"There are no safetensors files in {source}: {HOLDS}.")
+        single = cached_file(source, SINGLE, **quiet, **hub)
+        directory = Path(source) / (hub.get("subfolder") or "")
+        if single is None and Path(source).is_dir() and not any(directory.glob("*.bin")):
+            raise FileNotFoundError(_without_weights(directory))
         return None if single is None else [Path(single)]
     weight_map = read_json_object(Path(index)).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -282,14 +295,28 @@ def find_token_id(source: Any, token: str, **hub: Any) -> int | None:
 
 
 def check_float(stored: StoredTensors) -> None:
-    """Raise ``ValueError`` for weights stored as whole numbers, without a word on what they stand for."""
-    whole = [name for name, each in stored.slices.items() if each.get_dtype() in (*INTEGER_DTYPES, "BOOL")]
-    if whole:
-        code = stored.slices[whole[0]].get_dtype()
+    """Raise ``ValueError`` for weights stored as other than real numbers, without a word on what they stand for."""
+    wrong = [name for name, each in stored.slices.items() if not each.get_dtype().startswith(("F", "BF"))]
+    if wrong:
+        code = stored.slices[wrong[0]].get_dtype()
+        kind = "complex" if code.startswith("C") else "whole"
         raise ValueError(
-            f"{stored.files[whole[0]]} stores {first_names(whole)} as whole numbers ({code}), which are no weights: "
+            f"{stored.files[wrong[0]]} stores {first_names(wrong)} as {kind} numbers ({code}), which are no weights: "
             "its config.json names no quantization that they could be of."
         )
+
+
+def check_pickles(source: Any) -> None:
+    """Raise ``ValueError`` for weights of a directory that PyTorch pickled and cannot read; the file is named."""
+    directory = Path(source or "")
+    if source is None or not directory.is_dir() or any(directory.glob("*.safetensors")):
+        return
+    for path in sorted(directory.glob("pytorch_model*.bin")):
+        try:
+            torch.load(path, map_location="meta", weights_only=True)
+        except Exception as error:  # of pickle, zipfile, struct and PyTorch itself
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            raise ValueError(f"{path} is truncated, or holds no weights ({reason}): copy it again.") from error
 
 
 def _listing(title: str, lines: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,14 +11,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.generation import GenerationConfig
 
-from .config_fields import is_whole
+from .config_fields import Field, is_whole
 from .configuration_deepseek import DeepseekV2Config
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .generate_inputs import check_settings
 
 CONFIGS: dict[str, Any] = {each.model_type: each for each in (DeepseekV2Config, DeepseekVLV2Config)}
 
+SAMPLING = {
+    "temperature": Field(0, whole=False, optional=True),
+    "top_k": Field(0, optional=True),
+    "repetition_penalty": Field(0, whole=False, optional=True, above=True),
+}
+ADAPTER = "adapter_config.json"
 HOLDS = "a checkpoint directory holds config.json, tokenizer.json and model.safetensors"
 MOST_NAMED = 3  # tensors in a message
 
@@ -40,6 +48,35 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def broken_link(path: Path) -> str | None:
+    """Return what a symbolic link that leads nowhere should be, or ``None``."""
+    if not path.is_symlink() or path.exists():
+        return None
+    return f"{path} is a link to {os.readlink(path)}, where no file is"
+
+
+def _without_config(directory: Path) -> str:
+    if broken := broken_link(directory / "config.json"):
+        return f"{broken}: copy or download the checkpoint again."
+    adapter = directory / ADAPTER
+    if adapter.is_file():
+        base = read_json_object(adapter).get("base_model_name_or_path")
+        return (
+            f"{directory} holds an adapter ({ADAPTER}) and no model: load the one it was trained over, "
+            f"{base}, and add the adapter with load_lora of deepseek_vl2.training.lora, or merge it."
+        )
+    what = "has no config.json" if any(directory.iterdir()) else "is empty"
+    return f"{directory} {what}: {HOLDS}."
+
+
+def _check_dtype(config: dict[str, Any]) -> None:
+    for name in ("dtype", "torch_dtype"):
+        value = config.get(name)
+        found = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
+        if value not in (None, "auto") and not (isinstance(found, torch.dtype) and found.is_floating_point):
+            raise ValueError(f"{name} must be a dtype of floating point, such as 'bfloat16', got {value!r}.")
+
+
 def check_config(directory: Path, model_type: str) -> dict[str, Any]:
     """Return the content of a checkpoint's config.json.
 
@@ -49,36 +86,45 @@ def check_config(directory: Path, model_type: str) -> dict[str, Any]:
     """
     path = directory / "config.json"
     if not path.is_file():
-        what = "has no config.json" if any(directory.iterdir()) else "is empty"
-        raise FileNotFoundError(f"{directory} {what}: {HOLDS}.")
+        raise FileNotFoundError(_without_config(directory))
     config = read_json_object(path)
     found = config.get("model_type")
     if found != model_type:
         whose = "names no model_type" if found is None else f"is of a model of type {found!r}"
         raise ValueError(f"{path} {whose}, not {model_type!r}: it is no checkpoint of DeepSeek-VL2.")
     try:
-        CONFIGS[model_type].from_dict(dict(config))
+        _check_dtype(config)
+        whole = CONFIGS[model_type].from_dict(dict(config))
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
     except (TypeError, AttributeError) as error:  # of transformers, for fields that are not ours
         raise ValueError(f"{path} cannot be read: {error}.") from error
-    check_generation_config(directory / "generation_config.json")
+    check_generation_config(directory / "generation_config.json", whole.get_text_config().vocab_size)
     return config
 
 
-def check_generation_config(path: Path) -> None:
+def check_generation_config(path: Path, vocab_size: int) -> None:
     """Check a checkpoint's generation_config.json, where there is one.
 
     Raises:
-        ValueError: it cannot be read, or names what is no token.
+        ValueError: it cannot be read, or names what is no token, or no setting.
     """
     if not path.is_file():
         return
     content = read_json_object(path)
     try:
         check_settings(content.get, None)
-    except ValueError as error:
+        for name, field in SAMPLING.items():
+            if not field.allows(content.get(name)):
+                raise ValueError(f"{name} must be {field}, got {content[name]!r}.")
+        GenerationConfig.from_dict(content).validate()
+    except (ValueError, TypeError, AttributeError) as error:  # the last two of transformers
         raise ValueError(f"{path} cannot be used: {error}") from error
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = content.get(name)
+        for each in ids if isinstance(ids, list) else [ids]:
+            if each is not None and not 0 <= each < vocab_size:
+                raise ValueError(f"{path} is another model's: {name} is {each}, and the ids are 0 to {vocab_size - 1}.")
 
 
 def _token_ids(path: Path) -> dict[str, int]:
@@ -127,14 +173,18 @@ def check_tokenizer(directory: Path, config: dict[str, Any]) -> None:
     settings = directory / "tokenizer_config.json"
     named = read_json_object(settings) if settings.is_file() else {}
     length = named.get("model_max_length", 1)
-    if not isinstance(length, (int, float)) or isinstance(length, bool):
-        raise ValueError(f"{settings} cannot be used: model_max_length must be a number, got {length!r}.")
+    if not Field(whole=False).allows(length):
+        raise ValueError(f"{settings} cannot be used: model_max_length must be {Field(whole=False)}, got {length!r}.")
     wanted = {"bos_token": language.bos_token_id, "eos_token": language.eos_token_id}
     for name, expected in wanted.items():
-        token = named.get(name)
+        if name not in named:
+            continue
+        token = named[name]
         token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str):
+            raise ValueError(f"{settings} cannot be used: it names no {name}, a text, but {token!r}.")
         allowed = expected if isinstance(expected, (list, tuple)) else [expected]
-        if token is not None and ids.get(token) not in allowed:
+        if ids.get(token) not in allowed:
             raise ValueError(
                 f"{path} is another model's tokenizer: its {name} {token!r} has the id {ids.get(token)}, in "
                 f"config.json it has {expected}."

@@ -91,6 +91,20 @@ def check_mapping(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+def check_texts(**values: Any) -> None:
+    """Raise `FieldError` for the first of these fields that is no text, or an empty one."""
+    for name, value in values.items():
+        if not isinstance(value, str) or not value.strip():
+            raise FieldError(f"{name} must be a text, got {value!r}.")
+
+
+def check_switches(**values: Any) -> None:
+    """Raise `FieldError` for the first of these fields that is neither true nor false."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise FieldError(f"{name} must be true or false, got {value!r}.")
+
+
 def check_sizes(name: str, value: Any) -> list[tuple[int, int]]:
     """Return (width, height) pairs in pixels; raise `FieldError` for what are none."""
     pairs = value if isinstance(value, Sequence) and not isinstance(value, str) else None

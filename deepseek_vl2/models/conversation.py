@@ -9,6 +9,8 @@ import dataclasses
 from enum import IntEnum, auto
 from typing import Any
 
+from .config_fields import FieldError
+
 END_OF_SENTENCE = "<｜end▁of▁sentence｜>"
 
 
@@ -162,7 +164,7 @@ def get_conv_template(name: str) -> Conversation:
         ValueError: no template has that name.
     """
     if name not in conv_templates:
-        raise ValueError(f"Unknown conversation template {name!r}: expected one of {', '.join(conv_templates)}.")
+        raise FieldError(f"Unknown conversation template {name!r}: expected one of {', '.join(conv_templates)}.")
     return conv_templates[name].copy()
 
 

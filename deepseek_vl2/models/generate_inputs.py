@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers.generation import GenerationConfig
 
-from .config_fields import is_whole
+from .config_fields import SHARE, is_whole
+from .views import ByteTiles, Pictures
 
 # Of ``generate`` itself; transformers hands them on to the model.
 NOT_FOR_FORWARD = ("tokenizer", "assistant_tokenizer")
@@ -76,16 +77,21 @@ def check_finite_tiles(images: Any, images_spatial_crop: Any) -> None:
         raise ValueError(f"images hold NaN or infinity, first in tile {tile} of row {row}.")
 
 
-def check_ids(input_ids: Any, vocab_size: int) -> None:
-    """Raise ``ValueError`` for what are no token ids, [B, T], of a vocabulary."""
+def check_kind_of_ids(input_ids: Any, call: str) -> None:
+    """Raise ``ValueError`` for what are no token ids, [B, T]; ``call``: who takes them."""
     if isinstance(input_ids, Mapping):
-        raise ValueError("Unpack what the processor returned: generate(**inputs), not generate(inputs).")
+        raise ValueError(f"Unpack what the processor returned: {call}(**inputs), not {call}(inputs).")
     if isinstance(input_ids, str):
-        raise ValueError("generate takes token ids, not a text: generate(**processor(text=...)), or model.chat.")
+        raise ValueError(f"{call} takes token ids, not a text: {call}(**processor(text=...)), or model.chat.")
     if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or not len(input_ids):
         raise ValueError(f"input_ids must be a tensor of token ids, [rows, tokens], got {describe(input_ids)}.")
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
         raise ValueError(f"input_ids must be whole numbers, got {describe(input_ids)}.")
+
+
+def check_ids(input_ids: Any, vocab_size: int) -> None:
+    """Raise ``ValueError`` for what are no token ids, [B, T], of a vocabulary."""
+    check_kind_of_ids(input_ids, "generate")
     if not _can_be_read(input_ids):
         return
     low, high = torch.stack(input_ids.aminmax()).tolist()
@@ -100,6 +106,37 @@ def check_embeds(inputs_embeds: Any, width: int) -> None:
         raise ValueError(f"inputs_embeds must be [rows, tokens, {width}], got {describe(inputs_embeds)}.")
     if not inputs_embeds.is_floating_point():
         raise ValueError(f"inputs_embeds must be of floating point, got {describe(inputs_embeds)}.")
+
+
+def check_forward(input_ids: Any, inputs_embeds: Any, attention_mask: Any, labels: Any, has_cache: bool) -> None:
+    """Check kinds and shapes of a forward pass; the numbers are not looked at, which would wait for a device.
+
+    Args:
+        input_ids, inputs_embeds, attention_mask: see `check_prompt`; with a cache the mask covers its tokens too.
+        labels: [B, T], or anything else than a tensor, which is not looked at.
+        has_cache: there is one.
+
+    Raises:
+        ValueError: one is of another kind or shape; it is named.
+    """
+    if input_ids is not None:
+        check_kind_of_ids(input_ids, "model")
+    prompt = input_ids if inputs_embeds is None else inputs_embeds
+    if prompt is None:
+        return
+    if not isinstance(prompt, torch.Tensor) or prompt.dim() < 2:
+        raise ValueError(f"inputs_embeds must be [rows, tokens, width], got {describe(prompt)}.")
+    shape = prompt.shape[:2]
+    if not shape[1]:
+        raise ValueError(f"There are no tokens in a prompt of {list(shape)}.")
+    is_plain = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and not has_cache
+    if is_plain and attention_mask.shape != shape:
+        raise ValueError(f"attention_mask {list(attention_mask.shape)} does not fit a prompt of {list(shape)}.")
+    if isinstance(labels, torch.Tensor):
+        if labels.shape != shape:
+            raise ValueError(f"labels {list(labels.shape)} do not fit a prompt of {list(shape)}.")
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"labels must be token ids, or -100, got {describe(labels)}.")
 
 
 def check_prompt(input_ids: Any, inputs_embeds: Any, attention_mask: Any, config: Any, fresh: bool = True) -> None:
@@ -154,21 +191,34 @@ def check_settings(setting: Callable[[str], Any], generation_config: Any) -> Non
         wrong = [i for i in (value if several else [value]) if i is not None and not isinstance(i, torch.Tensor)]
         if any(not is_whole(i) for i in wrong):
             raise ValueError(f"{name} must be a token's id, got {value!r}.")
+    for name in ("top_p", "typical_p"):  # beyond 1 they would do nothing
+        value = setting(name)
+        if value is not None and not SHARE.allows(value):
+            raise ValueError(f"{name} must be {SHARE}, got {value!r}.")
     stop = setting("stop_strings")
     if stop is not None and (not stop or not all(isinstance(each, str) and each for each in stop)):
         raise ValueError(f"stop_strings must be texts that are not empty, got {stop!r}.")
 
 
-def check_image_numbers(images: Any, images_spatial_crop: Any) -> None:
+def check_image_numbers(images: Any, images_seq_mask: Any, images_spatial_crop: Any) -> None:
     """Raise ``ValueError`` for tiles that are no normalised pixels, or tilings that are no whole numbers."""
+    given = {"images": images, "images_seq_mask": images_seq_mask, "images_spatial_crop": images_spatial_crop}
+    for name, value in given.items():
+        if value is not None and not isinstance(value, (torch.Tensor, ByteTiles, Pictures)):
+            raise ValueError(
+                f"{name} must be a tensor as the processor returns it, got {describe(value)}: the processor makes "
+                "tiles of pictures, with return_tensors='pt'."
+            )
     if isinstance(images, torch.Tensor) and not images.is_floating_point():
         raise ValueError(
             f"images must be tiles as the processor returns them, of floating point, got {describe(images)}: the "
             "processor takes pictures of bytes."
         )
     crop = images_spatial_crop
-    if isinstance(crop, torch.Tensor) and (crop.is_floating_point() or crop.is_complex()):
+    if crop is not None and (crop.is_floating_point() or crop.is_complex()):
         raise ValueError(f"images_spatial_crop must be whole numbers, got {describe(crop)}.")
+    if crop is not None and (crop.dim() != 3 or crop.shape[2] != 2):
+        raise ValueError(f"images_spatial_crop must be [rows, images, 2], got {describe(crop)}.")
 
 
 def check_unseen_images(input_ids: torch.Tensor, image_token_id: int) -> None:

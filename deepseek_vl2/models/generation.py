@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .backend import backend
 from .cache import CACHE_NAME, new_cache, one_cache
 from .configuration_deepseek import DeepseekV2Config
-from .generate_inputs import NOT_FOR_FORWARD, check_prompt, check_settings, check_unseen_images
+from .generate_inputs import NOT_FOR_FORWARD, check_prompt, check_settings, check_unseen_images, describe
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,13 @@ def as_cache(past_key_values: Any) -> Cache | None:
     """
     if past_key_values is None or isinstance(past_key_values, Cache):
         return past_key_values
-    return DynamicCache([tuple(layer) for layer in past_key_values])
+    layers: Any = past_key_values if isinstance(past_key_values, (tuple, list)) else [None]
+    if not all(isinstance(layer, (tuple, list)) and all(map(torch.is_tensor, layer)) for layer in layers):
+        raise ValueError(
+            "past_key_values must be a Cache, or a (key, value) pair of tensors for each layer, got "
+            f"{describe(past_key_values)}."
+        )
+    return DynamicCache([tuple(layer) for layer in layers])
 
 
 def set_generation_ids(model: PreTrainedModel, config: DeepseekV2Config) -> None:
@@ -102,6 +108,9 @@ class ChunkedGenerationMixin(GenerationMixin):
         given = [kwargs.get(name) for name in ("past_key_values", "cache")]
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         check_settings(lambda name: self.generation_setting(name, generation_config, kwargs), generation_config)
+        streamer = kwargs.get("streamer")
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise ValueError(f"streamer must have put and end, as TextIteratorStreamer has, got {describe(streamer)}.")
         fresh = all(held is None for held in given)
         check_prompt(input_ids, embeds, mask, self.get_decoder().config, fresh)
         drafts = getattr(generation_config, "is_assistant", False)  # from the text alone

@@ -22,6 +22,8 @@ MAX_IMAGE_PIXELS = 89_478_485
 BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+=*\s*")
 # With line breaks, and with the two characters that URLs need.
 BASE64_FORMS = str.maketrans({"-": "+", "_": "/", "\n": None, "\r": None, "\t": None, " ": None})
+OTHER_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+MOST_PIPED = 1_000_000_000  # bytes of a pipe; files are bounded by their pixels
 LEAST_BASE64 = 200  # shorter, it may be a path that was misspelt
 
 
@@ -81,11 +83,24 @@ def _is_there(path: Path) -> bool:
 
 def _read_file(file: Any) -> bytes:
     """Return what an open file holds, from its beginning, as Pillow reads one: it may have been read before."""
+    if getattr(file, "closed", False):
+        raise ValueError("The open file of an image was closed: open it again, or read it before.")
     if hasattr(file, "seekable") and file.seekable():
         file.seek(0)
     data = file.read()
     if not isinstance(data, bytes):
         raise ValueError("The open file of an image gives text: open it with mode 'rb'.")
+    return data
+
+
+def _read_pipe(path: Path) -> bytes:
+    """Return what is written into a pipe, until it is closed there; it can be read once."""
+    with path.open("rb") as pipe:
+        data = pipe.read(MOST_PIPED + 1)
+    if not data:
+        raise ValueError(f"{path} is a pipe that holds nothing.")
+    if len(data) > MOST_PIPED:
+        raise ValueError(f"{path} is a pipe that holds more than {MOST_PIPED // 1_000_000} MB.")
     return data
 
 
@@ -97,7 +112,7 @@ def _open(source: Any) -> tuple[Image.Image, str]:
         return image_of_array(source), "The image"
     if hasattr(source, "read") and not isinstance(source, os.PathLike):
         return Image.open(io.BytesIO(_read_file(source))), "The image in the open file"
-    if isinstance(source, (bytes, bytearray)):
+    if isinstance(source, (bytes, bytearray, memoryview)):
         return Image.open(io.BytesIO(source)), "The image"
     if isinstance(source, str) and is_data_url(source):
         return Image.open(io.BytesIO(_decode_data_url(source))), "The image in the data URL"
@@ -114,9 +129,15 @@ def _open(source: Any) -> tuple[Image.Image, str]:
         text = str(source)
         if len(text) >= LEAST_BASE64 and BASE64.fullmatch(text):
             raise ValueError(f"{shortened(text)} looks like base64: write 'data:;base64,' in front of it.")
+        if scheme := OTHER_SCHEME.match(text):
+            raise ValueError(f"{shortened(text)} is an address of {scheme[1]!r}, which is not read: pass the file.")
         raise FileNotFoundError(f"There is no image file at {shortened(text)}.")
     if path.is_dir():
         raise ValueError(f"{path} is a directory, not an image file.")
+    if path.is_fifo():  # such as a shell's <(...)
+        return Image.open(io.BytesIO(_read_pipe(path))), str(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is a device, not an image file.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is an empty file, not an image.")
     return Image.open(path), str(path)

@@ -112,7 +112,7 @@ def check_image_shapes(
         raise ValueError(
             f"input_ids {list(input_ids.shape)} and images_seq_mask {list(images_seq_mask.shape)} differ in shape."
         )
-    if images.dim() != 5 or images.shape[0] != input_ids.shape[0] or tuple(images.shape[-2:]) != (tile_size,) * 2:
+    if images.dim() != 5 or images.shape[0] != len(input_ids) or tuple(images.shape[2:]) != (3, tile_size, tile_size):
         raise ValueError(
             f"images must be [batch, tiles, 3, {tile_size}, {tile_size}] with a batch of {input_ids.shape[0]}, "
             f"got {list(images.shape)}."
@@ -198,7 +198,7 @@ def check_image_inputs(
     Raises:
         ValueError: a part of the three is missing, or all, or one is of another kind; it is named.
     """
-    check_image_numbers(images, images_spatial_crop)
+    check_image_numbers(images, images_seq_mask, images_spatial_crop)
     given = {
         "images": images,
         "images_seq_mask": images_seq_mask,

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageOps
 
+from .config_fields import FieldError
+
 ORIENTATION = 0x0112  # the EXIF tag
 WHITE = "white"
 # What lies under transparent pixels: a colour as Pillow names it or as (red, green, blue), 0 to 255; None: nothing,
@@ -27,11 +29,14 @@ def check_background(background: Background) -> Background:
     if background is None:
         return None
     if isinstance(background, str):
-        ImageColor.getrgb(background)
+        try:
+            ImageColor.getrgb(background)
+        except ValueError as error:
+            raise FieldError(f"background must be a colour or None, got {background!r}: {error}.") from error
         return background
     values: tuple[Any, ...] = tuple(background) if isinstance(background, (tuple, list)) else ()
     if len(values) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in values):
-        raise ValueError(f"background must be a colour or None, got {background!r}: 'white', or (red, green, blue).")
+        raise FieldError(f"background must be a colour or None, got {background!r}: 'white', or (red, green, blue).")
     return values[0], values[1], values[2]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,12 +23,13 @@ from .checkpoint import (
     OPTIONAL_TENSORS,
     StoredTensors,
     check_float,
+    check_pickles,
     check_shapes,
     conversion_rules,
     find_files,
     released_shapes,
 )
-from .checkpoint_check import check_config, check_finite
+from .checkpoint_check import ADAPTER, check_config, check_finite
 from .quantized_checkpoint import READABLE, PackedFile, logical_shapes, packed_while_read, packing_device
 from .quantizer import WeightOnlyConfig, check_foreign, plan_formats
 
@@ -129,6 +131,7 @@ class CheckpointLoadingMixin:
         check_no_flags(options)
         found = cls._open_checkpoint(source, options)
         if found is None:
+            check_pickles(source)
             result = super().from_pretrained(source, *model_args, **options)  # type: ignore[misc]
         else:
             # transformers maps the files into memory and fuses the experts in a second copy; read by us, each tensor
@@ -137,6 +140,8 @@ class CheckpointLoadingMixin:
         model = result[0] if isinstance(result, tuple) else result
         if found is not None:
             model.name_or_path = model.config.name_or_path = str(source)
+            if (Path(source) / ADAPTER).is_file():
+                warnings.warn(f"{source} also holds an adapter ({ADAPTER}), which is not applied.", stacklevel=2)
             # What saving reverses; loading did without. Packed weights are saved as they are.
             model._weight_conversions = [] if found.is_packed else conversion_rules()
             check_finite(model, found.files, source, OPTIONAL_TENSORS)
@@ -189,7 +194,10 @@ class CheckpointLoadingMixin:
         stored = StoredTensors(files)
         if quantized_by(config) in METHODS.values():
             return cls._open_bnb(config, stored, source, options)
-        packed = cls._read_packed(config, stored, wanted)
+        try:
+            packed = cls._read_packed(config, stored, wanted)
+        except ValueError as error:
+            raise ValueError(f"{source} cannot be loaded as its config.json describes it: {error}") from error
         with torch.device("meta"):
             model: Any = cls(config)  # type: ignore[call-arg]
         shapes = stored.shapes if packed is None else logical_shapes(stored, packed.layers)

@@ -129,12 +129,16 @@ def messages_to_conversation(
         read_source: what an image part shows; by default `image_source`, with http addresses downloaded.
 
     Raises:
-        ValueError: a part of unknown type, or an image part without a source.
+        ValueError: a part of unknown type, an image part without a source, or details that differ.
     """
     read = read_source or _load_source
-    return [{**message, **_flatten_content(message, image_token, read)} for message in check_messages(messages)]
+    found = [{**message, **_flatten_content(message, image_token, read)} for message in check_messages(messages)]
+    is_low_conversation(found)
+    return found
 
 
+DETAILS = (None, "auto", "high", "low")
+LOW = "low_detail_images"  # of a message: how many of its parts ask for it
 # How people name what a message shows, where they do not know that it is `images`; else they would be answered without.
 MISNAMED = (
     "image", "image_url", "image_urls", "image_path", "image_paths", "image_file", "img", "imgs", "picture", "pictures",
@@ -176,6 +180,31 @@ def listed_images(message: Message) -> list[Any]:
     return list(images)
 
 
+def is_low(part: Message) -> bool:
+    """Whether an image part asks for one view of 384 pixels, no tiles; raise ``ValueError`` for unknown details."""
+    source = part.get("image_url")
+    detail = (source.get("detail") if isinstance(source, Mapping) else None) or part.get("detail")
+    if detail not in DETAILS:
+        raise ValueError(f"detail of an image must be 'auto', 'high' or 'low', got {_shown(detail)}.")
+    return detail == "low"
+
+
+def is_low_conversation(conversation: Sequence[Message]) -> bool:
+    """Whether all images of a conversation are to be seen as one view each.
+
+    Args:
+        conversation: what `messages_to_conversation` returned.
+
+    Raises:
+        ValueError: some are and some are not.
+    """
+    low = sum(message.get(LOW) or 0 for message in conversation)
+    images = sum(len(message.get("images") or []) for message in conversation)
+    if 0 < low < images:
+        raise ValueError("detail must be 'low' for all images of a conversation or for none.")
+    return low > 0
+
+
 def _flatten_content(message: Message, image_token: str, read_source: Callable[[Message], Any]) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, str):
@@ -183,7 +212,7 @@ def _flatten_content(message: Message, image_token: str, read_source: Callable[[
     if not isinstance(content, Sequence):
         whole = shortened(str(dict(message)))
         raise ValueError(f"A message needs a content, a text or a list of parts, got {_shown(content)}: {whole}.")
-    text, after_image = "", False
+    text, after_image, low = "", False, 0
     images = listed_images(message)
     for part in content:
         if not isinstance(part, Mapping):
@@ -193,6 +222,7 @@ def _flatten_content(message: Message, image_token: str, read_source: Callable[[
         kind = part.get("type")
         if kind in ("image", "image_url", "input_image"):
             images.append(read_source(part))
+            low += is_low(part)
             text += ("\n" if after_image else "") + image_token
             after_image = True
         elif kind in ("text", "input_text"):
@@ -205,7 +235,7 @@ def _flatten_content(message: Message, image_token: str, read_source: Callable[[
                 after_image = False
         else:
             raise ValueError(f"Unknown type of content part: {kind!r}; expected text, image or image_url.")
-    return {"content": text, "images": images}
+    return {"content": text, "images": images, **({LOW: low} if low else {})}
 
 
 def image_source(part: Message) -> Any:
@@ -216,8 +246,8 @@ def image_source(part: Message) -> Any:
             continue
         if isinstance(source, Mapping):
             source = source.get("url")
-        if isinstance(source, str) and source.startswith("file://"):
-            return url2pathname(source.removeprefix("file://"))
+        if isinstance(source, str) and source[:7].lower() == "file://":
+            return url2pathname(source[7:].removeprefix("localhost"))
         return source
     if part.get("base64") is not None:
         return f"data:;base64,{part['base64']}"

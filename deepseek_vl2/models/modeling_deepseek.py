@@ -23,6 +23,7 @@ from .cache import CACHE_NAME, PackedCache, new_cache, one_cache
 from .checkpoint import conversion_rules
 from .configuration_deepseek import DeepseekV2Config
 from .cpu import is_few_cpu_rows, project, row_products, wants_wide_products, wide_products
+from .generate_inputs import check_forward
 from .generation import ChunkedGenerationMixin, as_cache, set_generation_ids
 from .loading import CheckpointLoadingMixin
 from .loss import (
@@ -409,6 +410,7 @@ class DeepseekV2ForCausalLM(DeepseekV2PreTrainedModel, ChunkedGenerationMixin):
             ``logits`` [B, T, vocabulary] in float32, ``loss`` where labels are given, the cache, and what was asked.
         """
         past_key_values = one_cache(past_key_values, cache)
+        check_forward(input_ids, inputs_embeds, attention_mask, labels, past_key_values is not None)
         if skip_logits is None:
             skip_logits = self.skips_logits(labels, logits_to_keep)
         if isinstance(labels, torch.Tensor):

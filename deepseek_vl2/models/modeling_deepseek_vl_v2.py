@@ -27,7 +27,7 @@ from .configuration_deepseek_vl_v2 import (
     MlpProjectorConfig,
     VisionEncoderConfig,
 )
-from .generate_inputs import check_finite_tiles
+from .generate_inputs import check_finite_tiles, check_forward
 from .generation import set_generation_ids
 from .image_generation import IMAGE_INPUTS, ImageGenerationMixin
 from .image_merge import (
@@ -345,6 +345,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ImageGenerationMixin,
         if labels is not None and (isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0):
             raise ValueError("labels need the logits of all positions: leave logits_to_keep out.")
         past_key_values = one_cache(past_key_values, cache)
+        check_forward(input_ids, inputs_embeds, attention_mask, labels, past_key_values is not None)
         # What reads numbers back from the device comes first, while the device has nothing else to finish.
         if skip_logits is None:
             skip_logits = self.language.skips_logits(labels, logits_to_keep)

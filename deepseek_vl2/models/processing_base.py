@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,8 +13,18 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 
 from .bundled import locate_bundled
-from .checkpoint_check import check_config, check_tokenizer
-from .config_fields import ANY_WHOLE, MERGED, PIXELS, FieldError, check_channels, check_fields, check_sizes
+from .checkpoint_check import HOLDS, check_config, check_tokenizer
+from .config_fields import (
+    ANY_WHOLE,
+    MERGED,
+    PIXELS,
+    FieldError,
+    check_channels,
+    check_fields,
+    check_sizes,
+    check_switches,
+    check_texts,
+)
 from .configuration_deepseek_vl_v2 import DeepseekVLV2Config
 from .conversation import Conversation, get_conv_template
 from .image_modes import WHITE, Background, check_background
@@ -31,6 +43,19 @@ from .tiling import Size, tile_grid
 from .turns import Turn, print_turns, walk_turns
 
 Loaded = TypeVar("Loaded", bound="BaseProcessor")
+
+
+@contextlib.contextmanager
+def told_of_ids(what: str) -> Iterator[None]:
+    """Say of what is no token id a ``ValueError``."""
+    try:
+        yield
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"{what} takes token ids, whole numbers from 0 on: {error}.") from error
+
+
+# What processor_config.json of transformers holds beside a processor's own arguments.
+NOT_SETTINGS = ("processor_class", "auto_map", "transformers_version", "image_processor", "tokenizer_class")
 
 
 class BaseProcessor(ProcessorMixin):
@@ -58,6 +83,16 @@ class BaseProcessor(ProcessorMixin):
         transformers_defaults: bool = False,
         **kwargs: Any,
     ) -> None:
+        unknown = [name for name in kwargs if not name.startswith("_") and name not in NOT_SETTINGS]
+        if unknown:
+            warnings.warn(f"The processor has no settings of these names: {', '.join(unknown)}.", stacklevel=2)
+        check_texts(sft_format=sft_format, image_token=image_token, pad_token=pad_token)
+        check_switches(
+            normalize=normalize,
+            add_special_token=add_special_token,
+            mask_prompt=mask_prompt,
+            transformers_defaults=transformers_defaults,
+        )
         get_conv_template(sft_format)  # an unknown name is an error here, not at the first call
         self.candidate_resolutions = check_sizes("candidate_resolutions", candidate_resolutions)
         if not self.candidate_resolutions:
@@ -122,16 +157,18 @@ class BaseProcessor(ProcessorMixin):
         # pre-tokenizer that tokenizer.json asks for, and spaces vanish.
         for name in ("trust_remote_code", "_from_auto", "processor_class", "code_revision"):
             kwargs.pop(name, None)
-        directory = Path(pretrained_model_name_or_path)
+        directory = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
         if (directory / "config.json").is_file():
             check_tokenizer(directory, check_config(directory, DeepseekVLV2Config.model_type))
+        elif directory.is_dir() and not (directory / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"{directory} has no tokenizer.json: {HOLDS}.")
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (OSError, ValueError):
+        except OSError:
             raise
         except Exception as error:  # tokenizers' own has no class
             files = f"The tokenizer of {pretrained_model_name_or_path} (tokenizer.json, tokenizer_config.json)"
-            raise ValueError(f"{files} cannot be read: {error}.") from error
+            raise ValueError(f"{files} cannot be read: {str(error).rstrip('.')}.") from error
         tokenizer.init_kwargs.pop("auto_map", None)
         return [tokenizer]
 
@@ -143,12 +180,15 @@ class BaseProcessor(ProcessorMixin):
         source = locate_bundled(pretrained_model_name_or_path)
         directory = Path(source) / (kwargs.get("subfolder") or "")
         try:
-            processor = super().from_pretrained(source, **kwargs)
+            loaded: Any = super().from_pretrained(source, **kwargs)
         except FieldError as error:
             raise ValueError(f"{directory / PROCESSOR_CONFIG} cannot be used: {error}") from error
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded
+        if kwargs.get("padding_side") is not None:
+            processor.tokenizer.padding_side = kwargs["padding_side"]
         if (directory / "config.json").is_file():
             check_processor(processor, directory)
-        return processor
+        return loaded
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -205,10 +245,19 @@ class BaseProcessor(ProcessorMixin):
 
     def decode(self, t: Any, **kwargs: Any) -> str:
         """Return the text of token ids; raise ``ValueError`` for what are none, such as the -100 of labels."""
-        try:
+        with told_of_ids("decode"):
             return self.tokenizer.decode(t, **kwargs)
-        except (OverflowError, TypeError) as error:
-            raise ValueError(f"decode takes token ids, whole numbers from 0 on: {error}.") from error
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Return the text of each row of token ids; errors as `decode`."""
+        with told_of_ids("batch_decode"):
+            return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Return the texts of what ``generate`` returned; errors as `decode`."""
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def new_chat_template(self) -> Conversation:
         """Return a fresh copy of this processor's prompt template."""

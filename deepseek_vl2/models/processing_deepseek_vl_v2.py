@@ -19,7 +19,7 @@ from .call_options import BatchOptions, take_groups
 from .image_modes import Background, check_background
 from .image_processing import ImageTransform, load_images, make_tiles
 from .image_processor import SETTINGS, DeepseekVLV2ImageProcessor
-from .messages import SYSTEM_ROLES, Message, check_messages
+from .messages import SYSTEM_ROLES, Message, check_messages, is_low_conversation
 from .processing_templates import ChatTemplateProcessor
 from .prompt_encoding import PromptEncoder, TokenSequence
 from .standard_batch import StandardBatch, collate_standard
@@ -202,6 +202,8 @@ class DeepseekVLV2Processor(ChatTemplateProcessor, GroundingProcessor):
             images = [image for message in conversations for image in message.get("images") or []]
         if not isinstance(system_prompt, str):
             raise ValueError(f"system_prompt must be a text, got {type(system_prompt).__name__}.")
+        if conversations is not None and is_low_conversation(conversations) and cropping is None:
+            cropping = False
         options = ImageOptions(cropping, candidate_resolutions, max_pixels, background)
         loaded, encoder = self._read_images(images, options)
         if conversations is not None:
@@ -320,9 +322,10 @@ class DeepseekVLV2Processor(ChatTemplateProcessor, GroundingProcessor):
         groups = take_groups(kwargs)
         if groups:
             return self(images, text, **{**given, **kwargs, **groups})
-        if kwargs:
+        unknown = [name for name, value in kwargs.items() if value is not None]
+        if unknown:
             # transformers' pipelines hand their own options to every processor.
-            warnings.warn(f"The processor does not know, and ignores: {', '.join(kwargs)}.", stacklevel=2)
+            warnings.warn(f"The processor does not know, and ignores: {', '.join(unknown)}.", stacklevel=2)
         batching = BatchOptions.of({field.name: given[field.name] for field in fields(BatchOptions)})
         if sum(source is not None for source in (text, prompt, conversations)) != 1:
             raise ValueError("Give exactly one of text, prompt and conversations.")
@@ -367,13 +370,13 @@ class DeepseekVLV2Processor(ChatTemplateProcessor, GroundingProcessor):
             return options.hand_over(samples[0])
         ragged = standard and options.is_ragged(self.transformers_defaults)
         length = None if ragged else options.padded_length([len(sample) for sample in samples], limit)
-        ids = (self.pad_id, self.ignore_id)
+        ids, left = (self.pad_id, self.ignore_id), options.is_left(self.tokenizer)
         if not standard:
-            return options.hand_over(collate(samples, *ids, options.left, length))
+            return options.hand_over(collate(samples, *ids, left, length))
         asked = options.return_tensors is not None or self.transformers_defaults
         dtype = torch.long if asked else torch.bool
         sizes = (self.image_token_id, self.image_size)
-        return options.hand_over(collate_standard(samples, *ids, *sizes, options.left, length, dtype))
+        return options.hand_over(collate_standard(samples, *ids, *sizes, left, length, dtype))
 
     def _process_rendered(
         self,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,14 +14,23 @@ from jinja2 import TemplateError
 from .answer_masks import answer_mask, render_with_answers
 from .batch import VLChatProcessorOutput
 from .call_inputs import ImageOptions, as_list
-from .call_options import BatchOptions, take_groups
-from .messages import Message, is_own_template, messages_to_conversation
+from .call_options import BatchOptions, check_keywords, take_groups
+from .messages import Message, is_low_conversation, is_own_template, messages_to_conversation
 from .processing_base import BaseProcessor
 from .prompt_encoding import TokenSequence
 from .turns import print_turns, render_turns
 
 # What transformers' callers pass to every processor, and what asks nothing of this one: the template writes bos itself.
 WITHOUT_EFFECT = ("load_audio_from_video", "add_special_tokens")
+
+
+@contextlib.contextmanager
+def told_by_template() -> Iterator[None]:
+    """Say what fails in a chat template of somebody's own as a ``ValueError``."""
+    try:
+        yield
+    except (TemplateError, ArithmeticError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"The chat template refuses the conversation: {error}") from error
 
 
 class ChatTemplateProcessor(BaseProcessor):
@@ -36,7 +46,8 @@ class ChatTemplateProcessor(BaseProcessor):
         """Turn messages with OpenAI-style content parts into a conversation with image tags.
 
         An image part is a dict of type "image" with its source under ``image``, ``path``, ``url`` or ``base64``, or of
-        type "image_url" with ``image_url`` (a string or ``{"url": ...}``).
+        type "image_url" with ``image_url`` (a string or ``{"url": ...}``). With ``detail`` "low", in it or beside it,
+        for all of them or for none, each image is one view of 384 pixels, no tiles.
 
         Raises:
             ValueError: a part of unknown type, or an image part without a source.
@@ -78,7 +89,9 @@ class ChatTemplateProcessor(BaseProcessor):
             ValueError: see `process_one`; the default template accepts the same conversations.
         """
         batch, single = as_list(None, None, conversation)
-        options = {**take_groups(kwargs), **(processor_kwargs or {}), **kwargs}
+        check_keywords("processor_kwargs", processor_kwargs)
+        kwargs = {**(processor_kwargs or {}), **kwargs}
+        options = {**take_groups(kwargs), **kwargs}
         image_options = ImageOptions(**{f.name: options.pop(f.name) for f in fields(ImageOptions) if f.name in options})
         names = [field.name for field in fields(BatchOptions) if field.name in options]
         batching = BatchOptions.of({"return_tensors": return_tensors, **{name: options.pop(name) for name in names}})
@@ -106,15 +119,17 @@ class ChatTemplateProcessor(BaseProcessor):
         for messages in batch:
             turns = self.messages_to_conversation(messages)
             images = [image for turn in turns for image in turn["images"]]
+            is_low = is_low_conversation(turns) and image_options.cropping is None
+            seen = replace(image_options, cropping=False) if is_low else image_options
             if custom:
-                sample = self._process_custom(messages, images, image_options, settings, return_assistant_tokens_mask)
+                sample = self._process_custom(messages, images, seen, settings, return_assistant_tokens_mask)
             else:
                 sample = self._process_messages(
                     turns,
                     images,
                     add_generation_prompt,
                     continue_final_message,
-                    image_options,
+                    seen,
                     return_assistant_tokens_mask,
                 )
             samples.append(sample)
@@ -124,15 +139,16 @@ class ChatTemplateProcessor(BaseProcessor):
     def _render_own(
         self, messages: Sequence[Message], add_generation_prompt: bool, continue_final_message: bool
     ) -> str:
-        turns = self._walk(self._flatten(messages), add_generation_prompt, continue_final_message)
+        flat = self._flatten(messages)
+        if not flat:
+            raise ValueError("The conversation has no messages.")
+        turns = self._walk(flat, add_generation_prompt, continue_final_message)
         unfinished = add_generation_prompt or continue_final_message
         return str(self.tokenizer.bos_token) + render_turns(turns, self.tokenizer.eos_token, unfinished)
 
     def _render(self, messages: Sequence[Message], settings: dict[str, Any]) -> str:
-        try:
+        with told_by_template():
             return self.tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **settings)
-        except (TemplateError, ArithmeticError, TypeError) as error:
-            raise ValueError(f"The chat template refuses the conversation: {error}") from error
 
     def _process_custom(
         self,
@@ -148,7 +164,8 @@ class ChatTemplateProcessor(BaseProcessor):
             text = self._render(messages, settings)
             return self._finish(encoder.encode_rendered(text, loaded), text)
         variables = {**self.tokenizer.special_tokens_map, **settings}
-        text, answered = render_with_answers(messages, variables.pop("chat_template"), variables)
+        with told_by_template():
+            text, answered = render_with_answers(messages, variables.pop("chat_template"), variables)
         sample = encoder.encode_rendered(text, loaded, inference_mode=False)
         out = self._finish(sample, text)
         out["assistant_mask"] = torch.tensor(answer_mask(encoder, text, answered, sample), dtype=torch.long)

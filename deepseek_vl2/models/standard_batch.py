@@ -59,11 +59,11 @@ class StandardBatch(BatchCollateOutput):
             return getattr(original, item)
         if item == "seq_lens":
             return [int(sum(row)) for row in self["attention_mask"]]
+        if item not in ("images", "images_spatial_crop", "images_seq_mask"):
+            raise KeyError(item)
         ids = torch.as_tensor(self["input_ids"])
         if item == "images_seq_mask":
             return ids == original.image_token_id
-        if item not in ("images", "images_spatial_crop"):
-            raise KeyError(item)
         if not any(original.counts):
             side = original.tile_size
             shape = (len(ids), 1, 3, side, side) if item == "images" else (len(ids), 1, 2)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from .generate_inputs import describe
 from .tiling import TileGrid, count_image_tokens
 
 # Trainers know this beginning, and say that their limit of tokens cuts images.
@@ -140,7 +141,10 @@ def original_inputs(
         )
     if image_token_id is None:
         raise ValueError("pixel_values needs the id of the image token: set model.config.image_token_id.")
-    if pixel_values.dim() != 5 or tuple(pixel_values.shape[-2:]) != (tile_size, tile_size):
+    for name, value in (("pixel_values", pixel_values), ("image_sizes", image_sizes)):
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor as the processor returns it, got {describe(value)}.")
+    if pixel_values.dim() != 5 or tuple(pixel_values.shape[2:]) != (3, tile_size, tile_size):
         raise ValueError(
             f"pixel_values must be [images, tiles, 3, {tile_size}, {tile_size}], got {list(pixel_values.shape)}."
         )

@@ -55,6 +55,8 @@ def walk_turns(
     for number, message in enumerate(messages, start=1):
         role, name = message_role(message, roles, number), str(message["role"])
         content = str(message["content"]).replace(IMAGE_PLACEHOLDER, image_token).strip()
+        if message.get("tool_calls"):
+            raise ValueError(f"Message {number} calls tools, and the prompts of DeepSeek-VL2 have no place for tools.")
         if role == "system" and number > 1:
             raise ValueError(f"A system message must come first, but one is message {number} of {len(messages)}.")
         if role == "user":

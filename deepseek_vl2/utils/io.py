@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
@@ -59,8 +60,8 @@ def resolve_model_path(model_path: str | Path) -> str | Path:
         A directory, or the id of a hub repository as it is.
 
     Raises:
-        ValueError: the name is empty.
         FileNotFoundError: nano is not part of this installation, or what looks like a directory is not there.
+        ValueError: the name is empty.
     """
     name = str(model_path)
     if not name.strip():
@@ -74,7 +75,7 @@ def resolve_model_path(model_path: str | Path) -> str | Path:
                 f'"{DEMO_NAME}", with random weights, shows that everything runs.'
             )
         return Path(str(files("deepseek_vl2") / "assets" / NANO_NAME))
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or path.exists():

@@ -123,6 +123,9 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.Capture
         (["ask", "x", "--device", "cuda:99"], "no device cuda:99"),
         (["ask", "x", "--device", "teapot"], "no kind of device"),
         (["ask", ""], "question is empty"),
+        (["ask", " \t"], "question is empty"),
+        (["ask", "x", "--image", "s3://bucket/a.png"], "s3://bucket/a.png is an address of 's3'"),
+        (["ask", "x", "--image", "/dev/zero"], "/dev/zero is a device"),
         (["ask", "x", "--output", "a.jpg"], "no image to draw"),
         (["ask", "x", "--image", PICTURE, "--output", "a.txt"], "name of an image file"),
         (["ask", "x", "--image", PICTURE, "--output", "a.psd"], "name of an image file"),
@@ -131,6 +134,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.Capture
         (["ground", PICTURE, "a<|/ref|>"], "must not hold the tag"),
         (["ground", PICTURE, "x", "--example_box", "1,2,3,4"], "needs --example"),
         (["info", "./no/such"], "no checkpoint directory"),
+        (["info", "~no_such_user/model"], "no checkpoint directory"),
         (["ask", "x", "--quantize_head", "int8"], "needs --quantize"),
         (["ask", "x", "--device", "cpu", "--max_memory", "16 apples"], "no size of memory"),
         (["ask", "x", "--device", "cpu", "--max_memory", "100kB"], "0.0 GB allowed"),
@@ -243,6 +247,16 @@ def test_ask_streams_the_answer(said: list[str], model_path: str, capsys: pytest
     said.append("A table.")
     assert main(["ask", "What?", "--image", PICTURE, "--model", model_path]) == 0
     assert capsys.readouterr().out == "A table.\n"
+
+
+def test_a_question_longer_than_what_the_model_knows(model_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "x" * 4085  # of 4,096 tokens, with the template's
+    assert main(["ask", long, "-m", model_path, "--max_new_tokens", "50"]) == 0
+    assert "The answer was cut off after 3 tokens (the model knows no more)" in capsys.readouterr().err
+    for command in (["ask", long * 2], ["ground", PICTURE, long * 2]):
+        assert main([*command, "-m", model_path]) == 1
+        error = capsys.readouterr().err
+        assert "tokens; the model knows 4,096, its answer's included" in error and "Traceback" not in error
 
 
 def test_ask_json(model_path: str, capsys: pytest.CaptureFixture[str]) -> None:

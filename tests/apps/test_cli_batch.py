@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -393,6 +394,85 @@ def test_answers_to_another_input_are_not_mixed(
     assert "answers another input" in capsys.readouterr().err
     assert run(other, tmp_path / "a.jsonl", "--overwrite") == 0
     assert len(records(tmp_path / "a.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--system_prompt", "Be brief."], ["--max_new_tokens", "3"], ["--stop", "x"], ["--temperature", "0.5"]],
+)
+def test_answers_with_other_options_are_not_mixed(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert run(questions, tmp_path / "a.jsonl") == 0
+    before = (tmp_path / "a.jsonl").read_bytes()
+    assert run(questions, tmp_path / "a.jsonl", *options) == 1
+    assert "was asked with other options" in capsys.readouterr().err
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
+def test_what_changes_no_answer_may_change(questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(questions, tmp_path / "a.jsonl") == 0
+    lines = count_answers(monkeypatch)
+    for options in (["--batch_size", "3"], ["--top_p", "0.5"], ["--chunk_size", "9"], ["--seed", "3"]):
+        assert run(questions, tmp_path / "a.jsonl", *options) == 0
+    assert not lines
+
+
+def test_a_full_disk_names_the_file(
+    questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = batch_module.record_line
+
+    def full(record: dict[str, Any]) -> str:
+        if record["line"] == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(record)
+
+    monkeypatch.setattr(batch_module, "record_line", full)
+    assert run(questions, tmp_path / "a.jsonl") == 1
+    assert f"{tmp_path / 'a.jsonl.part0'}: No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr(batch_module, "record_line", real)
+    lines = count_answers(monkeypatch)
+    assert run(questions, tmp_path / "a.jsonl") == 0 and lines == [3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["-", "a.jsonl"], "INPUT must be a file"),
+        (["q.jsonl", "-"], "OUTPUT must be a file"),
+        (["q.jsonl", "a.jsonl", "--model", ""], "argument --model/--model_path/-m: it is empty"),
+        (["q.jsonl", "a.jsonl", "--seed", "1" + "0" * 30], "argument --seed: must be at most"),
+    ],
+)
+def test_what_names_nothing_is_told(
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(["batch", *words])
+    except SystemExit as error:
+        code = int(error.code or 0)
+    assert code != 0 and says in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["q.jsonl"]
+
+
+def test_the_detail_of_an_image_is_read(tmp_path: Path, loaded: Loaded) -> None:
+    def line(detail: str | None) -> dict[str, Any]:
+        part = {"type": "image_url", "image_url": {"url": PICTURE, "detail": detail}}
+        return {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]}
+
+    questions = write_lines(tmp_path / "q.jsonl", line("low"), line("high"), line(None), line("huge"))
+    assert run(questions, tmp_path / "a.jsonl") == 1
+    low, high, plain = (record["usage"]["prompt_tokens"] for record in records(tmp_path / "a.jsonl"))
+    assert low < high == plain
+    (wrong,) = records(tmp_path / "a.jsonl.errors")
+    assert wrong["line"] == 4 and "detail of an image" in wrong["error"]
 
 
 def test_stop_words_and_ends(questions: Path, tmp_path: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:

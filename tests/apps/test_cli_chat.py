@@ -134,6 +134,7 @@ def test_a_system_prompt_stands_in_front(chat: Chat) -> None:
         ("/save no/such/dir.md", "No such file"),
         ("/boxes", "Nothing has been asked yet"),
         ("<image> what?", "1 <image> tags for 0 images"),
+        ("x" * 5000, "tokens; the model knows 4,096"),
     ],
 )
 def test_mistakes_are_told_and_the_conversation_goes_on(
@@ -203,6 +204,15 @@ def test_long_conversations_are_warned_of(chat: Chat, capsys: pytest.CaptureFixt
     assert "4095 of 4096 tokens" in capsys.readouterr().err
 
 
+def test_a_pipe_of_another_encoding(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chat_module, "load", lambda args: loaded)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é\n".encode("latin-1")), encoding="utf-8"))
+    with pytest.raises(ValueError, match="The standard input is not text in UTF-8"):
+        chat_module.run(options())
+
+
 def test_lines_of_a_pipe(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(chat_module, "load", lambda args: loaded)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\\\nthere\n\n/help\n/exit\nnever read\n"))
@@ -264,7 +274,9 @@ class Terminal:
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
 def test_in_a_terminal(model_path: Path, tmp_path: Path) -> None:
-    terminal = Terminal("chat", "--model", str(model_path), "--max_new_tokens", "3500", "--temperature", "1")
+    # With a seed, since one in ten answers of random weights ends within a line.
+    arguments = ["chat", "--model", str(model_path), "--max_new_tokens", "3500", "--temperature", "1", "--seed", "2"]
+    terminal = Terminal(*arguments)
     terminal.expect(r"is ready(.|\n)*> ")
     terminal.type("Tell me a long story\n")
     terminal.expect(r"story\r\n(.|\n){40}")  # an answer is on its way

@@ -85,6 +85,14 @@ def test_images_by_address(server: str, monkeypatch: pytest.MonkeyPatch) -> None
         cli_images.download("http://127.0.0.1:9/x.png")
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["word " * 100, "x" * 5000, "~5 apples", "it costs ~5 dollars", "~no_such_user/a", "a\0b", "~", "~/" + "a" * 300],
+)
+def test_a_line_that_is_no_path_is_a_line(line: str) -> None:
+    assert cli_images.split_images(line) == ([], line.strip())
+
+
 @pytest.mark.skipif(os.name == "nt", reason="the shell's escapes differ")
 def test_home_is_expanded(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(pictures))

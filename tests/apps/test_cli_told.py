@@ -262,6 +262,7 @@ def test_an_image_is_read_from_the_standard_input(
         (["ask", "x", "-i", "-"], b"no image", "The standard input: "),
         (["ask", "x", "-i", "-", "-i", "-"], b"x", "The standard input holds one thing"),
         (["ask", "-", "-i", "-"], b"x", "The standard input holds one thing"),
+        (["ask", "-"], b"\xe9", "The standard input is not text in UTF-8"),
         (["chat", "-i", "-"], b"x", "The standard input holds the conversation"),
         (["ground", "-", "x"], b"", "The standard input is empty"),
     ],

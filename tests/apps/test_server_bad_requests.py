@@ -327,6 +327,11 @@ HALF_OF_THE_PIXELS = png(800, 800, zlib.compress(b"\0" * 800 * 2401))  # and a l
         (messages(user([image_part("http://169.254.169.254/latest")])), "not on the public internet"),
         ({"logit_bias": {"999999": 1}}, "there is no token 999999"),
         ({"regex": "("}, "unclosed group"),
+        ({"guided_regex": "[^\\s\\S]"}, "This regex cannot be used: no text satisfies it."),
+        ({"guided_json": {"$ref": "#"}}, "This json_schema cannot be used: no text satisfies it."),
+        ({"guided_grammar": "start: start"}, "This grammar cannot be used: no text satisfies it."),
+        (messages({**user("x"), "refusal": "no"}), "a message of role 'user' cannot hold a refusal"),
+        (messages(user([{"type": "refusal", "refusal": "no"}])), "a message of role 'user' cannot hold a refusal"),
         ({"min_tokens": 5}, "min_tokens is 5, but the answer may have 4 tokens"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "Give one of guided_regex, guided_choice"),
     ],
@@ -342,6 +347,19 @@ def test_other_types_than_json_are_refused(server: RunningServer) -> None:
     for kind in (None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
         check(*post(server, body, kind), (415,))
     assert post(server, body, "application/json; charset=utf-8")[0] == 200
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "GZIP"])
+def test_compressed_bodies_are_told_from_what_is_no_json(server: RunningServer, coding: str) -> None:
+    body = json.dumps(chat_body()).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    with contextlib.closing(connection):
+        for name, expected in ((coding, 415), ("identity", 200)):
+            connection.request("POST", PATH, body, {"Content-Type": "application/json", "Content-Encoding": name})
+            response = connection.getresponse()
+            answer = json.loads(response.read())
+            assert response.status == expected, answer
+            assert expected == 200 or "must not be compressed" in answer["error"]["message"]
 
 
 def test_other_methods_and_paths(server: RunningServer) -> None:

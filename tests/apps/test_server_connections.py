@@ -202,6 +202,38 @@ def test_large_bodies_of_many_values_hold_nobody_up(server: RunningServer) -> No
     assert post(server, chat_body())[0] == 200
 
 
+def chunked(body: bytes, size: int) -> bytes:
+    chunks = [body[i : i + size] for i in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+
+
+CHUNKED = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def test_a_body_in_chunks_of_a_byte_holds_nobody_up(server: RunningServer) -> None:
+    flood = chunked(b" " * 100_000, 1)
+
+    def send() -> bytes:
+        with connect(server, CHUNKED.encode()) as stream:
+            with contextlib.suppress(OSError):  # it is closed while this still sends
+                stream.sendall(flood)
+            return read_all(stream)
+
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(send) for _ in range(2)]
+        times = health_times(server, lambda: all(future.done() for future in futures))
+    for future in futures:
+        assert not future.result() or "too many small chunks" in error_in(future.result(), 400)["message"]
+    assert_prompt(times)
+
+
+@pytest.mark.parametrize(("length", "size"), [(900, 1), (300_000, 256), (300_000, 100_000)])
+def test_chunks_as_clients_send_them_are_taken(server: RunningServer, length: int, size: int) -> None:
+    body = json.dumps(chat_body(max_tokens=1)).encode()
+    with connect(server, CHUNKED.encode() + chunked(body + b" " * (length - len(body)), size)) as stream:
+        assert b" 200 " in stream.recv(1000)
+
+
 def test_values_are_counted_outside_of_strings() -> None:
     def counted(value: Any) -> int:
         return count_values(value if isinstance(value, bytes) else json.dumps(value).encode(), 100)

@@ -289,6 +289,19 @@ def test_system_messages_are_joined(client: Any) -> None:
     assert ask(client, several + HELLO).choices[0].message == ask(client, joined + HELLO).choices[0].message
 
 
+def test_a_refusal_is_what_an_assistant_said(client: Any) -> None:
+    plain = [*HELLO, {"role": "assistant", "content": "No."}, *HELLO]
+    want = ask(client, plain).choices[0].message
+    part = {"type": "refusal", "refusal": "No."}
+    for said in ({"content": None, "refusal": "No."}, {"refusal": "No."}, {"content": [part]}):
+        assert ask(client, [*HELLO, {"role": "assistant", **said}, *HELLO]).choices[0].message == want
+    items = [*HELLO, {"role": "assistant", "content": [part]}, *HELLO]
+    answer = client.responses.create(model=MODEL, input=items, max_output_tokens=8, temperature=0)
+    assert answer.output_text == want.content
+    assert client.completions.create(model=MODEL, prompt="x", max_tokens=1, suffix="").choices
+    assert ask(client, [{"role": "user", "content": ""}], max_tokens=1).choices, "an empty text is a content"
+
+
 def test_a_literal_tag_of_an_image_is_text(
     client: Any, server: RunningServer, processor: DeepseekVLV2Processor
 ) -> None:

@@ -19,7 +19,7 @@ from server_support import RunningServer, assert_prompt, chat_body, health_times
 from deepseek_vl2.engine.detokenizer import TokenBytes
 from deepseek_vl2.serve.api.errors import ApiError
 from deepseek_vl2.serve.api.grammar import FIRST_SECONDS, TOKEN_SECONDS, GrammarCompiler, GrammarError
-from deepseek_vl2.serve.api.grammar_process import GrammarCache, GrammarService
+from deepseek_vl2.serve.api.grammar_process import GrammarCache, GrammarProcess, GrammarService, RefusedGrammars
 from deepseek_vl2.serve.api.grammar_worker import HEADER, read_exactly, read_message, write_message
 from deepseek_vl2.serve.api.settings import GrammarLimits
 
@@ -99,6 +99,39 @@ def test_a_grammar_is_compiled_once_for_all_who_ask(compiler: GrammarCompiler) -
         assert service.compiled == 1
         await service.constraints("json_schema", '{"type": "object"}', 1)
         assert service.compiled == 2 and len(service.cache) == 2
+
+    with_service(compiler, work)
+
+
+def test_a_grammar_that_was_refused_is_not_tried_again_at_once(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = json.dumps(COSTLY[0])
+
+    async def work(service: GrammarService) -> None:
+        tried: list[str] = []
+        real = GrammarProcess.compile
+
+        async def compile_and_note(self: GrammarProcess, kind: Any, text: str) -> int:
+            tried.append(text)
+            return await real(self, kind, text)
+
+        monkeypatch.setattr(GrammarProcess, "compile", compile_and_note)
+
+        async def ask() -> None:
+            with pytest.raises(ValueError, match="takes more than 1 seconds"):
+                await service.constraints("json_schema", schema, 1)
+
+        async with anyio.create_task_group() as group:
+            for _ in range(6):
+                group.start_soon(ask)
+        await ask()
+        assert len(tried) <= service.limits.processes
+        monkeypatch.setattr("deepseek_vl2.serve.api.grammar_process.REFUSED_SECONDS", -1.0)
+        service.refused = RefusedGrammars()
+        await ask()
+        await ask()
+        assert len(tried) >= 3, "after a while it is tried again"
 
     with_service(compiler, work)
 

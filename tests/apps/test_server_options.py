@@ -45,6 +45,7 @@ def test_options_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--max-length", "100000"], "exceeds the 4096 positions"),
         (["--device", "nonsense"], "device"),
+        (["--kv-cache-gib", "1e9"], "can't allocate memory"),
     ],
 )
 def test_mistakes_end_in_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

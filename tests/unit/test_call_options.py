@@ -9,6 +9,8 @@ import pytest
 import torch
 from support import mini_processor, noise_image
 
+from deepseek_vl2.models import DeepseekVLV2Processor
+
 PROCESSOR = mini_processor()
 TEXTS = ["short", "a longer text"]
 LENGTHS = [6, 14]  # with bos
@@ -114,3 +116,38 @@ def test_the_chat_template_takes_them_too() -> None:
             with pytest.raises(ValueError, match="tools"):
                 PROCESSOR.apply_chat_template(messages[0], tokenize=tokenize, **{name: [{"name": "search"}]})
     assert PROCESSOR.apply_chat_template(messages[0], tools=None, documents=None, tokenize=False)
+
+
+def test_the_side_that_the_tokenizer_names() -> None:
+    processor = DeepseekVLV2Processor.from_pretrained("nano")
+    right, left = [True, False], [False, True]
+    texts = ["a", "a longer one"]
+    assert processor(text=texts).attention_mask[0, [0, -1]].tolist() == left
+    processor.tokenizer.padding_side = "right"
+    assert processor(text=texts).attention_mask[0, [0, -1]].tolist() == right
+    assert processor(prompt=texts).attention_mask[0, [0, -1]].tolist() == right
+    assert processor(text=texts, padding_side="left").attention_mask[0, [0, -1]].tolist() == left
+    assert processor(text=texts, padding="left").attention_mask[0, [0, -1]].tolist() == left
+    loaded = DeepseekVLV2Processor.from_pretrained("nano", padding_side="right")
+    assert loaded(text=texts).attention_mask[0, [0, -1]].tolist() == right
+
+
+def test_transformers_names_of_truncation() -> None:
+    for name in ("longest_first", "only_first"):
+        assert PROCESSOR(prompt="a long text", truncation=name, max_length=4).input_ids.shape == (1, 4)
+    assert len(PROCESSOR(prompt="abcdef", truncation="do_not_truncate").input_ids[0]) == 7
+    with pytest.raises(ValueError, match="truncation"):
+        PROCESSOR(prompt="a", truncation="only_second", max_length=4)
+
+
+def test_groups_within_the_keywords_of_a_chat_template() -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    options = {"text_kwargs": {"padding": "max_length", "max_length": 99}}
+    for given in ({"processor_kwargs": options}, options):
+        batch = PROCESSOR.apply_chat_template(messages, tokenize=True, return_dict=True, **given)
+        assert batch.input_ids.shape == (1, 99)
+
+
+def test_nothing_is_not_named_as_ignored(recwarn: pytest.WarningsRecorder) -> None:
+    PROCESSOR(text="a", videos=None, audio=None)
+    assert not recwarn.list

@@ -22,7 +22,7 @@ from deepseek_vl2.utils.io import load_pretrained_model
 
 CONFIG, PROCESSOR, TOKENIZER = "config.json", "processor_config.json", "tokenizer.json"
 SETTINGS, GENERATION, INDEX = "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json"
-WEIGHTS, TEMPLATE = "model.safetensors", "chat_template.jinja"
+WEIGHTS, TEMPLATE, ADAPTER = "model.safetensors", "chat_template.jinja", "adapter_config.json"
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ WHOLE: list[tuple[str, Any]] = [
     ("language_config", "x"), ("vision_config", 5), ("projector_config", []), ("global_view_pos", 3),
     ("candidate_resolutions", "x"), ("candidate_resolutions", [[384]]), ("candidate_resolutions", [[0, 0]]),
     ("candidate_resolutions", [[384, 384], [384 * 500, 384 * 500]]), ("candidate_resolutions", [[10**30, 10**30]]),
-    ("image_token_id", "x"), ("quantization_config", 5),
+    ("image_token_id", "x"), ("quantization_config", 5), ("torch_dtype", "foo"), ("torch_dtype", "int8"), ("dtype", 5),
 ]  # fmt: skip
 FIELDS = [
     *(("language_config", *pair) for pair in LANGUAGE),
@@ -103,7 +103,9 @@ PROCESSOR_FIELDS: list[tuple[str, Any]] = [
     ("candidate_resolutions", []), ("candidate_resolutions", [[1, 1]]), ("candidate_resolutions", [["a", "b"]]),
     ("candidate_resolutions", [[384, 384], [192000, 192000]]), ("candidate_resolutions", [[384, 384], [400, 384]]),
     ("candidate_resolutions", [[384, 384, 384]]), ("image_mean", [0.5]), ("image_mean", "x"), ("image_std", [0, 0, 0]),
-    ("image_std", None), ("ignore_id", "x"),
+    ("image_std", None), ("ignore_id", "x"), ("image_token", 5), ("image_token", ""), ("pad_token", 7),
+    ("sft_format", "zzz"), ("sft_format", ["deepseek"]), ("normalize", "no"), ("mask_prompt", "yes"),
+    ("add_special_token", 0), ("transformers_defaults", "x"), ("background", "no colour"), ("background", [300, 0, 0]),
 ]  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def test_impossible_fields_of_the_processor(copied: Path, name: str, value: Any)
     change(copied, PROCESSOR, None, **{name: value})
     with pytest.raises(ValueError) as error:
         DeepseekVLV2Processor.from_pretrained(copied)
-    check(error, copied, PROCESSOR, name)
+    check(error, copied, PROCESSOR, name if name != "sft_format" or value != "zzz" else "template 'zzz'")
 
 
 def write(file: str, content: bytes) -> Callable[[Path], Any]:
@@ -121,6 +123,10 @@ def write(file: str, content: bytes) -> Callable[[Path], Any]:
 
 def tokenizer(**fields: Any) -> Callable[[Path], Any]:
     return lambda directory: change(directory, TOKENIZER, None, **fields)
+
+
+def settings(**fields: Any) -> Callable[[Path], Any]:
+    return lambda directory: change(directory, SETTINGS, None, **fields)
 
 
 def without_image_token(directory: Path) -> None:
@@ -132,6 +138,51 @@ def without_image_token(directory: Path) -> None:
 def shard_of_a_number(directory: Path) -> None:
     names = load_file(directory / WEIGHTS)
     (directory / INDEX).write_text(json.dumps({"weight_map": {**dict.fromkeys(names, WEIGHTS), "image_newline": 3}}))
+
+
+def in_shards(change_index: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def spoil(directory: Path) -> None:
+        weights = load_file(directory / WEIGHTS)
+        (directory / WEIGHTS).unlink()
+        shards = {f"model-{i}-of-2.safetensors": dict(list(weights.items())[i - 1 :: 2]) for i in (1, 2)}
+        for name, part in shards.items():
+            save_file(part, directory / name, metadata={"format": "pt"})
+        index = {"weight_map": {tensor: name for name, part in shards.items() for tensor in part}}
+        change_index(index["weight_map"])
+        (directory / INDEX).write_text(json.dumps(index))
+
+    return spoil
+
+
+def without_index(directory: Path) -> None:
+    in_shards(dict)(directory)
+    (directory / INDEX).unlink()
+
+
+def link(file: str) -> Callable[[Path], None]:
+    def spoil(directory: Path) -> None:
+        (directory / file).unlink()
+        (directory / file).symlink_to("../blobs/gone")
+
+    return spoil
+
+
+def adapter_alone(directory: Path) -> None:
+    for file in directory.iterdir():
+        file.unlink()
+    (directory / ADAPTER).write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+
+
+def pickled(content: bytes) -> Callable[[Path], None]:
+    def spoil(directory: Path) -> None:
+        (directory / WEIGHTS).unlink()
+        (directory / "pytorch_model.bin").write_bytes(content)
+
+    return spoil
+
+
+def quantized(**config: Any) -> Callable[[Path], None]:
+    return lambda directory: change(directory, CONFIG, None, quantization_config=config)
 
 
 def stored_as(dtype: torch.dtype) -> Callable[[Path], None]:
@@ -159,14 +210,75 @@ FILES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "a shard of a number": (shard_of_a_number, INDEX, "shard"),
     "weights as whole numbers": (stored_as(torch.int64), WEIGHTS, "image_newline as whole numbers (I64)"),
     "weights of two values": (stored_as(torch.bool), WEIGHTS, "BOOL"),
+    "weights of complex numbers": (stored_as(torch.complex64), WEIGHTS, "complex numbers (C64)"),
+    "shards without an index": (without_index, INDEX, "which says what is in model-1-of-2.safetensors"),
+    "weights that are a dangling link": (link(WEIGHTS), WEIGHTS, "a link to ../blobs/gone, where no file is"),
+    "a config that is a dangling link": (link(CONFIG), CONFIG, "a link to ../blobs/gone"),
+    "an adapter alone": (adapter_alone, ADAPTER, "trained over, org/base"),
+    "an empty pickle": (pickled(b""), "pytorch_model.bin", "holds no weights"),
+    "a pickle of garbage": (pickled(b"junk" * 9), "pytorch_model.bin", "holds no weights"),
+    "another quantizer": (quantized(quant_method="gptq", bits=4), CONFIG, "quantized by gptq"),
+    "a quantizer without a name": (quantized(), CONFIG, "quantized by None"),
+    "plain weights said to be quantized": (quantized(quant_method="fp8"), CONFIG, "is not packed"),
+    "an end outside of the vocabulary": (write(GENERATION, b'{"eos_token_id": [1, 99999]}'), GENERATION, "another"),
+    "a negative temperature": (write(GENERATION, b'{"temperature": -1, "do_sample": true}'), GENERATION, "temperature"),
+    "a share above one": (write(GENERATION, b'{"top_p": 7, "do_sample": true}'), GENERATION, "top_p"),
+    "a number of candidates as text": (write(GENERATION, b'{"top_k": "5"}'), GENERATION, "top_k"),
+    "an unknown cache": (write(GENERATION, b'{"cache_implementation": "x"}'), GENERATION, "cache_implementation"),
+    "an end that is a list": (settings(eos_token=["a"]), SETTINGS, "eos_token"),
+    "an end that is null": (settings(eos_token=None), SETTINGS, "eos_token"),
+    "a length of nothing": (settings(model_max_length=0), SETTINGS, "model_max_length"),
+    "padding in the middle": (settings(padding_side="middle"), SETTINGS, "current value: middle"),
 }
+
+
+def test_shards_are_read_as_one_file_is(copied: Path, good: Path) -> None:
+    """What the index says of tensors is not needed, as long as it names the files."""
+    in_shards(lambda names: names.update({name: max(names.values()) for name in list(names)[::4]}))(copied)
+    want = DeepseekVLV2ForCausalLM.from_pretrained(good).state_dict()
+    found = DeepseekVLV2ForCausalLM.from_pretrained(copied).state_dict()
+    assert all(found[name].equal(tensor) for name, tensor in want.items())
+
+
+def test_an_adapter_beside_a_model_is_not_silently_left_out(copied: Path) -> None:
+    (copied / ADAPTER).write_text("{}")
+    with pytest.warns(UserWarning, match="also holds an adapter"):
+        DeepseekVLV2ForCausalLM.from_pretrained(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("{}/gone", "There is no checkpoint directory"),
+        ("./gone", "There is no checkpoint directory"),
+        ("some/deep/path", "There is no checkpoint directory"),
+        ("~/no such model", "There is no checkpoint directory"),
+        ("~no_such_user/model", "There is no checkpoint directory"),
+        ("{}/model.safetensors", "is a file"),
+        ("", "name is empty"),
+    ],
+)
+def test_names_of_no_model(good: Path, name: str, says: str) -> None:
+    for load in (DeepseekVLV2Processor.from_pretrained, DeepseekVLV2ForCausalLM.from_pretrained):
+        with pytest.raises((ValueError, FileNotFoundError), match=says):
+            load(name.format(good))
+
+
+def test_a_subfolder_that_is_not_there(good: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nope.*no config\.json|There are no safetensors files in .*nope"):
+        DeepseekVLV2ForCausalLM.from_pretrained(good, subfolder="nope")
+
+
+def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer\.json"):
+        DeepseekVLV2Processor.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_files_that_are_of_no_use(copied: Path, name: str) -> None:
     spoil, file, says = FILES[name]
     spoil(copied)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
         load_pretrained_model(copied, device="cpu")
     check(error, copied, file, says)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -76,6 +77,36 @@ PROMPTS: dict[str, tuple[Callable[[Loaded], Any], str]] = {
         lambda m: m.generate(**changed(m.seen, "images_spatial_crop", lambda x: x.float())),
         "images_spatial_crop must be whole numbers",
     ),
+    "images as an array": (lambda m: m.generate(**changed(m.seen, "images", lambda x: x.numpy())), "got ndarray"),
+    "images as pictures": (lambda m: m.generate(**changed(m.seen, "images", lambda x: ["a.png"])), "got list"),
+    "gray tiles": (lambda m: m.generate(**changed(m.seen, "images", lambda x: x[:, :, :1])), r"\[batch, tiles, 3, 384"),
+    "a mask of images as a list": (
+        lambda m: m.generate(**changed(m.seen, "images_seq_mask", lambda x: x.tolist())),
+        "images_seq_mask must be a tensor",
+    ),
+    "tilings as a list": (
+        lambda m: m.generate(**changed(m.seen, "images_spatial_crop", lambda x: x.tolist())),
+        "images_spatial_crop must be a tensor",
+    ),
+    "tilings of one row": (
+        lambda m: m.generate(**changed(m.seen, "images_spatial_crop", lambda x: x[0])),
+        r"images_spatial_crop must be \[rows, images, 2\]",
+    ),
+    "tilings for a forward pass": (
+        lambda m: m.model(**changed(m.seen, "images_spatial_crop", lambda x: x[..., :1])),
+        r"images_spatial_crop must be \[rows, images, 2\]",
+    ),
+    "pixels as an array": (
+        lambda m: m.generate(m.ids, pixel_values=m.seen["images"].numpy(), image_sizes=torch.tensor([[384, 384]])),
+        "pixel_values must be a tensor",
+    ),
+    "gray pixels": (
+        lambda m: m.generate(m.ids, pixel_values=m.seen["images"][:, :, :1], image_sizes=torch.tensor([[384, 384]])),
+        r"pixel_values must be \[images, tiles, 3, 384, 384\]",
+    ),
+    "a mask of nothing": (lambda m: m.generate(**changed(m.seen, "attention_mask", torch.zeros_like)), "is empty"),
+    "a text as cache": (lambda m: m.generate(m.ids, past_key_values="x"), "past_key_values must be a Cache"),
+    "numbers as cache": (lambda m: m.generate(m.ids, past_key_values=((1, 2),)), "past_key_values must be a Cache"),
     "image tokens for the language model": (
         lambda m: m.model.language.generate(m.seen["input_ids"], max_new_tokens=2),
         "421 image tokens, which the language model alone does not see",
@@ -90,6 +121,39 @@ def test_what_is_no_prompt(loaded: Loaded, name: str, caplog: pytest.LogCaptureF
         call(loaded)
     assert "\n" not in str(error.value)
     assert not caplog.records, "the engine met it first"
+
+
+PASSES: dict[str, tuple[Callable[[Loaded], Any], str]] = {
+    "a row": (lambda m: m.model(m.ids[0]), r"\[rows, tokens\], got int64 of shape"),
+    "a list": (lambda m: m.model(m.ids.tolist()), "got list"),
+    "floats": (lambda m: m.model(m.ids.float()), "whole numbers, got float32"),
+    "no tokens": (lambda m: m.model(m.ids[:, :0]), "There are no tokens"),
+    "a text": (lambda m: m.model("hello"), r"not a text: model\(\*\*processor"),
+    "the whole batch": (lambda m: m.model(m.processor(text="hello")), r"model\(\*\*inputs\)"),
+    "embeddings as a list": (lambda m: m.model(inputs_embeds=[[0.0]]), "inputs_embeds must be"),
+    "a short mask": (lambda m: m.model(m.ids, attention_mask=torch.ones(1, 2)), "does not fit a prompt"),
+    "a mask of one row": (lambda m: m.model(m.ids.repeat(2, 1), attention_mask=m.ids > -1), "does not fit a prompt"),
+    "labels of another length": (lambda m: m.model(m.ids, labels=m.ids[:, 1:]), "labels .* do not fit a prompt"),
+    "labels of a row": (lambda m: m.model(m.ids, labels=m.ids[0]), "labels .* do not fit a prompt"),
+    "labels of floats": (lambda m: m.model(m.ids, labels=m.ids.float()), "labels must be token ids, or -100"),
+}
+
+
+@pytest.mark.parametrize("part", ["whole", "language"])
+@pytest.mark.parametrize("name", PASSES)
+def test_what_is_no_input_of_a_forward_pass(loaded: Loaded, name: str, part: str) -> None:
+    call, says = PASSES[name]
+    one = copy.copy(loaded)
+    one.model = loaded.model if part == "whole" else loaded.model.language  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=says) as error:
+        call(one)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mask_may_cover_what_a_cache_holds(loaded: Loaded) -> None:
+    first = loaded.model(loaded.ids, use_cache=True)
+    longer = torch.ones(1, loaded.ids.shape[1] + 1, dtype=torch.long)
+    loaded.model(loaded.ids[:, -1:], attention_mask=longer, past_key_values=first.past_key_values)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +171,10 @@ def test_what_is_no_prompt(loaded: Loaded, name: str, caplog: pytest.LogCaptureF
         ({"stop_strings": [""]}, "stop_strings"),
         ({"stop_strings": ""}, "stop_strings"),
         ({"generation_config": {"max_new_tokens": 3}}, "GenerationConfig"),
+        ({"top_p": 1.5, "do_sample": True}, "top_p must be a number of at least 0 and at most 1"),
+        ({"top_p": "x", "do_sample": True}, "top_p"),
+        ({"typical_p": 2.0, "do_sample": True}, "typical_p"),
+        ({"streamer": "x"}, "streamer must have put and end"),
     ],
 )
 def test_what_is_no_setting(loaded: Loaded, settings: dict[str, Any], says: str) -> None:
@@ -135,6 +203,12 @@ def test_stop_strings_end_an_answer(loaded: Loaded, settings: dict[str, Any]) ->
     assert stop in tokenizer.decode(found)
     if not settings.get("num_beams"):
         assert found == long[: texts.index(stop) + 1]
+
+
+def test_a_mask_that_hides_a_part_of_an_image_is_one_for_all_ways_to_decode(loaded: Loaded) -> None:
+    hidden = changed(loaded.seen, "attention_mask", lambda mask: mask.clone().index_fill(1, torch.arange(3, 40), False))
+    on_the_engine = loaded.generate(**hidden)
+    assert on_the_engine.equal(loaded.generate(**hidden, use_cache=False))
 
 
 # ---------------------------------------------------------------- what is no number

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import os
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -93,6 +95,31 @@ def test_a_missing_file_is_named(processor: DeepseekVLV2Processor, tmp_path: Pat
         ask(processor, str(path))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jpeg"):
         processor(conversations=[{"role": "user", "content": "<image>", "images": [str(path)]}])
+
+
+def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
+    pipe, source = tmp_path / "pipe", IMAGES / "rgba.png"
+    os.mkfifo(pipe)
+
+    def fill(content: bytes) -> threading.Thread:
+        writer = threading.Thread(target=pipe.write_bytes, args=(content,))
+        writer.start()
+        return writer
+
+    writer = fill(source.read_bytes())
+    assert load_image(pipe).tobytes() == load_image(source).tobytes()
+    writer.join()
+    for content, says in ((b"", "a pipe that holds nothing"), (b"text", "pipe is not an image")):
+        writer = fill(content)
+        with pytest.raises(ValueError, match=says):
+            load_image(pipe)
+        writer.join()
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/null"])
+def test_a_device_is_not_an_image(device: str) -> None:
+    with pytest.raises(ValueError, match=f"{device} is a device"):
+        load_image(device)
 
 
 def test_a_directory_is_not_an_image(tmp_path: Path) -> None:

@@ -82,6 +82,15 @@ def test_it_is_moved_pickled_and_copied_whole() -> None:
     assert standard().to("meta").labels.device.type == "meta"
 
 
+@pytest.mark.parametrize("gone", ["input_ids", "attention_mask", "pixel_values", "image_sizes"])
+def test_a_field_that_was_taken_out_is_gone(gone: str) -> None:
+    batch = PROCESSOR(text="<image>\nhi", images=[noise_image(1)])
+    batch.pop(gone)
+    assert gone not in batch and not hasattr(batch, gone)
+    for name in ("images", "images_seq_mask", "images_spatial_crop", "seq_lens"):
+        getattr(batch, name, None)  # an AttributeError at most
+
+
 def test_the_model_takes_either_names() -> None:
     batch, want = standard(), original()
     with torch.no_grad():

@@ -33,6 +33,9 @@ def check_content_type(request: Request) -> None:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"The body must be application/json, got {kind or 'no Content-Type'}.")
+    coding = request.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        raise ApiError(415, f"The body must not be compressed, but its Content-Encoding is {coding[:40]!r}.")
 
 
 class BodyBudget:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import anyio.to_thread
 from pydantic import ConfigDict, Field, model_validator
@@ -75,7 +75,7 @@ class CompletionRequest(GenerationFields):
     )
     logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     echo: bool | None = Field(default=None, description="Begin the text with the prompt.")
-    suffix: None = None
+    suffix: Literal[""] | None = None
     response_format: ResponseFormat | None = None
     add_special_tokens: bool | None = Field(default=None, description="false: nothing is put in front of a text.")
 

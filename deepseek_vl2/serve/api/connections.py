@@ -35,11 +35,43 @@ class ConnectionCounter:
             del self.open[address]
 
 
+# A body may come in this many chunks of any size; more must hold so many bytes each on average. Each takes the event
+# loop some 50 us, and thousands of them fit into what it reads at once.
+FREE_CHUNKS, CHUNK_BYTES = 1024, 256
+CHUNKS_TOO_SMALL = f"The body comes in too many small chunks: send {CHUNK_BYTES} bytes or more in each."
+
+
+class ChunkCountingConnection(h11.Connection):
+    """h11's state of a connection to a client, to which a body in thousands of small chunks is a protocol error."""
+
+    chunks = chunk_bytes = 0
+    reason = "Invalid HTTP request received."
+
+    def next_event(self) -> Any:
+        """Return what came next."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.chunks = self.chunk_bytes = 0
+        elif isinstance(event, h11.Data):
+            self.chunks += event.chunk_start
+            self.chunk_bytes += len(event.data)
+            if self.chunks > FREE_CHUNKS and self.chunk_bytes < CHUNK_BYTES * (
+                self.chunks - 1
+            ):  # the last may not be whole
+                self.reason = CHUNKS_TOO_SMALL
+                raise h11.RemoteProtocolError(self.reason)
+        return event
+
+
 class BoundedProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 protocol with bounds; its own errors have the shape of the server's others."""
 
     def __init__(self, *args: Any, counter: ConnectionCounter, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # As uvicorn makes its own.
+        most = self.config.h11_max_incomplete_event_size
+        sizes = {} if most is None else {"max_incomplete_event_size": most}
+        self.conn: ChunkCountingConnection = ChunkCountingConnection(h11.SERVER, **sizes)
         self.counter = counter
         self.limits = counter.limits
         self.address = ""
@@ -98,8 +130,8 @@ class BoundedProtocol(H11Protocol):
         self._stop_write_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP."""
-        self._refuse(ApiError(400, msg))
+        """Answer what is not HTTP, or no HTTP that is taken here."""
+        self._refuse(ApiError(400, self.conn.reason))
 
     def _watch_header(self) -> None:
         self.header_timer = self.loop.call_later(self.limits.header_seconds, self._header_is_late)

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from hashlib import sha256
@@ -24,6 +25,7 @@ from .settings import GrammarLimits
 
 WORKER = "deepseek_vl2.serve.api.grammar_worker"
 LAST_WORDS_SECONDS = 1.0
+REFUSED_SECONDS, MOST_REFUSED = 60.0, 256
 MAX_WAITING = 32  # requests whose grammar waits to be tried out
 
 
@@ -146,6 +148,26 @@ class GrammarCache:
         return len(self._found)
 
 
+class RefusedGrammars:
+    """The grammars that were refused last, and why; for a while, since a busy machine may be why."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
+
+    def check(self, key: bytes) -> None:
+        """Raise ``ValueError`` for a grammar that was refused lately."""
+        until, problem = self._found.get(key, (0.0, ""))
+        if until > time.monotonic():
+            raise ValueError(problem)
+
+    def put(self, key: bytes, problem: str) -> None:
+        """Remember a grammar."""
+        self._found[key] = time.monotonic() + REFUSED_SECONDS, problem
+        self._found.move_to_end(key)
+        if len(self._found) > MOST_REFUSED:
+            self._found.popitem(last=False)
+
+
 class GrammarService:
     """Makes the constraints of requests, without harm to others.
 
@@ -158,6 +180,7 @@ class GrammarService:
         self.compiler = compiler
         self.limits = limits or GrammarLimits()
         self.cache = GrammarCache(self.limits.cached_bytes)
+        self.refused = RefusedGrammars()
         self.compiled = 0
         self._waiting = 0
         self._idle = [GrammarProcess(compiler, self.limits) for _ in range(self.limits.processes)]
@@ -175,14 +198,20 @@ class GrammarService:
             raise ValueError("The work of a grammar cannot be bounded on this system: serve on Linux or macOS.")
         check_length(kind, text)
         key = sha256(f"{kind}\n{text}".encode()).digest()
+        self.refused.check(key)
         matcher = self.cache.get(key)
         if matcher is None:
             async with self._process() as process:
+                self.refused.check(key)
                 matcher = self.cache.get(key) or await self._compile(process, key, kind, text)
         return [Constraint(matcher.deep_copy(), self.compiler.vocabulary) for _ in range(count)]
 
     async def _compile(self, process: GrammarProcess, key: bytes, kind: Kind, text: str) -> llguidance.LLMatcher:
-        size = await process.compile(kind, text)
+        try:
+            size = await process.compile(kind, text)
+        except ValueError as error:
+            self.refused.put(key, str(error))
+            raise
         # Known to end, and soon; still in one of the few places, so that not too many do it together.
         matcher = await anyio.to_thread.run_sync(self.compiler.matcher, kind, text)
         self.compiled += 1

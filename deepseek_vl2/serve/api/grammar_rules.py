@@ -25,6 +25,9 @@ JSON_OPTIONS: Any = {"whitespace_flexible": False, "lenient": False}
 # may live as there are slots and waiting requests.
 LIMITS = llguidance.LLParserLimits(max_lexer_states=20_000, step_max_items=5_000, verbose_errors=False)
 REHEARSED, REHEARSAL_SECONDS = 12, 0.3  # tokens that a grammar is followed for, and what they may take of a CPU
+# The library's words for a grammar without a first token, and what it appends where it is to say little.
+NOTHING, NOT_VERBOSE = "NoExtensionBias", "<non-verbose/>"
+NOTHING_FITS = "no text satisfies it."
 NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "grammar", "tools": "grammar of tools"}
 
 
@@ -119,4 +122,5 @@ def library_form(kind: Kind, text: str) -> str:
 def unusable(kind: Kind, reason: str) -> str:
     """Return the message for a grammar that cannot be used."""
     name = kind if kind in ("json_schema", "regex") else NAMES[kind]  # fields of a request are named as they are
-    return f"This {name} cannot be used: {reason[:MAX_REASON]}"
+    reason = reason.replace(NOT_VERBOSE, "").strip()
+    return f"This {name} cannot be used: {NOTHING_FITS if NOTHING in reason else reason[:MAX_REASON]}"

@@ -30,17 +30,35 @@ class InputImage(Strict):
     file_id: None = None
 
 
-InputPart = Annotated[InputText | InputImage, Field(discriminator="type")]
+class RefusalText(Strict):
+    """What an assistant said instead of an answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """Return what it said."""
+        return self.refusal
+
+
+InputPart = Annotated[InputText | InputImage | RefusalText, Field(discriminator="type")]
 InputParts = Annotated[list[InputPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
-_PLAIN_PARTS = {"items": {"properties": {"type": {"enum": ["input_text", "output_text", "text"]}}}}
+_TEXTS = ["input_text", "output_text", "text"]
+
+
+def _parts_of(*more: str) -> dict[str, Any]:
+    return {"items": {"properties": {"type": {"enum": [*_TEXTS, *more]}}}}
+
+
 # What `MessageItem` checks beyond the types of its fields, for whoever reads the OpenAPI page.
 _FIT_THEIR_ROLES: list[Any] = [
-    {"properties": {"role": {"enum": ["user"]}, "content": {"minItems": 1}}},
-    {"properties": {"role": {"enum": ["system", "developer"]}, "content": {"minItems": 1, **_PLAIN_PARTS}}},
-    {"properties": {"role": {"enum": ["assistant"]}, "content": _PLAIN_PARTS}},
+    {"properties": {"role": {"enum": ["user"]}, "content": {"minItems": 1, **_parts_of("input_image")}}},
+    {"properties": {"role": {"enum": ["system", "developer"]}, "content": {"minItems": 1, **_parts_of()}}},
+    {"properties": {"role": {"enum": ["assistant"]}, "content": _parts_of("refusal")}},
 ]
 
 
@@ -61,6 +79,8 @@ class MessageItem(Strict):
         parts = [] if isinstance(self.content, str) else self.content
         if self.role != "user" and any(isinstance(part, InputImage) for part in parts):
             raise ValueError(f"a message of role {self.role!r} cannot show images; put them into a user's message")
+        if self.role != "assistant" and any(isinstance(part, RefusalText) for part in parts):
+            raise ValueError(f"a message of role {self.role!r} cannot hold a refusal")
         if self.role != "assistant" and not isinstance(self.content, str) and not parts:
             raise ValueError(f"a message of role {self.role!r} needs a content")
         return self

@@ -19,11 +19,12 @@ from .response_schemas import (
     InputText,
     MessageItem,
     NamedFunction,
+    RefusalText,
     ResponsesRequest,
     SchemaFormat,
 )
 from .response_store import ResponseStore
-from .schemas import ChatRequest, ImagePart, ImageUrl, Message, TextPart
+from .schemas import ChatRequest, ImagePart, ImageUrl, Message, Part, TextPart
 from .tool_schemas import (
     AllowedToolChoice,
     AllowedTools,
@@ -39,17 +40,17 @@ from .tools import ToolUse
 from .turns import conversation_turns
 
 
-def message_parts(content: str | list[Any], place: str) -> list[TextPart | ImagePart]:
+def message_parts(content: str | list[Any], place: str) -> list[Part]:
     """Return a message's content as a chat message has it."""
     if isinstance(content, str):
         return [TextPart(type="text", text=content)]
-    parts: list[TextPart | ImagePart] = []
+    parts: list[Part] = []
     for index, part in enumerate(content):
         if isinstance(part, InputImage):
             url = ImageUrl(url=part.image_url, detail=part.detail)
             parts.append(ImagePart(type="image_url", image_url=url).at(f"{place}.content.{index}.image_url"))
         else:
-            assert isinstance(part, InputText)
+            assert isinstance(part, (InputText, RefusalText))
             parts.append(TextPart(type="text", text=part.text))
     return parts
 

@@ -97,7 +97,14 @@ class ImagePart(Strict):
         return self
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+class RefusalPart(Strict):
+    """What an assistant said instead of an answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+Part = Annotated[TextPart | ImagePart | RefusalPart, Field(discriminator="type")]
 Calls = Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)]
 Parts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
 
@@ -106,18 +113,21 @@ def _of_roles(roles: list[str], content: dict[str, Any], call: str, required: li
     """Return what JSON Schema says of a message of some roles."""
     fields: dict[str, Any] = {"role": {"enum": roles}, "content": content, "tool_call_id": {"type": call}}
     if "assistant" not in roles:
-        fields["tool_calls"] = {"maxItems": 0}
+        fields |= {"tool_calls": {"maxItems": 0}, "refusal": {"type": "null"}}
     return {"properties": fields, "required": required}
 
 
-_TEXT_PARTS = {"items": {"properties": {"type": {"const": "text"}}}}
+def _parts_of(*kinds: str) -> dict[str, Any]:
+    return {"items": {"properties": {"type": {"enum": list(kinds)}}}}
+
+
 _SOME_CONTENT = {"type": ["string", "array"], "minItems": 1}
 # What `Message` checks beyond the types of its fields, for whoever reads the OpenAPI page.
 _FIT_THEIR_ROLES: list[Any] = [
-    _of_roles(["user"], _SOME_CONTENT, "null", ["content"]),
-    _of_roles(["system", "developer"], {**_SOME_CONTENT, **_TEXT_PARTS}, "null", ["content"]),
-    _of_roles(["assistant"], _TEXT_PARTS, "null", []),
-    _of_roles(["tool"], {**_SOME_CONTENT, **_TEXT_PARTS}, "string", ["content", "tool_call_id"]),
+    _of_roles(["user"], {**_SOME_CONTENT, **_parts_of("text", "image_url")}, "null", ["content"]),
+    _of_roles(["system", "developer"], {**_SOME_CONTENT, **_parts_of("text")}, "null", ["content"]),
+    _of_roles(["assistant"], _parts_of("text", "refusal"), "null", []),
+    _of_roles(["tool"], {**_SOME_CONTENT, **_parts_of("text")}, "string", ["content", "tool_call_id"]),
 ]
 
 
@@ -133,7 +143,7 @@ class Message(Strict):
     name: str | None = Field(default=None, description="Taken; it changes nothing.")
     cache_control: Any = Field(default=None, description="Taken; it changes nothing.")
     # What clients send back with an answer of the server's, or of another's.
-    refusal: None = None
+    refusal: str | None = Field(default=None, description="Of an assistant: what it said instead of an answer.")
     annotations: list[Any] | None = Field(default=None, description="Of an earlier answer; not read.")
     audio: None = None
     function_call: None = None
@@ -145,6 +155,9 @@ class Message(Strict):
     def _fits_its_role(self) -> Message:
         if self.role != "user" and any(isinstance(part, ImagePart) for part in self.parts):
             raise ValueError(f"a message of role {self.role!r} cannot show images; put them into a user's message")
+        refusals = isinstance(self.content, list) and any(isinstance(part, RefusalPart) for part in self.content)
+        if self.role != "assistant" and (refusals or self.refusal is not None):
+            raise ValueError(f"a message of role {self.role!r} cannot hold a refusal")
         if self.role != "assistant" and not self.parts:
             raise ValueError(f"a message of role {self.role!r} needs a content")
         if self.role != "assistant" and self.tool_calls:
@@ -155,10 +168,12 @@ class Message(Strict):
 
     @property
     def parts(self) -> list[TextPart | ImagePart]:
-        """Return the content as parts."""
-        if isinstance(self.content, str):
-            return [TextPart(type="text", text=self.content)]
-        return self.content or []
+        """Return the content as parts; a refusal is what the assistant said."""
+        content = [] if self.content is None else self.content
+        given: list[Part] = [TextPart(type="text", text=content)] if isinstance(content, str) else content
+        if self.refusal:
+            given = [*given, RefusalPart(type="refusal", refusal=self.refusal)]
+        return [TextPart(type="text", text=p.refusal) if isinstance(p, RefusalPart) else p for p in given]
 
     @property
     def text(self) -> str:
