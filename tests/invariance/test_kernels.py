@@ -308,6 +308,61 @@ def test_the_router_lists_the_rows_of_each_expert(rows: int, live: int, tile: in
     assert found[2] or rows <= tile
 
 
+def most_further(rows: int, top_k: int, tile: int) -> int:
+    """Return what `max_further` bounds: tiles behind the first ones, however the routed tokens fall."""
+    most = [0]
+    for count in range(1, rows * top_k + 1):
+        most.append(max(most[count - own] + (own - 1) // tile for own in range(1, min(rows, count) + 1)))
+    return most[-1]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+@pytest.mark.parametrize("tile", [PACKED_TILE, PLAIN_TILE])
+def test_all_further_tiles_find_room(top_k: int, tile: int) -> None:
+    for rows in (2, tile, tile + 1, 2 * tile + 1, 3 * tile + 2, 64):
+        assert most_further(rows, top_k, tile) <= max_further(rows, top_k, tile)
+
+
+def unused_lists(rows: int, routing: RouterConfig, tile: int) -> tuple[ExpertTokens, list[torch.Tensor]]:
+    """Return lists for a router, and the memory behind each, which nobody is to write."""
+    sizes = (routing.num_experts + 1, routing.num_experts * rows, max_further(rows, routing.top_k, tile))
+    memory = [torch.zeros(size + 100 * rows * routing.num_experts, device=DEVICE, dtype=torch.int32) for size in sizes]
+    counts, tokens, further = (part[:size] for part, size in zip(memory, sizes, strict=True))
+    lists = ExpertTokens(counts, tokens.view(-1, rows), further, routing.top_k, tile)
+    return lists, [part[size:] for part, size in zip(memory, sizes, strict=True)]
+
+
+def test_rows_that_are_alike_are_all_listed() -> None:
+    routing, rows, width, tile = RouterConfig(8, 3), 17, 32, PACKED_TILE
+    tokens, behind = unused_lists(rows, routing, tile)
+    ids, counters = (torch.zeros(rows, n, device=DEVICE, dtype=torch.int32) for n in (3, 1))
+    x, matrix, norm_weight = draw(1, width).repeat(rows, 1), draw(8, width), draw(width)
+    given = (x, norm_weight, 1e-6, matrix, None, routing, poisoned(rows, 8), counters, ids)
+    router.route(*given, poisoned(rows, 3), poisoned(rows, width), tokens=tokens)
+    assert entries(tokens) == entries(align_plain(ids, 8, tile)) and int(tokens.counts[-1]) == 6
+    assert not any(part.any() for part in behind)
+
+
+@pytest.mark.parametrize(
+    "routing", [RouterConfig(12, 3), RouterConfig(12, 3, True, NOAUX_TC, 4, 2), RouterConfig(12, 3, sigmoid=True)]
+)
+def test_a_row_that_is_not_a_number_has_experts_that_there_are(routing: RouterConfig) -> None:
+    rows, width, tile = 4, 32, PACKED_TILE
+    tokens, behind = unused_lists(rows, routing, tile)
+    x, matrix, norm_weight, bias = draw(rows, width), draw(12, width), draw(width), draw(12)
+    x[1] = float("nan")
+    ids, counters = (torch.zeros(rows, n, device=DEVICE, dtype=torch.int32) for n in (3, 1))
+    weights = poisoned(rows, 3)
+    router.route(
+        x, norm_weight, 1e-6, matrix, bias, routing, poisoned(rows, 12), counters, ids, weights, poisoned(rows, width),
+        tokens=tokens,
+    )  # fmt: skip
+    assert entries(tokens) == entries(align_plain(ids, 12, tile))
+    assert bool((ids[1].sort().values.diff() > 0).all()) and 0 <= int(ids.min()) <= int(ids.max()) < 12
+    assert bool(weights[1].isnan().all()) and not weights[[0, 2, 3]].isnan().any()
+    assert not any(part.any() for part in behind)
+
+
 @pytest.mark.parametrize("rows", [5, 17])
 def test_experts_of_padding_rows_are_not_run(rows: int) -> None:
     width, count, inner, live = 64, 4, 32, 3

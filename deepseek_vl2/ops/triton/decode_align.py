@@ -51,8 +51,12 @@ def tile_rows(weight: Weight | None) -> int:
 
 
 def max_further(rows: int, top_k: int, tile: int) -> int:
-    """Return how many tiles beyond the first ones of their experts there can be: each follows a full one."""
-    return rows * top_k // (tile + 1)
+    """Return how many tiles beyond the first ones of their experts there can be.
+
+    An expert with n of them has n full ones and a row more; the more an expert has, the fewer rows each takes.
+    """
+    most = (rows - 1) // tile  # of an expert that all rows have
+    return rows * top_k * most // (most * tile + 1)
 
 
 def align_plain(topk_ids_BK: torch.Tensor, num_experts: int, tile: int) -> ExpertTokens:
