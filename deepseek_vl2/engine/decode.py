@@ -115,7 +115,7 @@ class DecodeBuffers:
         logits: [B, vocabulary], float32; ``None`` where the output head is not on this device.
         cos: table for all positions, [C, rotated], and ``sin``.
         counters: [B], 0 between the kernels, see `router.route`.
-        expert_counts: of each layer, [layers, E + 1], see `decode_align.ExpertTokens`; 0 when a step begins.
+        expert_counts: of each layer, [layers, E + 1 or more], see `decode_align.ExpertTokens`; 0 when a step begins.
         pdl: the options of launches, see `common.pdl_options`.
     """
 
@@ -166,6 +166,8 @@ def new_buffers(
     device, count, (vocabulary, hidden) = rows.tokens.device, len(rows.tokens), weights.head.shape
     dtype, ends_here = weights.embedding.dtype, weights.head.device == device
     most = max(layer.experts.num_experts for layer in weights.layers)
+    # Each layer's begin at a multiple of 16 bytes: for other addresses Triton compiles the kernels a second time.
+    counts = triton.cdiv(most + 1, 4) * 4
     with torch.inference_mode(False):  # captured steps write them, in any mode
         return DecodeBuffers(
             rows=rows,
@@ -175,7 +177,7 @@ def new_buffers(
             hidden=torch.zeros(count, hidden, dtype=dtype, device=device),
             normed=torch.zeros(count, hidden, dtype=dtype, device=device),
             counters=torch.zeros(count, dtype=torch.int32, device=device),
-            expert_counts=torch.zeros(len(weights.layers), most + 1, dtype=torch.int32, device=device),
+            expert_counts=torch.zeros(len(weights.layers), counts, dtype=torch.int32, device=device),
             pdl=pdl_options(device) if pdl and count <= MAX_PDL_ROWS else {},
         )
 

@@ -24,7 +24,7 @@ from ..ops.triton import (
     decode_gemv,
     linear,
 )
-from ..ops.triton.decode_align import PACKED_TILE, align_plain
+from ..ops.triton.decode_align import align_plain, tile_rows
 from ..ops.triton.decode_experts import ExpertWeights
 from ..ops.triton.prefill_experts import permuted_experts
 from ..ops.triton.weights import BLOCK, QuantWeight, Weight, format_of
@@ -97,7 +97,7 @@ def expert_pairs(layer: LayerWeights, dtype: torch.dtype) -> Pairs:
         return None if plain is None else torch.full_like(plain, float("nan"), dtype=dtype)
 
     inner, outer = (like(routed), like(shared)), (like(routed_out), like(shared_out))
-    tokens = None if ids is None else align_plain(ids, weights.num_experts, PACKED_TILE)
+    tokens = None if ids is None else align_plain(ids, weights.num_experts, tile_rows(weights.gate_up))
     decode_experts_gemm.gate_up_gemm(x, weights, *inner, tokens)
     decode_experts_gemm.down_gemm(*inner, weights, *outer, tokens)
     for got, want in zip(outer, (routed_out, shared_out), strict=True):

@@ -101,6 +101,27 @@ def test_a_client_that_stays_and_reads_nothing_holds_a_stream_only_so_long() -> 
     assert closed == [True]
 
 
+def test_no_ping_follows_the_end_of_a_stream() -> None:
+    """A ping that came due while the end waited for the client's window."""
+    sent: list[bytes] = []
+
+    async def events() -> AsyncIterator[bytes]:
+        yield b"data: {}\n\n"
+
+    async def receive() -> Any:
+        await anyio.sleep_forever()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            if not message["more_body"]:
+                await anyio.sleep(0.05)
+            sent.append(message["body"])
+
+    stream = EventStream(events(), lambda: None, ping_seconds=0.01)
+    asyncio.run(asyncio.wait_for(stream({"type": "http"}, receive, send), 10))
+    assert sent == [b"data: {}\n\n", b""]
+
+
 def test_ports_have_an_end(capsys: pytest.CaptureFixture[str]) -> None:
     for text, says in (("65536", "they end at 65535"), ("-1", "negative"), ("x", "invalid")):
         with pytest.raises(SystemExit):

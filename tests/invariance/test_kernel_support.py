@@ -157,6 +157,9 @@ def test_nothing_waits_for_the_device(kind: str, pretended: FakeTensorMode) -> N
         given = captured_prefill.static_inputs(weights, tables, embeds, 2)
         steps = [decode.new_buffers(weights, new_rows(rows, device), *tables) for rows in (1, 4, 96)]
         assert given.logits_BV.device.type == "cuda" and all(step.logits.device.type == "cuda" for step in steps)
+        counts = [step.expert_counts[layer] for step in steps for layer in range(2)]
+        # Of other addresses kernels would be compiled a second time.
+        assert all(part.storage_offset() * part.itemsize % 16 == 0 for part in counts)
         with NoHost():
             captured_prefill.run_captured(model, pools, given)
             for step in steps:

@@ -322,6 +322,23 @@ def test_experts_of_a_few_rows(routed: str | None, shared: str | None) -> None:
             check(got, want)
 
 
+@pytest.mark.parametrize(("routed", "shared"), [("int4-32", "int4-32"), ("int4-32", "int8")])
+def test_experts_of_several_tiles(routed: str, shared: str) -> None:
+    """Of shared experts a program has two, the last of a single row; one routed expert has all rows."""
+    rows, live = 2 * PACKED_TILE + 1, 2 * PACKED_TILE
+    weights, exact = layer(FORMATS[routed], FORMATS[shared], (3, 64, 32, 32))
+    x, ids = draw(rows, 64), torch.tensor([[2, 0], [1, 2]], device=DEVICE, dtype=torch.int32).repeat(rows, 1)[:rows]
+    ids[live:] = -1
+    inner, out = (poisoned(rows, 2, 32), poisoned(rows, 32)), (poisoned(rows, 2, 64), poisoned(rows, 64))
+    tokens = align_plain(ids, 3, PACKED_TILE)
+    gate_up_gemm(x, weights, *inner, tokens)
+    down_gemm(*inner, weights, *out, tokens)
+    plain = down_plain(*gate_up_plain(x, exact, ids.clamp_min(0)), exact, ids.clamp_min(0))
+    assert plain[0] is not None and plain[1] is not None and out[0][live:].isnan().all()
+    check(out[0][:live], plain[0][:live])
+    check(out[1], plain[1])
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("hidden", "inner"), [(128, 128), (192, 96)])
 def test_experts_of_a_prompt(name: str, hidden: int, inner: int) -> None:

@@ -53,7 +53,8 @@ def launch_dependents(PDL: tl.constexpr) -> None:
 def grid_wait(PDL: tl.constexpr) -> None:
     """Wait until the kernel before, and so all before it, have ended and what they wrote can be read.
 
-    Before this a kernel may read weights alone, and may write nothing. Every program must come here.
+    Before this a kernel may read weights alone, and may write nothing. Every program must come here. What the kernel
+    before the last has written may be read too, if all programs of the last one wait before they `launch_dependents`.
     """
     if PDL:
         gdc_wait()

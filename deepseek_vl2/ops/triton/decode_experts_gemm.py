@@ -1,6 +1,6 @@
 """Routed and shared experts of a small batch (GEMM with 2 to 64 rows), without gathering their weights.
 
-Every program streams its part of a weight where it lies, for up to eight rows of an expert, which the router has listed
+Every program streams its part of a weight where it lies, for a tile of an expert's rows, which the router has listed
 (`decode_align`); the shared experts run in the same launch.
 
 Shape suffixes: B rows, H hidden size, E routed experts, K experts of a row, I intermediate size of a routed expert, S

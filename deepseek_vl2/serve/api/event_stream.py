@@ -54,6 +54,7 @@ class EventStream(Response):
         self.on_end: Callable[[int], None] | None = None
         self.last_sent = 0.0
         self.sending = asyncio.Lock()  # anyio's goes through the event loop each time
+        self.ended = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
@@ -81,7 +82,10 @@ class EventStream(Response):
                 self.on_end(status)
 
     async def _send(self, send: Send, body: bytes, more: bool = True) -> None:
-        async with self.sending:  # or a ping could follow the end
+        async with self.sending:
+            if self.ended:  # while a ping waited for its turn: nothing may follow the end
+                return
+            self.ended = not more
             await send({"type": "http.response.body", "body": body, "more_body": more})
             self.last_sent = now()
 
