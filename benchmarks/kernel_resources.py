@@ -45,6 +45,7 @@ from deepseek_vl2.models.modeling_deepseek import DeepseekV2ForCausalLM
 from deepseek_vl2.models.quantizer import WeightOnlyConfig, plan_formats, replace_layers
 from deepseek_vl2.models.siglip_vit import VisionTransformer
 from deepseek_vl2.ops.triton import (
+    decode_experts_gemm,
     decode_gemm,
     decode_mla,
     grouped_gemm,
@@ -117,7 +118,7 @@ class Compiler:
     def compiling(self) -> Iterator[None]:
         """Compile kernels where they would be launched."""
         before, room = JITFunction.__getitem__, decode_mla.shared_memory
-        asking: tuple[Any, ...] = (decode_mla, decode_gemm)
+        asking: tuple[Any, ...] = (decode_mla, decode_gemm, decode_experts_gemm)
 
         def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
             return lambda *args, **options: build(kernel, args, options, self)

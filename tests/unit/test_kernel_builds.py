@@ -18,7 +18,7 @@ MOST_SHARED = 227  # kB a program
 # Bytes of shared memory that a program may have, in kB, by compute capability.
 SHARED = {90: MOST_SHARED, 89: 99, 80: 163}
 PACKED = [("base", 1, "int4", 80), ("small", 64, "int4", 89), ("base", 1536, "int4", 90), ("tiny", 1, "fp8 blocks", 80)]
-PACKED += [("base", 64, "int8", 80), ("small", 1536, "fp8", 89)]
+PACKED += [("base", 64, "int8", 80), ("small", 1536, "fp8", 89), ("small", 16, "int4", 89)]
 
 
 @pytest.mark.slow

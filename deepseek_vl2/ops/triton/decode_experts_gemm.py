@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_rows, dot, grid_wait, launch_dependents, power_of_two
+from .common import check_rows, dot, grid_wait, launch_dependents, power_of_two, shared_memory
 from .decode_align import ExpertTokens, find_tokens, tile_rows
 from .decode_experts import ExpertWeights, silu_mul
 from .weights import (
@@ -31,6 +31,9 @@ from .weights import (
     scale_of,
     tile_columns,
 )
+
+# Bytes of shared memory that gates and ups of int4 take for two tiles of rows, 256 columns a step.
+TWO_TILES_SHARED_BYTES = 140_000
 
 
 @triton.jit
@@ -340,13 +343,13 @@ def gate_up_gemm(
     sizes = {"BLOCK_N": 64, "BLOCK_K": tile_columns(hidden, 64), "STAGES": 3 if narrow else 4, "num_warps": 4}
     if fmt["KIND"]:
         sizes |= {"BLOCK_K": tile_columns(hidden), "STAGES": 3}
-    if fmt["KIND"] == INT4.value:
+    tiles = tiles_of(parts[0], tokens, rows)
+    if fmt["KIND"] == INT4.value and (tiles["TILES"] == 1 or shared_memory(x_BH.device) > TWO_TILES_SHARED_BYTES):
         sizes |= {"BLOCK_K": tile_columns(hidden, 256)}
     sizes |= blocks
     sizes["BLOCK_N"] = min(
         sizes["BLOCK_N"], power_of_two(max(weights.intermediate_size, weights.shared_intermediate_size), 16)
     )
-    tiles = tiles_of(parts[0], tokens, rows)
     programs = triton.cdiv(rows, tiles["TILES"] * tiles["TILE"]) * triton.cdiv(
         weights.shared_intermediate_size, sizes["BLOCK_N"]
     )
