@@ -127,8 +127,8 @@ def select_topk(
     choice = score
     if NOAUX_TC:
         choice += tl.load(bias_ptr + e, mask=real, other=0.0).to(tl.float32)
-    # NaN ranks first, as in torch.topk: no comparison holds for it, so that several experts would have one rank, and the
-    # sum of their ids would be no expert's.
+    # NaN ranks first, as in torch.topk: no comparison holds for it, so several experts would have one rank, and the sum
+    # of their ids would be no expert's.
     choice = tl.where(choice != choice, float("inf"), choice)
     choice = tl.where(real, choice, float("-inf"))
     earlier = e[None, :] < e[:, None]
