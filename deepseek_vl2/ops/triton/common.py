@@ -18,6 +18,8 @@ except ImportError:  # releases of Triton that know no dependent launch, or have
     gdc_launch_dependents = gdc_wait = None
     PDL_SUPPORTED = False
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
 # Under TRITON_INTERPRET=1 kernels run on a CPU, in NumPy, which knows no bfloat16: products are of float32 there.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 

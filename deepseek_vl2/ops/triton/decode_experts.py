@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .weights import Weight, check_weights, format_of, of_one_format
+from .weights import QuantWeight, Weight, check_weights, format_of, of_one_format
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,9 @@ class ExpertWeights:
             raise ValueError(f"The kernels need contiguous weights; these are not: {any_gap}.")
         if not of_one_format(self.gates_and_ups()[1:]):
             raise ValueError("Gates and ups of the shared experts must be of one format.")
+        if isinstance(self.gate_up, QuantWeight) != isinstance(self.down, QuantWeight):
+            # Down over packed weights reads the choice early, which only packed gates and ups allow.
+            raise ValueError("Both matrices of the routed experts must be packed, or none.")
         rows = self.intermediate_size
         if self.gate_up is not None and rows % format_of(self.gate_up)["ROW_BLOCK"]:
             raise ValueError(f"Blocks of 128 rows do not divide the {rows} rows of an expert's gate.")

@@ -15,14 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_rows, dot, grid_wait, launch_dependents, power_of_two, shared_memory
+from .common import TRITON, check_rows, dot, grid_wait, launch_dependents, power_of_two
 from .decode_align import ExpertTokens, find_tokens, tile_rows
 from .decode_experts import ExpertWeights, silu_mul
 from .weights import (
     INT4,
     PLAIN,
-    QuantWeight,
-    Weight,
     format_of,
     load_tile,
     numbers_of,
@@ -32,32 +30,9 @@ from .weights import (
     tile_columns,
 )
 
-# Bytes of shared memory that gates and ups of int4 take for two tiles of rows, 256 columns a step.
-TWO_TILES_SHARED_BYTES = 140_000
-
-
-@triton.jit
-def _store_inner(
-    out_ptr: tl.tensor,
-    gate: tl.tensor,
-    up: tl.tensor,
-    gate_scale: tl.tensor,
-    up_scale: tl.tensor,
-    n: tl.tensor,
-    token: tl.tensor,
-    count: tl.tensor,
-    SIZE: tl.constexpr,
-    KIND: tl.constexpr,
-    GROUP: tl.constexpr,
-) -> None:
-    """Write silu(gate) * up of the first ``count`` routed tokens, rounded as the modules round; scales are by row."""
-    dtype = out_ptr.dtype.element_ty
-    if KIND != PLAIN and GROUP == 0:
-        gate *= gate_scale[:, None]
-        up *= up_scale[:, None]
-    out = silu_mul(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32))
-    held = (tl.arange(0, token.shape[0]) < count)[None, :] & (n < SIZE)[:, None]
-    tl.store(out_ptr + token[None, :] * SIZE + n[:, None], out.to(dtype), mask=held)
+# What keeps tiles of packed weights with single warps, whose threads hold neighbouring bytes: Triton 3.8 multiplies
+# those of eight rows by groups of four warps where it can, and 3.6 does not. (3.7 was not tried.)
+SINGLE_WARPS = {"BLOCK_N": 32, "num_warps": 2} if TRITON > (3, 6) else {}
 
 
 @triton.jit
@@ -75,7 +50,6 @@ def _gate_up_tile(
     H: tl.constexpr,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -83,10 +57,7 @@ def _gate_up_tile(
     GROUP: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
 ) -> None:
-    """Write a block of SIZE outputs of ``count`` of the TILE rows given, each in the place of its routed token.
-
-    With two TILES as many rows follow, of the shared experts: their weights are unpacked once for both.
-    """
+    """Write a block of SIZE outputs of ``count`` of the TILE rows given, each in the place of its routed token."""
     PER: tl.constexpr = 8 if KIND == INT4 else 1
     SCALES: tl.constexpr = 1 if GROUP == 0 else (H + GROUP - 1) // GROUP
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -94,8 +65,6 @@ def _gate_up_tile(
     present = tl.arange(0, TILE) < count
     gate = tl.zeros([BLOCK_N, TILE], tl.float32)
     up = tl.zeros([BLOCK_N, TILE], tl.float32)
-    next_gate = tl.zeros([BLOCK_N, TILE], tl.float32)
-    next_up = tl.zeros([BLOCK_N, TILE], tl.float32)
     for start in tl.range(0, H, BLOCK_K, num_stages=STAGES):
         h = start + tl.arange(0, BLOCK_K)
         if KIND == PLAIN:
@@ -115,17 +84,12 @@ def _gate_up_tile(
         x = tl.load(x_ptr + row[None, :] * H + h[:, None], mask=present[None, :] & (h < H)[:, None], other=0.0)
         gate = dot(gate_weight, x, gate)
         up = dot(up_weight, x, up)
-        if TILES == 2:
-            mask = (tl.arange(0, TILE) < count - TILE)[None, :] & (h < H)[:, None]
-            x = tl.load(x_ptr + (row + TILE)[None, :] * H + h[:, None], mask=mask, other=0.0)
-            next_gate = dot(gate_weight, x, next_gate)
-            next_up = dot(up_weight, x, next_up)
-    gate_scale = row_scale(gate_scale_ptr, n, SIZE, KIND, GROUP)
-    up_scale = row_scale(up_scale_ptr, n, SIZE, KIND, GROUP)
-    _store_inner(out_ptr, gate, up, gate_scale, up_scale, n, token, count, SIZE, KIND, GROUP)
-    if TILES == 2:
-        places = token + TILE
-        _store_inner(out_ptr, next_gate, next_up, gate_scale, up_scale, n, places, count - TILE, SIZE, KIND, GROUP)
+    if KIND != PLAIN and GROUP == 0:
+        gate *= row_scale(gate_scale_ptr, n, SIZE, KIND, GROUP)[:, None]
+        up *= row_scale(up_scale_ptr, n, SIZE, KIND, GROUP)[:, None]
+    out = silu_mul(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32))
+    held = present[None, :] & (n < SIZE)[:, None]
+    tl.store(out_ptr + token[None, :] * SIZE + n[:, None], out.to(out_ptr.dtype.element_ty), mask=held)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -149,7 +113,6 @@ def _gate_up_gemm_kernel(
     E: tl.constexpr,
     TOP_K: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -163,15 +126,15 @@ def _gate_up_gemm_kernel(
     shared_blocks: tl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
     blocks: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     # The shared experts first, all tiles of rows of a block of weights beside one another.
-    shared_tiles = (rows + TILES * TILE - 1) // (TILES * TILE)
+    shared_tiles = (rows + TILE - 1) // TILE
     program = tl.program_id(0)
     number = program - shared_blocks * shared_tiles
     if S > 0 and number < 0:
-        first = program % shared_tiles * (TILES * TILE)
+        first = program % shared_tiles * TILE
         row = first + tl.arange(0, TILE)
         _gate_up_tile(
             x_ptr, shared_gate_ptr, shared_up_ptr, shared_gate_scale_ptr, shared_up_scale_ptr, shared_ptr,
-            program // shared_tiles, row, row, rows - first, H, S, TILE, TILES, BLOCK_N, BLOCK_K, STAGES, KIND, GROUP,
+            program // shared_tiles, row, row, rows - first, H, S, TILE, BLOCK_N, BLOCK_K, STAGES, KIND, GROUP,
             ROW_BLOCK,
         )  # fmt: skip
     elif E > 0:
@@ -181,7 +144,7 @@ def _gate_up_gemm_kernel(
             gate_scale_ptr = gate_up_scale_ptr + expert.to(tl.int64) * (2 * I // ROW_BLOCK * SCALES)
             _gate_up_tile(
                 x_ptr, gate_ptr, gate_ptr + I * (H // PER), gate_scale_ptr, gate_scale_ptr + I // ROW_BLOCK * SCALES,
-                routed_ptr, number % blocks, token // TOP_K, token, count, H, I, TILE, 1, BLOCK_N, BLOCK_K, STAGES,
+                routed_ptr, number % blocks, token // TOP_K, token, count, H, I, TILE, BLOCK_N, BLOCK_K, STAGES,
                 KIND, GROUP, ROW_BLOCK,
             )  # fmt: skip
     launch_dependents(PDL_LAUNCH)  # not before: programs of the next kernel would take the place of these
@@ -199,7 +162,6 @@ def _down_tile(
     H: tl.constexpr,
     SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -207,16 +169,12 @@ def _down_tile(
     GROUP: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
 ) -> None:
-    """Write a block of H outputs of ``count`` of the TILE routed tokens given, of SIZE inputs each.
-
-    TILES: see `_gate_up_tile`.
-    """
+    """Write a block of H outputs of ``count`` of the TILE routed tokens given, of SIZE inputs each."""
     PER: tl.constexpr = 8 if KIND == INT4 else 1
     SCALES: tl.constexpr = 1 if GROUP == 0 else (SIZE + GROUP - 1) // GROUP
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     present = tl.arange(0, TILE) < count
     total = tl.zeros([BLOCK_N, TILE], tl.float32)
-    next_total = tl.zeros([BLOCK_N, TILE], tl.float32)
     for start in tl.range(0, SIZE, BLOCK_K, num_stages=STAGES):
         i = start + tl.arange(0, BLOCK_K)
         if KIND == PLAIN:
@@ -231,19 +189,10 @@ def _down_tile(
         x_mask = present[None, :] & (i < SIZE)[:, None]
         x = tl.load(in_ptr + token[None, :] * SIZE + i[:, None], mask=x_mask, other=0.0)
         total = dot(weight, x, total)
-        if TILES == 2:
-            x_mask = (tl.arange(0, TILE) < count - TILE)[None, :] & (i < SIZE)[:, None]
-            x = tl.load(in_ptr + (token + TILE)[None, :] * SIZE + i[:, None], mask=x_mask, other=0.0)
-            next_total = dot(weight, x, next_total)
     if KIND != PLAIN and GROUP == 0:
-        scale = row_scale(scale_ptr, n, H, KIND, GROUP)[:, None]
-        total *= scale
-        next_total *= scale
+        total *= row_scale(scale_ptr, n, H, KIND, GROUP)[:, None]
     places = out_ptr + token[None, :] * H + n[:, None]
     tl.store(places, total.to(out_ptr.dtype.element_ty), mask=present[None, :] & (n < H)[:, None])
-    if TILES == 2:
-        held = (tl.arange(0, TILE) < count - TILE)[None, :] & (n < H)[:, None]
-        tl.store(places + TILE * H, next_total.to(out_ptr.dtype.element_ty), mask=held)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -266,7 +215,6 @@ def _down_gemm_kernel(
     E: tl.constexpr,
     TOP_K: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -279,15 +227,15 @@ def _down_gemm_kernel(
     SCALES: tl.constexpr = 1 if GROUP == 0 else (I + GROUP - 1) // GROUP
     blocks: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     shared_blocks: tl.constexpr = blocks if S > 0 else 0
-    shared_tiles = (rows + TILES * TILE - 1) // (TILES * TILE)
+    shared_tiles = (rows + TILE - 1) // TILE
     program = tl.program_id(0)
     number = program - shared_blocks * shared_tiles
     grid_wait(PDL)
     if S > 0 and number < 0:
-        first = program % shared_tiles * (TILES * TILE)
+        first = program % shared_tiles * TILE
         _down_tile(
             shared_intermediate_ptr, shared_down_ptr, shared_down_scale_ptr, shared_ptr, program // shared_tiles,
-            first + tl.arange(0, TILE), rows - first, H, S, TILE, TILES, BLOCK_N, BLOCK_K, STAGES, KIND, GROUP,
+            first + tl.arange(0, TILE), rows - first, H, S, TILE, BLOCK_N, BLOCK_K, STAGES, KIND, GROUP,
             ROW_BLOCK,
         )  # fmt: skip
     elif E > 0:
@@ -296,15 +244,9 @@ def _down_gemm_kernel(
             matrix = down_ptr + expert.to(tl.int64) * (H * (I // PER))
             scale_ptr = down_scale_ptr + expert.to(tl.int64) * ((H + ROW_BLOCK - 1) // ROW_BLOCK * SCALES)
             _down_tile(
-                routed_intermediate_ptr, matrix, scale_ptr, routed_ptr, number % blocks, token, count, H, I, TILE, 1,
+                routed_intermediate_ptr, matrix, scale_ptr, routed_ptr, number % blocks, token, count, H, I, TILE,
                 BLOCK_N, BLOCK_K, STAGES, KIND, GROUP, ROW_BLOCK,
             )  # fmt: skip
-
-
-def tiles_of(weight: Weight, tokens: ExpertTokens | None, rows: int) -> dict[str, int]:
-    """Return the rows of a tile, and how many tiles a program of the shared experts has, which all rows have."""
-    tile = tile_rows(weight) if tokens is None else tokens.tile
-    return {"TILE": tile, "TILES": 2 if isinstance(weight, QuantWeight) and rows > tile else 1}
 
 
 def routed_tiles(tokens: ExpertTokens | None) -> int:
@@ -342,17 +284,14 @@ def gate_up_gemm(
     narrow = is_narrow(rows, hidden)
     sizes = {"BLOCK_N": 64, "BLOCK_K": tile_columns(hidden, 64), "STAGES": 3 if narrow else 4, "num_warps": 4}
     if fmt["KIND"]:
-        sizes |= {"BLOCK_K": tile_columns(hidden), "STAGES": 3}
-    tiles = tiles_of(parts[0], tokens, rows)
-    if fmt["KIND"] == INT4.value and (tiles["TILES"] == 1 or shared_memory(x_BH.device) > TWO_TILES_SHARED_BYTES):
-        sizes |= {"BLOCK_K": tile_columns(hidden, 256)}
+        sizes["STAGES"] = 3
+        sizes |= {"BLOCK_K": tile_columns(hidden, 256 if fmt["KIND"] == INT4.value else 128), **SINGLE_WARPS}
     sizes |= blocks
     sizes["BLOCK_N"] = min(
         sizes["BLOCK_N"], power_of_two(max(weights.intermediate_size, weights.shared_intermediate_size), 16)
     )
-    programs = triton.cdiv(rows, tiles["TILES"] * tiles["TILE"]) * triton.cdiv(
-        weights.shared_intermediate_size, sizes["BLOCK_N"]
-    )
+    tile = tile_rows(parts[0]) if tokens is None else tokens.tile
+    programs = triton.cdiv(rows, tile) * triton.cdiv(weights.shared_intermediate_size, sizes["BLOCK_N"])
     programs += routed_tiles(tokens) * triton.cdiv(weights.intermediate_size, sizes["BLOCK_N"])
     _gate_up_gemm_kernel[(programs,)](
         x_BH,
@@ -367,7 +306,7 @@ def gate_up_gemm(
         S=weights.shared_intermediate_size,
         E=0 if tokens is None else weights.num_experts,
         TOP_K=1 if tokens is None else tokens.top_k,
-        **tiles,
+        TILE=tile,
         **fmt,
         **sizes,
     )
@@ -399,10 +338,10 @@ def down_gemm(
     if fmt["KIND"]:
         block_n, block_k = (64, 256) if rows <= 16 and not narrow else (128, 128)
     cut_by = {"BLOCK_K": tile_columns(widest, block_k), "STAGES": 4 if block_k == 64 else 3}
-    sizes = {"BLOCK_N": block_n, "num_warps": 4, **cut_by, **blocks}
+    sizes = {"BLOCK_N": block_n, "num_warps": 4, **cut_by, **(SINGLE_WARPS if fmt["KIND"] else {}), **blocks}
     sizes["BLOCK_N"] = min(sizes["BLOCK_N"], power_of_two(hidden, 16))
-    tiles, has_shared = tiles_of(parts[0], tokens, rows), weights.shared_intermediate_size > 0
-    programs = routed_tiles(tokens) + triton.cdiv(rows, tiles["TILES"] * tiles["TILE"]) * has_shared
+    tile = tile_rows(parts[0]) if tokens is None else tokens.tile
+    programs = routed_tiles(tokens) + triton.cdiv(rows, tile) * (weights.shared_intermediate_size > 0)
     _down_gemm_kernel[(programs * triton.cdiv(hidden, sizes["BLOCK_N"]),)](
         out if routed_BKI is None else routed_BKI,
         out if shared_BS is None else shared_BS,
@@ -417,7 +356,7 @@ def down_gemm(
         S=weights.shared_intermediate_size,
         E=0 if tokens is None else weights.num_experts,
         TOP_K=1 if tokens is None else tokens.top_k,
-        **tiles,
+        TILE=tile,
         **fmt,
         **sizes,
     )

@@ -150,13 +150,14 @@ def _grouped(
     out = rows_PK.new_empty(routed_tokens, outputs)
     sizes = {**grouped_blocks(routed_tokens, experts, width, gated), **blocks}
     sizes["BLOCK_N"] = min(sizes["BLOCK_N"], power_of_two(outputs, 16))
-    if width % FRAGMENT == 0 and sizes["BLOCK_K"] % FRAGMENT:
-        raise ValueError(f"Steps of {sizes['BLOCK_K']} columns have no order of fragments, which are of {FRAGMENT}.")
+    fragments, out_fragments = width % FRAGMENT == 0, gated and outputs % FRAGMENT == 0
+    if any(size % FRAGMENT for size in [sizes["BLOCK_K"]] * fragments + [sizes["BLOCK_N"]] * out_fragments):
+        raise ValueError(f"Fragments are of {FRAGMENT} columns: blocks of {sizes} would cut them.")
     tiles = experts + routed_tokens // sizes["BLOCK_P"]
     _grouped_kernel[(tiles * triton.cdiv(outputs, sizes["BLOCK_N"]),)](
         rows_PK, numbers_of(weight), scale_of(weight), ends_E, out,
         N=outputs, K=width, E=experts, E_PAD=power_of_two(experts), GATED=gated,
-        FRAGMENTS=width % FRAGMENT == 0, OUT_FRAGMENTS=gated and outputs % FRAGMENT == 0, **fmt, **sizes,
+        FRAGMENTS=fragments, OUT_FRAGMENTS=out_fragments, **fmt, **sizes,
     )  # fmt: skip
     return out
 
