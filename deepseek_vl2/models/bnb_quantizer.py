@@ -209,8 +209,10 @@ class WithExperts:
         """Return what packs a parameter once it is read, or reads it packed."""
         packed = self.quantization_config.packed
         if packed is not None:
-            layers = super().get_load_operations()["deserialize"](self)  # type: ignore[misc]
-            return ReadPacked(layers, packed, self.not_finite)
+            from transformers.integrations import bitsandbytes as transformers_bnb
+
+            name = f"Bnb{self.kind}Deserialize"  # one for each kind, which only newer releases return by a method
+            return ReadPacked(getattr(transformers_bnb, name)(self), packed, self.not_finite)
         return QuantizeExperts(super().get_quantize_ops(), self.not_finite)  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
