@@ -377,7 +377,7 @@ def decode_stage(
     if first == 0:
         torch.index_select(weights.embedding, 0, buffers.rows.tokens, out=buffers.hidden)
     if not single:
-        buffers.expert_counts.zero_()  # of a large batch nobody's
+        buffers.expert_counts.zero_()  # which a large batch does not use
         scale, eps = layers[first].input_norm, layers[first].eps
         norm.fused_add_rms_norm(buffers.hidden, None, None, None, scale, eps, buffers.hidden, buffers.normed)
     for index in range(first, last):

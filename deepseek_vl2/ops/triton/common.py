@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,8 @@ except ImportError:  # releases of Triton that know no dependent launch, or have
     gdc_launch_dependents = gdc_wait = None
     PDL_SUPPORTED = False
 
-TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# Of a release candidate ("3.10rc1") and a build of one's own ("3.6.0+git") too.
+TRITON = tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:2])
 
 # Under TRITON_INTERPRET=1 kernels run on a CPU, in NumPy, which knows no bfloat16: products are of float32 there.
 INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
