@@ -1,8 +1,9 @@
 """The SigLIP tower with a kernel for each sum and the norm of it: one pass over memory, where the modules take two.
 
-Attention and MLPs are the tower's own modules. Sums have the modules' bits, norms differ from theirs by roundings.
+Attention is the tower's own module. Patches are embedded by a matrix product: cuDNN's convolution puts channels last
+and first again around it. Sums have the modules' bits, products and norms differ from theirs by roundings.
 
-Shape suffixes: V tiles, S side of a tile in pixels, T patches of a tile, C width.
+Shape suffixes: V tiles, S side of a tile in pixels, T patches of a tile, I numbers of a patch, C width.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any
 
 import timm.models.vision_transformer as timm_vit
 import torch
-from timm.layers import Mlp
+import torch.nn.functional as F
+from timm.layers import Mlp, PatchEmbed
 from torch import nn
 
 from ..models.siglip_vit import VisionTransformer
@@ -66,6 +68,36 @@ def unsupported_reason(tower: Any, pixels_V3SS: torch.Tensor) -> str | None:
 
 # ---------------------------------------------------------------- the tower
 
+# Matrix products read rows by TMA where these begin at multiples of 16 bytes: a row is padded to so many numbers.
+ALIGNED = 8
+
+
+def is_matrix_product(patch_embed: nn.Module) -> bool:
+    """Whether patches, side by side, are multiplied by one matrix each, and what is left of a tile by none."""
+    if type(patch_embed) is not PatchEmbed or type(patch_embed.proj) is not nn.Conv2d:
+        return False
+    if not patch_embed.flatten or patch_embed.dynamic_img_pad or type(patch_embed.norm) is not nn.Identity:
+        return False
+    conv = patch_embed.proj
+    plain = conv.stride == conv.kernel_size and conv.padding == (0, 0) and conv.dilation == (1, 1)
+    return plain and conv.groups == 1 and conv.padding_mode == "zeros"
+
+
+def embed_patches(patch_embed: Any, pixels_V3SS: torch.Tensor) -> torch.Tensor:
+    """Return what the module makes of the patches of tiles, [V, T, C]."""
+    if not is_matrix_product(patch_embed) or pixels_V3SS.shape[-2:] != patch_embed.img_size:
+        embedded: torch.Tensor = patch_embed(pixels_V3SS)
+        return embedded
+    conv, (rows, columns), (height, width) = patch_embed.proj, patch_embed.grid_size, patch_embed.patch_size
+    whole = pixels_V3SS[:, :, : rows * height, : columns * width]
+    patches = whole.unflatten(3, (columns, width)).unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5)
+    inputs = patches.shape[3:].numel()
+    padding = -inputs % ALIGNED
+    patches_VTI = pixels_V3SS.new_empty(len(pixels_V3SS), rows * columns, inputs + padding)
+    patches_VTI[..., inputs:] = 0
+    patches_VTI[..., :inputs].unflatten(-1, patches.shape[3:]).unflatten(1, (rows, columns)).copy_(patches)
+    return F.linear(patches_VTI, F.pad(conv.weight.flatten(1), (0, padding)), conv.bias)
+
 
 def encode(tower: Any, pixels_V3SS: torch.Tensor, pdl: dict[str, Any] | None = None) -> torch.Tensor:
     """Return the tower's normed features, [V, T, C], of tiles.
@@ -76,7 +108,7 @@ def encode(tower: Any, pixels_V3SS: torch.Tensor, pdl: dict[str, Any] | None = N
         pdl: how kernels are launched, see `common.pdl_options`, whose answer is the default.
     """
     pdl = pdl_options(pixels_V3SS.device) if pdl is None else pdl
-    embedded = tower.norm_pre(tower.patch_drop(tower._pos_embed(tower.patch_embed(pixels_V3SS))))
+    embedded = tower.norm_pre(tower.patch_drop(tower._pos_embed(embed_patches(tower.patch_embed, pixels_V3SS))))
     hidden_VTC = embedded.contiguous()
     normed_VTC = tower.blocks[0].norm1(hidden_VTC)
     following = [*(block.norm1 for block in tower.blocks[1:]), tower.norm]

@@ -7,10 +7,12 @@ where a GPU rounds it, which is twice the error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from timm.layers import PatchEmbed
 from torch import nn
 
 pytest.importorskip("triton")
@@ -74,6 +76,7 @@ TOWERS: dict[str, dict[str, Any]] = {
     "two blocks": {},
     "a width that is a power of two": {"embed_dim": 64, "depth": 1},
     "a class token": {"class_token": True, "depth": 1},
+    "tiles that patches do not fill": {"img_size": 48, "depth": 1},
 }
 
 
@@ -89,7 +92,8 @@ def test_tower_agrees_with_its_modules(name: str) -> None:
         vision = small_tower(**TOWERS[name])
         vision.load_state_dict(exact.to(dtype).state_dict())
         vision, wide = vision.to(dtype), exact.to(dtype).double()
-        given = draw(2, 3, 42, 42, dtype=dtype)
+        side = TOWERS[name].get("img_size", 42)
+        given = draw(2, 3, side, side, dtype=dtype)
         assert vision_kernels.unsupported_tower(vision) is None
         ours, theirs, want = vision_kernels.encode(vision, given), vision(given), wide(given.double())
         assert ours.dtype == dtype
@@ -98,6 +102,48 @@ def test_tower_agrees_with_its_modules(name: str) -> None:
         else:
             capacity = 1.6 if dtype == torch.bfloat16 and not ON_GPU else 1.15
             assert relative(ours, want) < capacity * relative(theirs, want)
+
+
+class ForeignPatches(PatchEmbed):
+    pass
+
+
+# 588 and 75 numbers of a patch are padded, 48 are not.
+@pytest.mark.parametrize(("patch", "bias"), [(14, True), (5, True), (4, False)], ids=str)
+@torch.no_grad()
+def test_patches_are_embedded_by_a_matrix_product(patch: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = PatchEmbed(img_size=(29, 44), patch_size=patch, embed_dim=24, bias=bias).to(DEVICE).double()
+    given = draw(2, 3, 29, 44).double()  # a GPU's convolution rounds float32 to TF32
+    want = module(given)
+    monkeypatch.setattr(PatchEmbed, "forward", lambda *_: pytest.fail("the module ran"))
+    assert vision_kernels.is_matrix_product(module)
+    assert relative(vision_kernels.embed_patches(module, given), want) < 1e-12
+
+
+PATCHES: dict[str, Callable[[], nn.Module]] = {
+    "another class": lambda: ForeignPatches(img_size=28, patch_size=14, embed_dim=8),
+    "channels first": lambda: PatchEmbed(img_size=28, patch_size=14, embed_dim=8, flatten=False),
+    "a norm": lambda: PatchEmbed(img_size=28, patch_size=14, embed_dim=8, norm_layer=nn.LayerNorm),
+    "padded tiles": lambda: PatchEmbed(img_size=28, patch_size=14, embed_dim=8, dynamic_img_pad=True),
+    "no size": lambda: PatchEmbed(img_size=None, patch_size=14, embed_dim=8),
+    **{
+        f"a convolution with {field}": lambda field=field, value=value: with_convolution(field, value)
+        for field, value in (("stride", 7), ("padding", 7), ("dilation", 2), ("groups", 3))
+    },
+}
+
+
+def with_convolution(field: str, value: int) -> nn.Module:
+    module = PatchEmbed(img_size=28, patch_size=14, embed_dim=9)
+    module.proj = nn.Conv2d(3, 9, 14, **{"stride": 14, field: value})
+    return module
+
+
+@pytest.mark.parametrize("name", PATCHES)
+@torch.no_grad()
+def test_other_patches_run_as_their_module(name: str) -> None:
+    module, given = PATCHES[name]().to(DEVICE), draw(1, 3, 28, 28)
+    assert torch.equal(vision_kernels.embed_patches(module, given), module(given))
 
 
 def foreign_parts() -> dict[str, Any]:

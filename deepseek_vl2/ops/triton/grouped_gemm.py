@@ -60,8 +60,39 @@ def find_tile(
 
 
 @triton.jit
+def _gate_up_tile(
+    rows_desc: tl.tensor,
+    weights_desc: tl.tensor,
+    out_ptr: tl.tensor,
+    expert: tl.tensor,
+    column: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    dtype = out_ptr.dtype.element_ty
+    gate = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    line = expert * 2 * I + column * BLOCK_N
+    for k in range(0, H, BLOCK_K):
+        rows = rows_desc.load([first, k])
+        gate = dot(rows, weights_desc.load([line, k]).T, gate)
+        up = dot(rows, weights_desc.load([line + I, k]).T, up)
+    gate = rounded(gate, dtype)
+    inner = rounded(gate / (1.0 + tl.exp(-gate)), dtype) * rounded(up, dtype)
+    p = first + tl.arange(0, BLOCK_P)
+    i = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.store(out_ptr + p.to(tl.int64)[:, None] * I + i[None, :], inner.to(dtype), mask=(p < end)[:, None])
+
+
+@triton.jit
 def _gate_up_kernel(
     rows_desc: tl.tensor,
+    half_desc: tl.tensor,
     weights_desc: tl.tensor,
     ends_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -70,29 +101,50 @@ def _gate_up_kernel(
     E: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
     expert, column, first, end = find_tile(ends_ptr, tl.program_id(0), E, E_PAD, I // BLOCK_N, BLOCK_P)
-    if first < end:
-        dtype = out_ptr.dtype.element_ty
-        gate = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-        up = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-        line = expert * 2 * I + column * BLOCK_N
-        for k in range(0, H, BLOCK_K):
-            rows = rows_desc.load([first, k])
-            gate = dot(rows, weights_desc.load([line, k]).T, gate)
-            up = dot(rows, weights_desc.load([line + I, k]).T, up)
-        gate = rounded(gate, dtype)
-        inner = rounded(gate / (1.0 + tl.exp(-gate)), dtype) * rounded(up, dtype)
-        p = first + tl.arange(0, BLOCK_P)
-        i = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        tl.store(out_ptr + p.to(tl.int64)[:, None] * I + i[None, :], inner.to(dtype), mask=(p < end)[:, None])
+    if end - first > HALF:
+        _gate_up_tile(
+            rows_desc, weights_desc, out_ptr, expert, column, first, end, H, I, BLOCK_P, BLOCK_N, BLOCK_K
+        )  # fmt: skip
+    elif HALF > 0 and first < end:
+        _gate_up_tile(
+            half_desc, weights_desc, out_ptr, expert, column, first, end, H, I, HALF, BLOCK_N, BLOCK_K
+        )  # fmt: skip
+
+
+@triton.jit
+def _down_tile(
+    rows_desc: tl.tensor,
+    weights_desc: tl.tensor,
+    out_ptr: tl.tensor,
+    expert: tl.tensor,
+    column: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    line = expert * H + column * BLOCK_N
+    for k in range(0, I, BLOCK_K):
+        total = dot(rows_desc.load([first, k]), weights_desc.load([line, k]).T, total)
+    p = first + tl.arange(0, BLOCK_P)
+    h = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    out = total.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + p.to(tl.int64)[:, None] * H + h[None, :], out, mask=(p < end)[:, None])
 
 
 @triton.jit
 def _down_kernel(
     rows_desc: tl.tensor,
+    half_desc: tl.tensor,
     weights_desc: tl.tensor,
     ends_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -101,19 +153,19 @@ def _down_kernel(
     E: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
     expert, column, first, end = find_tile(ends_ptr, tl.program_id(0), E, E_PAD, H // BLOCK_N, BLOCK_P)
-    if first < end:
-        total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-        line = expert * H + column * BLOCK_N
-        for k in range(0, I, BLOCK_K):
-            total = dot(rows_desc.load([first, k]), weights_desc.load([line, k]).T, total)
-        p = first + tl.arange(0, BLOCK_P)
-        h = column * BLOCK_N + tl.arange(0, BLOCK_N)
-        out = total.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + p.to(tl.int64)[:, None] * H + h[None, :], out, mask=(p < end)[:, None])
+    if end - first > HALF:
+        _down_tile(
+            rows_desc, weights_desc, out_ptr, expert, column, first, end, H, I, BLOCK_P, BLOCK_N, BLOCK_K
+        )  # fmt: skip
+    elif HALF > 0 and first < end:
+        _down_tile(
+            half_desc, weights_desc, out_ptr, expert, column, first, end, H, I, HALF, BLOCK_N, BLOCK_K
+        )  # fmt: skip
 
 
 def _launch(
@@ -129,12 +181,15 @@ def _launch(
     check_rows(rows, weights_EML)
     (experts, _, width), routed_tokens, columns = weights_EML.shape, len(rows), out.shape[1] // block_n
     few = routed_tokens <= 64 * experts
-    block = 64 if few else 128
+    # An expert's last rows, half a tile or less of them, are not multiplied as if there were more.
+    block, half = (64, 0) if few else (128, 64)
     kernel[((experts + routed_tokens // block) * columns,)](
         TensorDescriptor.from_tensor(rows, [block, BLOCK_K]),
+        TensorDescriptor.from_tensor(rows, [64, BLOCK_K]),
         TensorDescriptor.from_tensor(weights_EML.view(-1, width), [block_n, BLOCK_K]),
         ends_E, out,
-        H=hidden, I=inner, E=experts, E_PAD=power_of_two(experts), BLOCK_P=block, BLOCK_N=block_n, BLOCK_K=BLOCK_K,
+        H=hidden, I=inner, E=experts, E_PAD=power_of_two(experts), BLOCK_P=block, HALF=half, BLOCK_N=block_n,
+        BLOCK_K=BLOCK_K,
         num_warps=4 if few else 8, num_stages=4,
     )  # fmt: skip
 
