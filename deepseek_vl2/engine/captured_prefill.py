@@ -103,7 +103,7 @@ def place_prompts(given: PrefillInputs) -> tuple[PackedTokens, torch.Tensor]:
     slots = (starts[:, None] + positions).masked_fill(padding, 0)
     last = counts - 1 + length * torch.arange(prompts, device=starts.device)
     cos, sin = (table.repeat(prompts, 1) for table in (given.cos_LP, given.sin_LP))
-    return PackedTokens([Segment(0, 0, length)] * prompts, slots.flatten(), cos, sin, last), padding.view(-1, 1)
+    return PackedTokens([Segment(0, 0, length)] * prompts, slots.flatten(), cos, sin, last, length), padding.view(-1, 1)
 
 
 def run_captured(language: Any, pools: Pools, given: PrefillInputs) -> None:

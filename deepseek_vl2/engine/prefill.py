@@ -1,9 +1,9 @@
 """Prompts through the language model: new tokens of several sequences, packed, attention segment by segment.
 
 Dense products and attention itself are PyTorch's; kernels take what lies between: norms and sums, rotations, the cache,
-the choice of experts and their products. Whole prompts that are padded to one length attend in one call; see
-`captured_prefill`. Of whole prompts of several lengths each attends over a window that ends at a multiple of `STEP`
-tokens: cuDNN plans its attention anew for each length that it has not met, which takes the host milliseconds.
+the choice of experts and their products. Whole prompts of about one length are padded to it and attend in one call. Of
+others each attends by itself. Either way attention sees windows whose lengths are multiples of `STEP` tokens, which
+reach into the rows behind: cuDNN plans it anew for each length that it has not met, which takes the host milliseconds.
 
 Shape suffixes: N tokens of all segments, H hidden size, P rotated part of a head, K keys of all segments, V vocabulary.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ Tables = dict[torch.device, tuple[torch.Tensor, torch.Tensor]]
 # Lengths that attention sees, and the rows of a pass, are multiples of this: the libraries that choose kernels by the
 # number of rows, and load them then, have met it before.
 STEP = 128
+# Rows that a pass may take for one of its prompts' own so that they attend in one call, of 45 us each for 1,434 tokens.
+MOST_PADDED = 1.03
 
 
 @dataclass
@@ -44,8 +47,10 @@ class PackedTokens:
         segments: whose they are.
         slots_N: index in the pool of each.
         cos_NP: cosines of their positions, and ``sin_NP``.
-        last: of each part, all as long, the index of the last token that is not padding; ``None``: there is no padding.
-        windows: rows over which each segment attends, from its own first one on; ``None``: its own.
+        last: of each part, the index of the last token that is not padding; -1: all of it is. ``None``: there is none.
+        part: rows of a part; the last one may have fewer. 0: all rows are one.
+        windows: rows over which each segment attends, from its own first one on; ``None``: its own. They are all the
+            same where the segments are parts.
         masks: of the segments that have cached tokens before them; made once a pass.
     """
 
@@ -54,6 +59,7 @@ class PackedTokens:
     cos_NP: torch.Tensor
     sin_NP: torch.Tensor
     last: torch.Tensor | None = None
+    part: int = 0
     windows: Sequence[int] | None = None
     masks: list[torch.Tensor | None] = field(default_factory=list)
 
@@ -69,13 +75,8 @@ class PackedTokens:
 
     @property
     def alike(self) -> bool:
-        """Whether all segments are whole prompts of one length, padding included."""
-        return self.windows is None and not self.has_past and len({segment.new for segment in self.segments}) == 1
-
-    @property
-    def part(self) -> int:
-        """Rows of each part that `last` has an entry for."""
-        return len(self.slots_N) // (1 if self.last is None else len(self.last))
+        """Whether the segments are whole prompts of one length, padding included."""
+        return self.part > 0 and not self.has_past
 
 
 def run_linear(module: Any, x_NI: torch.Tensor) -> torch.Tensor:
@@ -96,20 +97,35 @@ def attend(module: Any, normed_NH: torch.Tensor, tokens: PackedTokens, pool: tup
     else:
         query, keys, values = head_queries_keys_values(module, normed_NH, tokens, pool)
     if tokens.alike:
-        out = attend_alike(query, keys, values, len(tokens.segments), module.scaling)
+        out = attend_alike(query, keys, values, tokens, module.scaling)
     else:
         out = attend_segments(query, keys, values, tokens, module.scaling)
     return run_linear(module.o_proj, out.flatten(1))
 
 
 def attend_alike(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, prompts: int, scaling: float
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tokens: PackedTokens, scaling: float
 ) -> torch.Tensor:
-    """Return the attention, [N, heads, size], of whole prompts of one length, in one call."""
-    q, k, v = (part.unflatten(0, (prompts, -1)).transpose(1, 2) for part in (query, keys, values))
+    """Return the attention, [N, heads, size], of whole prompts of one length, in one call; see `attend_segments`."""
+    prompts, length = len(tokens.segments), tokens.part
+    window = length if tokens.windows is None else tokens.windows[0]
+
+    def windows_of(rows: torch.Tensor) -> torch.Tensor:
+        start, *strides = rows.stride()
+        seen = rows.as_strided((prompts, window, *rows.shape[1:]), (length * start, start, *strides))
+        return seen.transpose(1, 2)
+
+    q, k, v = (windows_of(rows) for rows in (query, keys, values))
     grouped = q.shape[1] != k.shape[1]
     attended = F.scaled_dot_product_attention(q, k, v, None, 0.0, True, scale=scaling, enable_gqa=grouped)
-    return attended.transpose(1, 2).flatten(0, 1)
+    attended = attended.transpose(1, 2)
+    if window == length:
+        return attended.flatten(0, 1)
+    out = query.new_empty(len(query), query.shape[1], values.shape[-1])
+    own = prompts * length
+    out[:own].unflatten(0, (prompts, length)).copy_(attended[:, :length])
+    out[own:] = 0
+    return out
 
 
 def attend_segments(
@@ -207,7 +223,9 @@ def prefill_layer(
         add_and_norm(mlp(normed_NH[None])[0], following)
         return
     bias = mlp.gate.e_score_correction_bias if routing.method == NOAUX_TC else None
-    ids, weights = router.route_tokens(normed_NH, mlp.gate.weight, bias, routing, tokens.last, tokens.part)
+    ids, weights = router.route_tokens(
+        normed_NH, mlp.gate.weight, bias, routing, tokens.last, tokens.part or len(normed_NH)
+    )
     outputs, row_map = prefill_experts.permuted_experts(normed_NH, *read_experts(mlp.experts), ids)
     shared = None if mlp.shared_experts is None else run_mlp(mlp.shared_experts, normed_NH)
     scale, eps = following.weight, following.variance_epsilon
@@ -230,9 +248,9 @@ def run_packed(
     Layers may lie on several devices: hidden states follow them.
     """
     layers = language.model.layers
-    windows, padding = pad_attention(segments)
-    embeds_NH = F.pad(embeds_NH, (0, 0, 0, padding)) if padding else embeds_NH
-    places = {device: place_tokens(segments, windows, padding, device, tables[device]) for device in tables}
+    layout = arrange_rows(segments)
+    embeds_NH = layout.spread(embeds_NH)
+    places = {device: place_tokens(segments, layout, device, tables[device]) for device in tables}
     device = layers[0].input_layernorm.weight.device
     with device_of(device):
         hidden, normed = first_norm(layers[0].input_layernorm, embeds_NH.to(device).contiguous())
@@ -244,11 +262,7 @@ def run_packed(
             # The next layer's norm may lie on the next device: a copy of it, a few kilobytes, comes here.
             here = following if following.weight.device == device else MovedNorm(following, device)
             prefill_layer(layer, hidden, normed, places[device], pool, here)
-    last, ends = -1, []
-    for segment in segments:
-        last += segment.new
-        ends.append(last)
-    kept = normed.index_select(0, upload([ends], normed.device)[0])
+    kept = normed.index_select(0, upload([layout.ends], normed.device)[0])
     return run_linear(language.lm_head, kept.to(read_linear(language.lm_head).device)).float()
 
 
@@ -266,35 +280,83 @@ def padded_length(tokens: int, most: int | None = None) -> int:
     return padded if most is None else min(padded, most)
 
 
-def pad_attention(segments: Sequence[Segment]) -> tuple[list[int] | None, int]:
-    """Return the windows over which whole prompts attend, and how many rows of padding follow the last one.
+@dataclass
+class RowLayout:
+    """Which rows of a pass its segments take.
 
-    Prompts of one length attend in one call, and those behind cached tokens by masks of their own: neither is padded.
+    Fields:
+        lengths: new tokens of each segment.
+        starts: the first row of each.
+        rows: of the pass; those that no segment takes are padding.
+        part: see `PackedTokens`, as is ``windows``.
     """
-    if any(s.past for s in segments) or (len(segments) > 1 and len({s.new for s in segments}) == 1):
-        return None, 0
-    windows = [padded_length(s.new) for s in segments]
-    tokens = sum(s.new for s in segments)
-    # No window reaches farther than the last one: each is less than a step longer than its segment.
-    return windows, padded_length(tokens - segments[-1].new + windows[-1]) - tokens
+
+    lengths: Sequence[int]
+    starts: Sequence[int]
+    rows: int
+    part: int = 0
+    windows: Sequence[int] | None = None
+
+    @property
+    def ends(self) -> list[int]:
+        """The last row of each segment."""
+        return [start + length - 1 for start, length in zip(self.starts, self.lengths, strict=True)]
+
+    @property
+    def padded(self) -> bool:
+        """Whether there is padding."""
+        return self.rows > sum(self.lengths)
+
+    @property
+    def last(self) -> list[int]:
+        """See `PackedTokens`."""
+        if not self.part:
+            return [self.ends[-1]]
+        return [*self.ends, *[-1] * (-(-self.rows // self.part) - len(self.starts))]
+
+    def spread(self, packed: torch.Tensor) -> torch.Tensor:
+        """Return rows that lie one behind the other, as long as all segments, in their places; padding is 0."""
+        if not self.padded:
+            return packed
+        out = packed.new_zeros(self.rows, *packed.shape[1:])
+        for start, own in zip(self.starts, packed.split(list(self.lengths)), strict=True):
+            out[start : start + len(own)] = own
+        return out
+
+
+def arrange_rows(segments: Sequence[Segment]) -> RowLayout:
+    """Return the rows of a pass.
+
+    Whole prompts are parts of one length if they are of about one. If they are not, the last one alone has padding
+    behind it, and no window reaches farther than its own: each is less than a step longer than its segment. Segments
+    behind cached tokens attend by masks of their own, without padding.
+    """
+    lengths = [segment.new for segment in segments]
+    starts = [0, *accumulate(lengths)]
+    tokens = starts.pop()
+    if any(segment.past for segment in segments):
+        return RowLayout(lengths, starts, tokens)
+    windows = [padded_length(length) for length in lengths]
+    part = max(lengths)
+    if len(lengths) * part > MOST_PADDED * tokens:
+        return RowLayout(lengths, starts, padded_length(starts[-1] + windows[-1]), 0, windows)
+    part = part if len(lengths) > 1 else windows[0]  # one prompt has its padding in its own part
+    starts = [part * index for index in range(len(lengths))]
+    window = padded_length(part)
+    return RowLayout(lengths, starts, padded_length(starts[-1] + window), part, [window] * len(lengths))
 
 
 def place_tokens(
-    segments: Sequence[Segment],
-    windows: Sequence[int] | None,
-    padding: int,
-    device: torch.device,
-    tables: tuple[torch.Tensor, torch.Tensor],
+    segments: Sequence[Segment], layout: RowLayout, device: torch.device, tables: tuple[torch.Tensor, torch.Tensor]
 ) -> PackedTokens:
     """Return where tokens stand, on a device; those of padding write to the pool's scratch tokens."""
-    rest = torch.zeros(padding, dtype=torch.long)
-    positions = torch.cat([*(torch.arange(s.past, s.end) for s in segments), rest])
-    slots = torch.cat([*(torch.arange(s.start + s.past, s.start + s.end) for s in segments), rest])
-    numbers = torch.stack((positions, slots))
+    positions = torch.cat([torch.arange(s.past, s.end) for s in segments])
+    slots = torch.cat([torch.arange(s.start + s.past, s.start + s.end) for s in segments])
+    numbers = layout.spread(torch.stack((positions, slots), dim=1)).mT.contiguous()
     numbers = numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
     cos, sin = (table.index_select(0, numbers[0]) for table in tables)
-    last = upload([[sum(s.new for s in segments) - 1]], device)[0] if padding else None
-    return PackedTokens(segments, numbers[1].contiguous(), cos, sin, last, windows)
+    last = upload([layout.last], device)[0] if layout.padded else None
+    return PackedTokens(segments, numbers[1].contiguous(), cos, sin, last, layout.part, layout.windows)
 
 
 def device_of(device: torch.device) -> Any:

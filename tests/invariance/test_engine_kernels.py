@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from capture_support import Capture, poison
 from packed_support import FEW_ROWS, pack
 from support import RELEASES, mini_language
@@ -290,6 +291,41 @@ def test_prompts_of_about_one_length_are_replayed_together(kind: str, monkeypatc
         assert capture.replays == times * len(runner.prompts.graphs.held)
     shapes = sorted(key[:2] for key in runner.prompts.graphs.held if isinstance(key, tuple))
     assert shapes == ([(2, 384), (2, 1024)] if GPU else [(2, 4), (2, 8)])
+
+
+ATTENTION = F.scaled_dot_product_attention
+
+
+# Of about one length, of one, of several, and behind cached tokens: how many calls a layer's attention takes.
+@pytest.mark.parametrize(
+    ("lengths", "chunk", "calls"),
+    [((35, 34, 36), 0, 1), ((17, 17), 0, 1), ((21,), 0, 1), ((9, 30, 5), 0, 3), ((12, 12, 12), 4, 3)],
+    ids=str,
+)
+def test_prompts_that_attend_together(
+    lengths: tuple[int, ...], chunk: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of about one length are padded to it: padding lies between them, and windows reach over it."""
+    for kind in ("small", "tiny, grouped keys") if not GPU else ("small", "tiny"):
+        model, options = made_model(kind), EngineOptions(kv_cache_tokens=512)
+        prompts = prompts_of(model, lengths)
+        plain = forced_logits(by_modules(model, options, monkeypatch), prompts, [], chunk)
+        engine, queries = by_kernels(model, options), list[int]()
+
+        def count(query: torch.Tensor, *args: Any, queries: list[int] = queries, **named: Any) -> torch.Tensor:
+            queries.append(query.shape[2])
+            return ATTENTION(query, *args, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "scaled_dot_product_attention", count)
+            quick = forced_logits(engine, prompts, [], chunk)
+        behind = [number for number in queries if number > chunk]  # not those of the chunks before
+        assert len(behind) == calls * len(model.model.layers)
+        if GPU:
+            wide = copy.deepcopy(model).float()
+            as_good(quick, plain, forced_logits(by_modules(wide, options, monkeypatch), prompts, [], chunk))
+        else:
+            torch.testing.assert_close(quick[0], plain[0], rtol=0, atol=TOLERANCE * float(plain[0].abs().max()))
 
 
 def test_which_prompts_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:

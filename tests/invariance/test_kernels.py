@@ -551,11 +551,17 @@ def test_experts_of_many_rows(routing: RouterConfig, dtype: torch.dtype) -> None
     padded, _ = router.route_tokens(x, weight, bias, routing, last, positions=7)
     padding = (torch.arange(7, device=DEVICE) >= tokens[:, None]).flatten()
     assert torch.equal(padded[~padding], ids[~padding]) and bool((padded[padding] == routing.num_experts).all())
+    last[-1] = -1  # the last part, which has fewer rows, is padding
+    cut, _ = router.route_tokens(x[:-2], weight, bias, routing, last, positions=7)
+    assert torch.equal(cut[:-5], padded[:-7]) and bool((cut[-5:] == routing.num_experts).all())
 
 
 def test_prompts_that_are_not_the_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 prompts of 3 rows are not the 5 rows"):
-        router.route_tokens(draw(5, 16), draw(24, 16), None, RouterConfig(24, 4), torch.tensor([1, 4]), positions=3)
+    for rows in (3, 7):
+        with pytest.raises(ValueError, match=f"2 prompts of 3 rows are not the {rows} rows"):
+            router.route_tokens(
+                draw(rows, 16), draw(24, 16), None, RouterConfig(24, 4), torch.tensor([1, 4]), positions=3
+            )
 
 
 def test_many_rows_without_groups_left_out() -> None:

@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
+import torch
 
 from deepseek_vl2.engine import prefill
+from deepseek_vl2.engine.prefill import RowLayout
 from deepseek_vl2.models.cache import Segment
 
 
-def padded(*tokens: int, past: int = 0) -> tuple[Sequence[int] | None, int]:
-    return prefill.pad_attention([Segment(64, past if index == 0 else 0, new) for index, new in enumerate(tokens)])
+def arranged(*tokens: int, past: int = 0) -> RowLayout:
+    return prefill.arrange_rows([Segment(64, past if index == 0 else 0, new) for index, new in enumerate(tokens)])
 
 
-def test_windows_and_rows_are_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def steps_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "STEP", 128)
-    assert padded(1434) == ([1536], 102)
-    assert padded(1434, 1400, 1500) == ([1536, 1408, 1536], 4480 - 4334)
-    for tokens in ((1434, 1400, 3), (300, 2, 1), (130, 129, 128, 1)):
-        windows, padding = padded(*tokens)
-        assert windows is not None and (sum(tokens) + padding) % 128 == 0
-        starts = [sum(tokens[:index]) for index in range(len(tokens))]
-        ends = [start + window for start, window in zip(starts, windows, strict=True)]
-        assert max(ends) <= sum(tokens) + padding < max(ends) + 128  # no window reaches behind the rows
-        assert all(
-            window % 128 == 0 and window - 128 < new <= window for window, new in zip(windows, tokens, strict=True)
-        )
 
 
-def test_what_is_not_padded() -> None:
-    assert padded(700, 700) == (None, 0)  # attend in one call
-    assert padded(700, 600, past=64) == (None, 0)  # one has a past, and a mask
+@pytest.mark.parametrize(
+    "tokens", [(1434,), (1434, 1400, 1500), (1434, 1400, 3), (300, 2, 1), (130, 129, 128, 1), (700, 700), (1,), (9, 9)]
+)
+def test_windows_and_rows_are_whole_steps(tokens: tuple[int, ...]) -> None:
+    layout = arranged(*tokens)
+    assert layout.windows is not None and layout.rows % 128 == 0
+    reach = [start + window for start, window in zip(layout.starts, layout.windows, strict=True)]
+    assert max(reach) <= layout.rows < max(reach) + 128  # no window reaches behind the rows
+    assert all(window % 128 == 0 and tokens_ <= window for window, tokens_ in zip(layout.windows, tokens, strict=True))
+    taken = [set(range(start, start + length)) for start, length in zip(layout.starts, tokens, strict=True)]
+    assert len(set().union(*taken)) == sum(tokens) and [max(rows) for rows in taken] == layout.ends
+    if not layout.part:
+        assert layout.last == layout.ends[-1:]
+        assert all(window - 128 < length for window, length in zip(layout.windows, tokens, strict=True))
+        return
+    assert len(set(layout.windows)) == 1 and layout.starts == [layout.part * i for i in range(len(tokens))]
+    parts = -(-layout.rows // layout.part)
+    assert layout.last == [*layout.ends, *[-1] * (parts - len(tokens))]
+
+
+def test_which_prompts_are_padded_to_one_length() -> None:
+    assert arranged(1434) == RowLayout([1434], [0], 1536, 1536, [1536])
+    assert arranged(1434, 1440) == RowLayout([1434, 1440], [0, 1440], 3072, 1440, [1536] * 2)
+    assert arranged(1434, 1400, 1500) == RowLayout([1434, 1400, 1500], [0, 1434, 2834], 4480, 0, [1536, 1408, 1536])
+    assert arranged(700, 600, past=64) == RowLayout([700, 600], [0, 700], 1300)  # one has a past, and a mask
+
+
+def test_rows_are_spread_over_their_places() -> None:
+    packed = torch.arange(1, 8)[:, None].float()
+    layout = RowLayout([3, 4], [0, 4], 10, 4, [4, 4])
+    assert layout.spread(packed)[:, 0].tolist() == [1, 2, 3, 0, 4, 5, 6, 7, 0, 0]
+    layout = RowLayout([3, 4], [0, 3], 7)
+    assert layout.spread(packed) is packed

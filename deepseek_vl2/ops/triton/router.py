@@ -395,9 +395,9 @@ def route_tokens(
         weight_EH: the gate's.
         bias_E: what a corrected choice adds to the scores.
         routing: how experts are selected; not from groups of which some are left out.
-        last: of each prompt, the row of its last token that is not padding, [N / positions]: those behind it get no
-            expert, which is id E. ``None``: there is no padding.
-        positions: how many rows a prompt takes, its padding included.
+        last: of each prompt, the row of its last token that is not padding, [N / positions, rounded up]: those behind
+            it get no expert, which is id E; -1: all of them. ``None``: there is no padding.
+        positions: how many rows a prompt takes, its padding included; the last one may take fewer.
 
     Returns:
         Ids, int32 [N, K], and weights, float32 [N, K]: by id, but for the least likely one, which is the last. So does
@@ -407,7 +407,7 @@ def route_tokens(
     if routing.group_limited:
         raise ValueError("Groups of experts that are left out need the plain form.")
     rows, hidden = x_NH.shape
-    if last is not None and len(last) * positions != rows:
+    if last is not None and len(last) != triton.cdiv(rows, positions):
         raise ValueError(f"{len(last)} prompts of {positions} rows are not the {rows} rows given.")
     ids = torch.empty(rows, routing.top_k, dtype=torch.int32, device=x_NH.device)
     weights = torch.empty(rows, routing.top_k, dtype=torch.float32, device=x_NH.device)
