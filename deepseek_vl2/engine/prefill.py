@@ -122,9 +122,10 @@ def attend_alike(
     if window == length:
         return attended.flatten(0, 1)
     out = query.new_empty(len(query), query.shape[1], values.shape[-1])
-    own = prompts * length
-    out[:own].unflatten(0, (prompts, length)).copy_(attended[:, :length])
-    out[own:] = 0
+    # Copies of memory as it is: one of all prompts takes four times as long.
+    for index, rows in enumerate(attended):
+        out[index * length : (index + 1) * length] = rows[:length]
+    out[prompts * length :] = 0
     return out
 
 

@@ -306,8 +306,10 @@ def test_prompts_that_attend_together(
     lengths: tuple[int, ...], chunk: int, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts of about one length are padded to it: padding lies between them, and windows reach over it."""
+    if GPU:  # as many tokens as a decoding step has rows would be rows
+        lengths, chunk = tuple(10 * length for length in lengths), 10 * chunk
     for kind in ("small", "tiny, grouped keys") if not GPU else ("small", "tiny"):
-        model, options = made_model(kind), EngineOptions(kv_cache_tokens=512)
+        model, options = made_model(kind), EngineOptions(kv_cache_tokens=4096 if GPU else 512)
         prompts = prompts_of(model, lengths)
         plain = forced_logits(by_modules(model, options, monkeypatch), prompts, [], chunk)
         engine, queries = by_kernels(model, options), list[int]()
