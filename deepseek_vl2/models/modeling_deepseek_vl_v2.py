@@ -184,6 +184,19 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ImageGenerationMixin,
         total = self.encode_tiles(tile_13SS).sum()
         return (total + (self.image_newline.sum() + self.view_seperator.sum()).to(total.device)) * 0.0
 
+    def _must_touch_vision(self) -> bool:
+        """Whether a batch without images is to give gradients of 0 to what images run through.
+
+        Without several processes an optimizer would leave those weights as they are, where in several it takes a step
+        of its momentum and weight decay. And where they alone are trained the loss must have a gradient.
+        """
+        if not self.training:
+            return False
+        if is_one_of_several_processes():
+            return True
+        trained = (*self.vision.parameters(), *self.projector.parameters(), self.image_newline, self.view_seperator)
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in trained)
+
     @property
     def image_token_side(self) -> int:
         """Image tokens along a tile's side."""
@@ -287,7 +300,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ImageGenerationMixin,
         grids = self.image_grids(input_ids, images, images_seq_mask, images_spatial_crop, ids_checked)
         if images is None or images_seq_mask is None or not any(grids):
             embeds = self.get_input_embeddings()(input_ids)
-            if images is not None and self.training and is_one_of_several_processes():
+            if images is not None and self._must_touch_vision():
                 embeds = embeds + self._touch_vision(images[:1, 0]).to(embeds)
             return embeds
         marked = sum(count_image_tokens(grid, self.image_token_side) for row in grids for grid in row)
