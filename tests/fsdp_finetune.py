@@ -23,10 +23,15 @@ def gloo_for_all(*args: Any, **kwargs: Any) -> tuple[str, DistributedType]:
     return "gloo", DistributedType.MULTI_GPU
 
 
-if __name__ == "__main__":
+def open_to_gloo() -> None:
+    """Let this process of a launcher shard on its CPU."""
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     dist.init_process_group("gloo")
     PartialState._prepare_backend = gloo_for_all
+
+
+if __name__ == "__main__":
+    open_to_gloo()
     code = main(sys.argv[1:])
     dist.destroy_process_group()
     sys.exit(code)

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from deepseek_vl2.models.offloading import execution_device
+
 # Tokens at the front that belong to nobody: padding is written there.
 SCRATCH = 64
 
@@ -88,11 +90,8 @@ def affordable_tokens(shapes: list[LayerShape], share: float) -> int:
 
 
 def device_of(module: Any) -> torch.device:
-    """Return where a module computes: where its weight is, or where an offloaded one visits."""
-    device: torch.device = module.weight.device
-    if device.type != "meta":
-        return device
-    return torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or "cpu")
+    """Return where a module with a weight computes."""
+    return execution_device(module, module.weight)
 
 
 def new_pool(shape: LayerShape, tokens: int) -> tuple[torch.Tensor, ...]:

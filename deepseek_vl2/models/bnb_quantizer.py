@@ -198,6 +198,18 @@ class WithExperts:
     kind = ""
     quantization_config: Any
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Raise ``ValueError`` where a map leaves weights on the host beside a GPU, or on the disk."""
+        device_map = kwargs.get("device_map")
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else {str(device_map)}
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                "bitsandbytes' weights cannot wait on the host or the disk, and max_memory or the device_map leaves "
+                'some there: give the devices more memory, or use WeightOnlyConfig("int4") of '
+                "deepseek_vl2.models.quantizer, whose layers may wait on the host."
+            )
+        super().validate_environment(*args, **kwargs)  # type: ignore[misc]
+
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is to be packed once it is read."""
         module, name = get_module_from_name(model, param_name)

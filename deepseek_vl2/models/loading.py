@@ -30,6 +30,7 @@ from .checkpoint import (
     released_shapes,
 )
 from .checkpoint_check import ADAPTER, check_config, check_finite
+from .offloading import without_overlaps
 from .quantized_checkpoint import READABLE, PackedFile, logical_shapes, packed_while_read, packing_device
 from .quantizer import WeightOnlyConfig, check_foreign, plan_formats
 
@@ -200,6 +201,8 @@ class CheckpointLoadingMixin:
             raise ValueError(f"{source} cannot be loaded as its config.json describes it: {error}") from error
         with torch.device("meta"):
             model: Any = cls(config)  # type: ignore[call-arg]
+        if isinstance(options.get("device_map"), dict):
+            options["device_map"] = without_overlaps(model, options["device_map"])
         shapes = stored.shapes if packed is None else logical_shapes(stored, packed.layers)
         check_shapes(released_shapes(model, config), shapes, source)
         if packed is None:

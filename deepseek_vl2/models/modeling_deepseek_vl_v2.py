@@ -48,6 +48,7 @@ from .modeling_base import (
     check_keywords,
 )
 from .modeling_deepseek import DeepseekV2ForCausalLM, split_training_mask
+from .offloading import execution_device, visiting
 from .projector import MlpProjector, output_side
 from .siglip_vit import VisionTransformer
 from .standard_images import ImageInputs, original_inputs
@@ -131,9 +132,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ImageGenerationMixin,
 
     def encode_tiles(self, tiles_V3SS: torch.Tensor) -> torch.Tensor:
         """Return the token embeddings, [V, L, H], of tiles; they are moved and cast to the vision tower's own."""
-        weight = self.vision.patch_embed.proj.weight
-        device = weight.device if weight.device.type != "meta" else tiles_V3SS.device
-        tiles = tiles_V3SS.to(device=device, dtype=weight.dtype)
+        tiles = tiles_V3SS.to(device=self.vision_device, dtype=self.vision.patch_embed.proj.weight.dtype)
         if not torch.is_grad_enabled() and (engine := backend()) is not None:
             embeddings: torch.Tensor | None = engine.encode_tiles(self, tiles)
             if embeddings is not None:
@@ -149,7 +148,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ImageGenerationMixin,
             views_VLH: what `encode_tiles` gave for the images, each image's global view first.
             grids: the tile grid of each image.
         """
-        newline, separator = (p.to(views_VLH) for p in (self.image_newline, self.view_seperator))
+        newline, separator = self._ends(views_VLH)
         global_first = self.global_view_pos == "head"
         views_of_images = views_VLH.split([grid.views for grid in grids])
         return torch.cat(
@@ -171,9 +170,14 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ImageGenerationMixin,
         layout = layout_of_images(every, side * side, self.global_view_pos == "head")
         places = torch.from_numpy(np.concatenate(layout)).to(device)
         views_VLH = self.encode_tiles(select_tiles(images, grids))
-        newline, separator = (p.to(views_VLH) for p in (self.image_newline, self.view_seperator))
+        newline, separator = self._ends(views_VLH)
         ends = newline.expand(len(layout.newlines), -1), separator.expand(len(layout.separators), -1)
         return torch.cat((views_VLH.flatten(0, 1), *ends)), places
+
+    def _ends(self, views_VLH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what ends a row of views and what parts them, [H] each, beside the views."""
+        with visiting(self):
+            return self.image_newline.to(views_VLH), self.view_seperator.to(views_VLH)
 
     def _touch_vision(self, tile_13SS: torch.Tensor) -> torch.Tensor:
         """Return 0 with a gradient of 0 for all that images run through.
@@ -184,6 +188,19 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ImageGenerationMixin,
         total = self.encode_tiles(tile_13SS).sum()
         return (total + (self.image_newline.sum() + self.view_seperator.sum()).to(total.device)) * 0.0
 
+    def _must_touch_vision(self) -> bool:
+        """Whether a batch without images is to give gradients of 0 to what images run through.
+
+        Without several processes an optimizer would leave those weights as they are, where in several it takes a step
+        of its momentum and weight decay. And where they alone are trained the loss must have a gradient.
+        """
+        if not self.training:
+            return False
+        if is_one_of_several_processes():
+            return True
+        trained = (*self.vision.parameters(), *self.projector.parameters(), self.image_newline, self.view_seperator)
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in trained)
+
     @property
     def image_token_side(self) -> int:
         """Image tokens along a tile's side."""
@@ -192,8 +209,8 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ImageGenerationMixin,
     @property
     def vision_device(self) -> torch.device:
         """Where tiles go."""
-        device: torch.device = self.vision.patch_embed.proj.weight.device
-        return device if device.type != "meta" else self.device
+        first = self.vision.patch_embed.proj
+        return execution_device(first, first.weight)
 
     def image_grids(
         self,
@@ -287,7 +304,7 @@ class DeepseekVLV2ForCausalLM(DeepseekVLV2PreTrainedModel, ImageGenerationMixin,
         grids = self.image_grids(input_ids, images, images_seq_mask, images_spatial_crop, ids_checked)
         if images is None or images_seq_mask is None or not any(grids):
             embeds = self.get_input_embeddings()(input_ids)
-            if images is not None and self.training and is_one_of_several_processes():
+            if images is not None and self._must_touch_vision():
                 embeds = embeds + self._touch_vision(images[:1, 0]).to(embeds)
             return embeds
         marked = sum(count_image_tokens(grid, self.image_token_side) for row in grids for grid in row)

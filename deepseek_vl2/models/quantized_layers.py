@@ -36,7 +36,22 @@ class PackedModule(nn.Module):
 
     def packed(self, name: str) -> PackedWeight:
         """Return a packed matrix."""
-        return PackedWeight(getattr(self, f"{name}_packed"), getattr(self, f"{name}_scale"))
+        numbers: torch.Tensor = getattr(self, f"{name}_packed")
+        if numbers.dtype != self.formats[name].packed_dtype:  # held as floats
+            numbers = numbers.view(self.formats[name].packed_dtype)
+        return PackedWeight(numbers, getattr(self, f"{name}_scale"))
+
+    def hold_as_floats(self) -> None:
+        """Let parameters of integers and of 8 bits have a dtype that FSDP 2 shards, with the same bits.
+
+        Before torch 2.14 it makes every sharded parameter one that may take a gradient, which integers may not.
+        """
+        for name in self.formats:
+            numbers = self.packed(name).packed
+            carrier = torch.float32 if numbers.element_size() == 4 else torch.bfloat16
+            if numbers.shape[-1] * numbers.element_size() % carrier.itemsize == 0:
+                held = nn.Parameter(numbers.detach().view(carrier), requires_grad=False)
+                setattr(self, f"{name}_packed", held)
 
     def set_packed(self, name: str, weight: PackedWeight) -> None:
         """Give a packed matrix its values."""

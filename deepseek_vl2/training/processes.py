@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from deepseek_vl2.models.quantized_layers import packed_layers
+
 
 def refuse_deepspeed(deepspeed: Any = None) -> None:
     """Raise ``ValueError`` where DeepSpeed is asked for: by an argument, or by accelerate's launcher."""
@@ -43,6 +45,19 @@ def keep_sums_exact(plugin: Any) -> None:
     policy = plugin.mixed_precision_policy
     if policy is not None:
         plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+
+
+def shard_as_it_is(plugin: Any, model: nn.Module) -> None:
+    """Let FSDP 2 hand out a model's weights in their own dtypes, packed ones too: under adapters most are frozen in
+    bfloat16 already, and it would round packed numbers, gates and norms.
+
+    Args:
+        plugin: accelerate's.
+        model: with adapters; whoever runs it has autocast choose the dtype of products.
+    """
+    plugin.mixed_precision_policy = None
+    for _, layer in packed_layers(model):
+        layer.hold_as_floats()
 
 
 @contextmanager

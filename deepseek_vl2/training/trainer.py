@@ -22,7 +22,7 @@ from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 from deepseek_vl2.models.checkpoint import StoredTensors, check_shapes, find_files, released_shapes
 
 from .collator import ConversationCollator
-from .processes import hidden_buffers, keep_sums_exact, refuse_deepspeed
+from .processes import hidden_buffers, keep_sums_exact, refuse_deepspeed, shard_as_it_is
 from .routing import RoutingBiasUpdater
 
 logger = logging.get_logger(__name__)
@@ -248,9 +248,9 @@ class VLTrainer(Trainer):
         super().__init__(
             model=model, args=args, data_collator=data_collator, processing_class=processing_class, **kwargs
         )
+        self._autocasts = False
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2:
-            keep_sums_exact(self.accelerator.state.fsdp_plugin)
-            self._prepare_with_buffers()
+            self._set_up_sharding(self.accelerator.state.fsdp_plugin)
         self.routing = RoutingBiasUpdater(self.base_model(), rate=args.routing_bias_rate)
         self.add_callback(RoutingCallback(self.routing))
         self.remove_callback(ProgressCallback)
@@ -258,6 +258,20 @@ class VLTrainer(Trainer):
         self.add_callback(BarlessLogCallback() if args.disable_tqdm else LogCallback())
         self._tokens = torch.zeros((), dtype=torch.long, device=args.device)
         self._token_clock = time.perf_counter()
+
+    def _set_up_sharding(self, plugin: Any) -> None:
+        if hasattr(self.model, "peft_config"):
+            self._autocasts = plugin.mixed_precision_policy is not None
+            shard_as_it_is(plugin, self.model)
+        else:
+            keep_sums_exact(plugin)
+        self._prepare_with_buffers()
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """Return autocast where accelerate leaves it out: around models that FSDP 2 shards in their own dtypes."""
+        if not self._autocasts:
+            return super().autocast_smart_context_manager(cache_enabled)
+        return self.accelerator.autocast()
 
     def _prepare_with_buffers(self) -> None:
         """Let the accelerator shard models that have buffers."""

@@ -82,14 +82,18 @@ MACHINE = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "
 
 
 def write_files(root: Path, kind: str) -> Path:
-    """Write a mini checkpoint and eight conversations."""
-    mini_model(kind).save_pretrained(root / "model")
-    mini_processor().save_pretrained(root / "model")
+    """Write a mini checkpoint and eight conversations, three without images: one step has none but those."""
+    model, processor = mini_model(kind), mini_processor()
+    language, tokenizer = model.config.language_config, processor.tokenizer
+    language.bos_token_id, language.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    model.save_pretrained(root / "model")
+    processor.save_pretrained(root / "model")
     lines = []
     for number in range(8):
-        sample = mini_conversation(number)
-        sample["images"][0].save(root / f"{number}.png")
-        sample["conversation"][0]["images"] = [f"{number}.png"]
+        sample = mini_conversation(number, images=int(number not in (1, 3, 6)))
+        for image in sample["images"]:
+            image.save(root / f"{number}.png")
+            sample["conversation"][0]["images"] = [f"{number}.png"]
         lines.append(json.dumps(sample["conversation"]))
     (root / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return root
@@ -102,34 +106,48 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(files: Path, method: str, output: Path, rows: int) -> list[str]:
+    """Return the command's options; ``method``: "full", "lora", or the kind of weights under adapters."""
     paths = ["--model", str(files / "model"), "--data", str(files / "train.jsonl"), "--output", str(output)]
     fixed = "--cpu --workers 0 --accumulation 1 --no_bar --max_steps 4 --save_every 2 --save_dtype float32 --warmup 0"
-    schedule = ["--schedule", "constant", "--learning_rate", "1e-3", "--batch_size", str(rows)]
-    return [*paths, *fixed.split(), *schedule, "--method", method]
+    schedule = ["--schedule", "constant", "--learning_rate", "1e-3", "--batch_size", str(rows), "--log_every", "1"]
+    packed = [] if method in ("full", "lora") else ["--quantize", method]
+    return [*paths, *fixed.split(), *schedule, "--method", "full" if method == "full" else "lora", *packed]
 
 
-def launch(script_and_options: list[str]) -> None:
-    """Run a script in two processes of accelerate's launcher."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *MACHINE, *FSDP]
-    command += ["--main_process_port", str(free_port()), *script_and_options]
+def launch(spread: str, arguments: list[str]) -> None:
+    """Run the command in two processes: sharded by accelerate's launcher, or copied by torchrun."""
+    if spread == "sharded":
+        start = ["accelerate.commands.launch", *MACHINE, *FSDP, "--main_process_port", str(free_port())]
+        start += [str(TESTS / "fsdp_finetune.py")]
+    else:  # on CPUs accelerate's launcher starts one process
+        start = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+        start += ["-m", "deepseek_vl2.training.finetune"]
+    command = [sys.executable, "-m", *start, *arguments]
     done = subprocess.run(command, timeout=300, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_the_launched_command_trains_sharded_as_alone(method: str, files: Path, tmp_path: Path) -> None:
-    """The base model has a buffer that is saved, the gate's bias, which accelerate alone fails to shard around."""
-    if method == "lora":
+def needs_peft(method: str) -> None:
+    if method != "full":
         pytest.importorskip("peft")
-    script = str(TESTS / "fsdp_finetune.py")
-    sharded, alone = tmp_path / "sharded", tmp_path / "alone"
-    launch([script, *options(files, method, sharded, rows=1)])
-    assert (sharded / "checkpoint-4" / "pytorch_model_fsdp.bin").is_file()  # only FSDP writes it
+
+
+@pytest.mark.parametrize(
+    ("spread", "method"),
+    [("sharded", "full"), ("sharded", "lora"), ("sharded", "int4"), ("copied", "full"), ("copied", "int8")],
+)
+def test_the_launched_command_trains_as_alone(spread: str, method: str, files: Path, tmp_path: Path) -> None:
+    """The base model has a buffer that is saved, the gate's bias, which accelerate alone fails to shard around."""
+    needs_peft(method)
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    launch(spread, options(files, method, shared, rows=1))
+    sharded = (shared / "checkpoint-4" / "pytorch_model_fsdp.bin").is_file()  # only FSDP writes it
+    assert sharded == (spread == "sharded")
     assert finetune(options(files, method, alone, rows=2)) == 0
     want, start = load_file(alone / "model.safetensors"), load_file(files / "model" / "model.safetensors")
 
     def compare() -> None:
-        got = load_file(sharded / "model.safetensors")
+        got = load_file(shared / "model.safetensors")
         assert got.keys() == want.keys()
         for name, tensor in want.items():
             change = (tensor - start[name]).norm()
@@ -137,10 +155,11 @@ def test_the_launched_command_trains_sharded_as_alone(method: str, files: Path, 
             assert (got[name] - tensor).norm() <= 2e-2 * change + 1e-6, name
 
     compare()
-    if method == "full":
-        shutil.rmtree(sharded / "checkpoint-4")
-        (sharded / "model.safetensors").unlink()
-        launch([script, *options(files, method, sharded, rows=1), "--resume"])
+    assert losses(shared) == pytest.approx(losses(alone), abs=1e-4)
+    if method != "lora":
+        shutil.rmtree(shared / "checkpoint-4")
+        (shared / "model.safetensors").unlink()
+        launch(spread, [*options(files, method, shared, rows=1), "--resume"])
         compare()
 
 
@@ -150,16 +169,14 @@ def losses(output: Path) -> list[float]:
     return [log["loss"] for log in map(json.loads, lines) if "loss" in log]
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "int4", "fp8"])
 def test_the_launched_command_recomputes_layers_in_bfloat16(method: str, tmp_path: Path) -> None:
     """Before torch 2.14 FSDP 2 casts a layer's inputs when it runs first, and not when it is run again."""
-    if method == "lora":
-        pytest.importorskip("peft")
+    needs_peft(method)
     files = write_files(tmp_path, "tiny")
-    more = ["--precision", "bf16", "--gradient_checkpointing", "--log_every", "1", "--max_steps", "3"]
+    more = ["--precision", "bf16", "--gradient_checkpointing", "--max_steps", "3"]
     sharded, alone = tmp_path / "sharded", tmp_path / "alone"
-    script = str(TESTS / "fsdp_finetune.py")
-    launch([script, *options(files, method, sharded, rows=1), *more])
+    launch("sharded", [*options(files, method, sharded, rows=1), *more])
     assert finetune([*options(files, method, alone, rows=2), *more]) == 0
     got, want = losses(sharded), losses(alone)
     assert len(got) == len(want) == 3

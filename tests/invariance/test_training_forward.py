@@ -111,6 +111,24 @@ def test_an_expert_without_tokens_takes_a_gradient_of_zero() -> None:
     assert (by_expert == 0).any() and (by_expert > 0).any() and bool(torch.isfinite(by_expert).all())
 
 
+@pytest.mark.parametrize("frozen", ["nothing", "language", "vision and projector"])
+def test_a_batch_without_images_moves_the_tower_as_several_processes_would(frozen: str) -> None:
+    """Where another process has images, the tower takes a step of its momentum here too: a gradient of 0."""
+    model = mini_model("tiny").train()
+    for name, parameter in model.named_parameters():
+        if name.startswith("language.") == (frozen == "language") and frozen != "nothing":
+            parameter.requires_grad_(False)
+    text = labelled({**mini_inputs([12, (1, 1), 9], [26])})
+    text = {name: tensor[1:] for name, tensor in text.items()}
+    assert not text["images_spatial_crop"].any()
+    _, gradients = loss_and_gradients(model, text)
+    seen = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert gradients.keys() == {name for name in seen if ".attn_pool." not in name}
+    of_images = [gradient for name, gradient in gradients.items() if not name.startswith("language.")]
+    assert bool(of_images) == (frozen != "vision and projector")
+    assert not any(bool(gradient.any()) for gradient in of_images)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_trains_float32_weights(kind: str) -> None:
     model, inputs = mini_model(kind).train(), batch()

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from support import CASES, CHECKPOINTS, GREEDY, KINDS, mini_inputs, mini_model, 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from deepseek_vl2.models import DeepseekVLV2Config, DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
+from deepseek_vl2.models.offloading import without_overlaps
 
 State = dict[str, torch.Tensor]
 
@@ -262,6 +264,56 @@ def test_layers_offloaded_to_disk_give_the_same(
     )
     assert model.language.model.layers[2].mlp.gate.weight.device.type == "meta"
     assert_answers_like(model, shared_mini_model(kind, attn))
+
+
+@pytest.mark.parametrize(
+    ("places", "memory"),
+    [
+        ({"": "disk"}, None),
+        ({"": "cpu", "vision": "disk", "language.model.layers.2.mlp.experts": "disk"}, None),
+        ({"": "disk", "language.lm_head": "cpu", "language.model.layers.1": "cpu"}, None),
+        ("auto", {"cpu": 200_000}),
+    ],
+)
+def test_whatever_is_on_the_disk_answers_the_same(
+    places: Any, memory: Any, mini_states: dict[str, State], tmp_path: Path
+) -> None:
+    """Images are embedded outside the model's own forward pass, before anything has brought its weights."""
+    write_checkpoint(tmp_path / "model", mini_states["small"], "small")
+    model = DeepseekVLV2ForCausalLM.from_pretrained(
+        tmp_path / "model",
+        dtype=torch.float32,
+        device_map=places,
+        max_memory=memory,
+        offload_folder=tmp_path / "offload",
+    )
+    on_disk = {name for name, parameter in model.named_parameters() if parameter.device.type == "meta"}
+    assert any("experts" in name for name in on_disk)
+    assert_answers_like(model, shared_mini_model("small"))
+
+
+def test_places_that_hold_one_another_are_taken_apart() -> None:
+    model = shared_mini_model("small")
+    layers = "language.model.layers"
+    spread = without_overlaps(model, {"": "cpu", "language": 0, f"{layers}.1.mlp.experts": "disk", "vision": 1})
+    for outer in spread:
+        assert not any(inner.startswith(f"{outer}.") for inner in spread)
+
+    def place(name: str) -> Any:
+        (found,) = (where for key, where in spread.items() if name == key or name.startswith(f"{key}."))
+        return found
+
+    wanted = {f"{layers}.1.mlp.experts": "disk", "language": 0, "vision": 1, "": "cpu"}
+    for name, _ in model.named_parameters():
+        assert place(name) == next(where for key, where in wanted.items() if name.startswith(key))
+    assert without_overlaps(model, {"vision": 0, "language": 1}) == {"vision": 0, "language": 1}
+    assert without_overlaps(model, {"": "cuda:0"}) == {"": "cuda:0"}
+
+
+def test_a_model_of_which_a_part_is_nowhere_is_refused(mini_states: dict[str, State], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, mini_states["tiny"], "tiny")
+    with pytest.raises(ValueError, match='"meta" beside other places'):
+        DeepseekVLV2ForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu", "language.lm_head": "meta"})
 
 
 def test_layers_offloaded_to_the_cpu_give_the_same(kind: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support import KINDS, mini_model, released_names
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from training_support import batch, logits, train
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
@@ -15,6 +17,7 @@ from deepseek_vl2.models.moe import DeepseekV2Experts
 from deepseek_vl2.models.quantized_layers import PackedExperts, packed_layers
 from deepseek_vl2.models.quantizer import WeightOnlyConfig
 from deepseek_vl2.training.lora import add_lora, load_lora, merge_and_save
+from deepseek_vl2.training.processes import shard_as_it_is
 
 pytest.importorskip("peft")
 
@@ -64,6 +67,21 @@ def test_adapters_train_merge_and_reload(
     assert released_names(tmp_path / "merged") == released_names(released[kind])
     plain = DeepseekVLV2ForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     torch.testing.assert_close(logits(plain), logits(merged))
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8", "fp8"])
+def test_sharded_as_floats_they_are_the_same_weights(weights: str, released: dict[str, Path]) -> None:
+    """FSDP 2 rounds what it takes for weights, and before torch 2.14 shards no integers."""
+    model = add_lora(load(released["small"], weights), rank=4)
+    expected = logits(model)
+    plugin = SimpleNamespace(mixed_precision_policy=MixedPrecisionPolicy(torch.bfloat16))
+    shard_as_it_is(plugin, model)
+    assert plugin.mixed_precision_policy is None
+    assert {parameter.dtype for parameter in model.parameters()} <= {torch.float32, torch.bfloat16}
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model.to(torch.float32)), expected)
+    losses = train(model)
+    assert losses[-1] < losses[0]
 
 
 def test_every_chosen_expert_gets_a_gradient(released: dict[str, Path]) -> None:
