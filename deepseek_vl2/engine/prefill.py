@@ -37,6 +37,8 @@ Tables = dict[torch.device, tuple[torch.Tensor, torch.Tensor]]
 STEP = 128
 # Rows that a pass may take for one of its prompts' own so that they attend in one call, of 45 us each for 1,434 tokens.
 MOST_PADDED = 1.03
+# What more prompts than these attend to is copied in one launch: they are short.
+FEW_COPIES = 8
 
 
 @dataclass
@@ -122,9 +124,12 @@ def attend_alike(
     if window == length:
         return attended.flatten(0, 1)
     out = query.new_empty(len(query), query.shape[1], values.shape[-1])
-    # Copies of memory as it is: one of all prompts takes four times as long.
-    for index, rows in enumerate(attended):
-        out[index * length : (index + 1) * length] = rows[:length]
+    own = out[: prompts * length].unflatten(0, (prompts, length))
+    if prompts > FEW_COPIES:
+        own.copy_(attended[:, :length])
+    else:  # memory as it is, four times as fast
+        for rows, given in zip(own, attended, strict=True):
+            rows.copy_(given[:length])
     out[prompts * length :] = 0
     return out
 

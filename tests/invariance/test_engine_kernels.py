@@ -299,7 +299,7 @@ ATTENTION = F.scaled_dot_product_attention
 # Of about one length, of one, of several, and behind cached tokens: how many calls a layer's attention takes.
 @pytest.mark.parametrize(
     ("lengths", "chunk", "calls"),
-    [((35, 34, 36), 0, 1), ((17, 17), 0, 1), ((21,), 0, 1), ((9, 30, 5), 0, 3), ((12, 12, 12), 4, 3)],
+    [((35, 34, 36), 0, 1), ((17, 17), 0, 1), ((7,) * 9, 0, 1), ((21,), 0, 1), ((9, 30, 5), 0, 3), ((12, 12, 12), 4, 3)],
     ids=str,
 )
 def test_prompts_that_attend_together(
