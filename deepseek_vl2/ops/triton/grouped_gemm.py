@@ -60,138 +60,85 @@ def find_tile(
 
 
 @triton.jit
-def _gate_up_tile(
+def _multiply_tile(
     rows_desc: tl.tensor,
     weights_desc: tl.tensor,
     out_ptr: tl.tensor,
-    expert: tl.tensor,
+    line: tl.tensor,
     column: tl.tensor,
     first: tl.tensor,
     end: tl.tensor,
-    H: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741
+    N: tl.constexpr,
+    K: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GATED: tl.constexpr,
 ) -> None:
     dtype = out_ptr.dtype.element_ty
-    gate = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    out = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-    line = expert * 2 * I + column * BLOCK_N
-    for k in range(0, H, BLOCK_K):
+    for k in range(0, K, BLOCK_K):
         rows = rows_desc.load([first, k])
-        gate = dot(rows, weights_desc.load([line, k]).T, gate)
-        up = dot(rows, weights_desc.load([line + I, k]).T, up)
-    gate = rounded(gate, dtype)
-    inner = rounded(gate / (1.0 + tl.exp(-gate)), dtype) * rounded(up, dtype)
+        out = dot(rows, weights_desc.load([line, k]).T, out)
+        if GATED:
+            up = dot(rows, weights_desc.load([line + N, k]).T, up)
+    if GATED:
+        gate = rounded(out, dtype)
+        out = rounded(gate / (1.0 + tl.exp(-gate)), dtype) * rounded(up, dtype)
     p = first + tl.arange(0, BLOCK_P)
-    i = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    tl.store(out_ptr + p.to(tl.int64)[:, None] * I + i[None, :], inner.to(dtype), mask=(p < end)[:, None])
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.store(out_ptr + p.to(tl.int64)[:, None] * N + n[None, :], out.to(dtype), mask=(p < end)[:, None])
 
 
 @triton.jit
-def _gate_up_kernel(
+def _grouped_kernel(
     rows_desc: tl.tensor,
     half_desc: tl.tensor,
     weights_desc: tl.tensor,
     ends_ptr: tl.tensor,
     out_ptr: tl.tensor,
-    H: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741
+    N: tl.constexpr,
+    K: tl.constexpr,
     E: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_P: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GATED: tl.constexpr,
 ) -> None:
-    expert, column, first, end = find_tile(ends_ptr, tl.program_id(0), E, E_PAD, I // BLOCK_N, BLOCK_P)
-    if end - first > HALF:
-        _gate_up_tile(
-            rows_desc, weights_desc, out_ptr, expert, column, first, end, H, I, BLOCK_P, BLOCK_N, BLOCK_K
-        )  # fmt: skip
-    elif HALF > 0 and first < end:
-        _gate_up_tile(
-            half_desc, weights_desc, out_ptr, expert, column, first, end, H, I, HALF, BLOCK_N, BLOCK_K
-        )  # fmt: skip
-
-
-@triton.jit
-def _down_tile(
-    rows_desc: tl.tensor,
-    weights_desc: tl.tensor,
-    out_ptr: tl.tensor,
-    expert: tl.tensor,
-    column: tl.tensor,
-    first: tl.tensor,
-    end: tl.tensor,
-    H: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> None:
-    total = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-    line = expert * H + column * BLOCK_N
-    for k in range(0, I, BLOCK_K):
-        total = dot(rows_desc.load([first, k]), weights_desc.load([line, k]).T, total)
-    p = first + tl.arange(0, BLOCK_P)
-    h = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    out = total.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + p.to(tl.int64)[:, None] * H + h[None, :], out, mask=(p < end)[:, None])
-
-
-@triton.jit
-def _down_kernel(
-    rows_desc: tl.tensor,
-    half_desc: tl.tensor,
-    weights_desc: tl.tensor,
-    ends_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    H: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741
-    E: tl.constexpr,
-    E_PAD: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> None:
-    expert, column, first, end = find_tile(ends_ptr, tl.program_id(0), E, E_PAD, H // BLOCK_N, BLOCK_P)
-    if end - first > HALF:
-        _down_tile(
-            rows_desc, weights_desc, out_ptr, expert, column, first, end, H, I, BLOCK_P, BLOCK_N, BLOCK_K
-        )  # fmt: skip
-    elif HALF > 0 and first < end:
-        _down_tile(
-            half_desc, weights_desc, out_ptr, expert, column, first, end, H, I, HALF, BLOCK_N, BLOCK_K
-        )  # fmt: skip
-
-
-def _launch(
-    kernel: triton.JITFunction,
-    rows: torch.Tensor,
-    weights_EML: torch.Tensor,
-    ends_E: torch.Tensor,
-    out: torch.Tensor,
-    hidden: int,
-    inner: int,
-    block_n: int,
-) -> None:
-    check_rows(rows, weights_EML)
-    (experts, _, width), routed_tokens, columns = weights_EML.shape, len(rows), out.shape[1] // block_n
-    few = routed_tokens <= 64 * experts
+    MATRIX: tl.constexpr = 2 * N if GATED else N  # rows of an expert's matrix; gates first, and then ups
+    expert, column, first, end = find_tile(ends_ptr, tl.program_id(0), E, E_PAD, N // BLOCK_N, BLOCK_P)
+    line = expert * MATRIX + column * BLOCK_N
     # An expert's last rows, half a tile or less of them, are not multiplied as if there were more.
+    if end - first > HALF:
+        _multiply_tile(
+            rows_desc, weights_desc, out_ptr, line, column, first, end, N, K, BLOCK_P, BLOCK_N, BLOCK_K, GATED
+        )  # fmt: skip
+    elif HALF > 0 and first < end:
+        _multiply_tile(
+            half_desc, weights_desc, out_ptr, line, column, first, end, N, K, HALF, BLOCK_N, BLOCK_K, GATED
+        )  # fmt: skip
+
+
+def _grouped(
+    rows_PK: torch.Tensor, weights_EMK: torch.Tensor, ends_E: torch.Tensor, outputs: int, gated: bool, block_n: int
+) -> torch.Tensor:
+    check_rows(rows_PK, weights_EMK)
+    (experts, _, width), routed_tokens = weights_EMK.shape, len(rows_PK)
+    out = rows_PK.new_empty(routed_tokens, outputs)
+    few = routed_tokens <= 64 * experts
     block, half = (64, 0) if few else (128, 64)
-    kernel[((experts + routed_tokens // block) * columns,)](
-        TensorDescriptor.from_tensor(rows, [block, BLOCK_K]),
-        TensorDescriptor.from_tensor(rows, [64, BLOCK_K]),
-        TensorDescriptor.from_tensor(weights_EML.view(-1, width), [block_n, BLOCK_K]),
+    _grouped_kernel[((experts + routed_tokens // block) * (outputs // block_n),)](
+        TensorDescriptor.from_tensor(rows_PK, [block, BLOCK_K]),
+        TensorDescriptor.from_tensor(rows_PK, [64, BLOCK_K]),
+        TensorDescriptor.from_tensor(weights_EMK.view(-1, width), [block_n, BLOCK_K]),
         ends_E, out,
-        H=hidden, I=inner, E=experts, E_PAD=power_of_two(experts), BLOCK_P=block, HALF=half, BLOCK_N=block_n,
-        BLOCK_K=BLOCK_K,
-        num_warps=4 if few else 8, num_stages=4,
+        N=outputs, K=width, E=experts, E_PAD=power_of_two(experts), BLOCK_P=block, HALF=half, BLOCK_N=block_n,
+        BLOCK_K=BLOCK_K, GATED=gated, num_warps=4 if few else 8, num_stages=4,
     )  # fmt: skip
+    return out
 
 
 def grouped_gate_up(rows_PH: torch.Tensor, gate_up_EJH: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -202,15 +149,10 @@ def grouped_gate_up(rows_PH: torch.Tensor, gate_up_EJH: torch.Tensor, ends_E: to
         gate_up_EJH: the experts' weights, I rows of gates and then I of ups, contiguous.
         ends_E: the end of each expert's rows, int32.
     """
-    hidden, inner = rows_PH.shape[1], gate_up_EJH.shape[1] // 2
-    out = rows_PH.new_empty(len(rows_PH), inner)
-    _launch(_gate_up_kernel, rows_PH, gate_up_EJH, ends_E, out, hidden, inner, 128)
-    return out
+    return _grouped(rows_PH, gate_up_EJH, ends_E, gate_up_EJH.shape[1] // 2, True, 128)
 
 
 def grouped_down(intermediate_PI: torch.Tensor, down_EHI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """Return each routed token's product with its expert's weights, [P, H]; see `grouped_gate_up`."""
-    hidden, inner = down_EHI.shape[1:]
-    out = intermediate_PI.new_empty(len(intermediate_PI), hidden)
-    _launch(_down_kernel, intermediate_PI, down_EHI, ends_E, out, hidden, inner, 128 if hidden % 256 else 256)
-    return out
+    hidden = down_EHI.shape[1]
+    return _grouped(intermediate_PI, down_EHI, ends_E, hidden, False, 128 if hidden % 256 else 256)
