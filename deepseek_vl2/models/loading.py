@@ -31,6 +31,7 @@ from .checkpoint import (
 )
 from .checkpoint_check import ADAPTER, check_config, check_finite
 from .offloading import without_overlaps
+from .parallel import check_heads
 from .quantized_checkpoint import READABLE, PackedFile, logical_shapes, packed_while_read, packing_device
 from .quantizer import WeightOnlyConfig, check_foreign, plan_formats
 
@@ -198,6 +199,8 @@ class CheckpointLoadingMixin:
             if special != ["ignore_mismatched_sizes"]:
                 check_foreign(wanted, config is None or bool(config.get_text_config().n_routed_experts))
             refuse_packed(source, config, special)
+            if config is not None:
+                check_heads(config.get_text_config().num_attention_heads, options)
             return None
         hub = hub_options(options)
         config = options.get("config")
