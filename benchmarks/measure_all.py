@@ -50,7 +50,7 @@ PARTS = (
     Part("quantized", script("gpu_quantized.py"), 600),
     Part("finetune", script("finetune_gpu.py"), 300),
     Part("spread", script("spread_model.py", "tiny", "base"), 300, gpus=2),
-    Part("finetune-two", script("finetune_two_gpus.py"), 500, gpus=2),
+    Part("finetune-two", script("finetune_two_gpus.py"), 1100, gpus=2),
     Part("vllm-plugin", script("vllm_plugin.py", "--serve"), 600, package="vllm"),
     Part("vllm-plugin-two", script("vllm_plugin.py", "--tp", "2"), 600, gpus=2, package="vllm"),
 )

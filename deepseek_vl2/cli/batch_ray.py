@@ -137,7 +137,9 @@ def answer_all(args: Namespace, questions: Path, output: Path, survey: Survey) -
 
     with connected(args.ray_address) as ray:
         fleet = fleet_of(ray, args.processes, args.device in ("cpu", "mps"))
-        if fleet.workers > fleet.fitting:
+        if not fleet.fitting:
+            tell("No node of the cluster has the CPU, and the GPU if any, that a worker takes: waiting for one.")
+        elif fleet.workers > fleet.fitting:
             tell(f"The cluster has room for {fleet.fitting} workers now: the others start when there is more.")
         actor = ray.remote(num_cpus=fleet.cpus, num_gpus=fleet.gpus, scheduling_strategy="SPREAD")(LineWorker)
         dispatcher = Dispatcher(
@@ -148,6 +150,7 @@ def answer_all(args: Namespace, questions: Path, output: Path, survey: Survey) -
             error_record,
             started,
             tell,
+            lambda: fleet_of(ray, args.processes, args.device in ("cpu", "mps")).fitting > 0,
         )
         jobs = (job for job in iter_jobs(questions, answer_options(args)) if job.line not in survey.answered)
         bar = tqdm(total=survey.total, initial=len(survey.answered), unit="line", disable=args.quiet)

@@ -31,6 +31,7 @@ from .checkpoint import (
 )
 from .checkpoint_check import ADAPTER, check_config, check_finite
 from .offloading import without_overlaps
+from .parallel import check_heads
 from .quantized_checkpoint import READABLE, PackedFile, logical_shapes, packed_while_read, packing_device
 from .quantizer import WeightOnlyConfig, check_foreign, plan_formats
 
@@ -91,6 +92,24 @@ def check_no_flags(options: dict[str, Any]) -> None:
                 f"{name} is no argument of from_pretrained: pass quantization_config=WeightOnlyConfig({kind!r}) of "
                 "deepseek_vl2.models.quantizer, which packs the experts too."
             )
+
+
+def refuse_packed(source: Any, config: Any, options: list[str]) -> None:
+    """Refuse to leave a packed checkpoint to transformers, which would give its experts random weights.
+
+    Args:
+        source: its directory or hub id.
+        config: its config.
+        options: arguments of ``from_pretrained`` because of which transformers would read it.
+
+    Raises:
+        ValueError: it is packed.
+    """
+    if source is not None and config is not None and (method := quantized_by(config)) is not None:
+        raise ValueError(
+            f"{source} is packed ({method}) and is read by this package alone: leave {', '.join(options)} out. "
+            "device_map='auto' puts its layers on several GPUs; tp_plan and ep_size split released checkpoints."
+        )
 
 
 class Checkpoint(NamedTuple):
@@ -173,10 +192,15 @@ class CheckpointLoadingMixin:
         if isinstance(wanted, WeightOnlyConfig):
             # A copy: one config may load several models, each with formats of its own.
             options["quantization_config"] = wanted = wanted.copy()
-        if source is None or special or options.get("use_safetensors") is False:
-            check_foreign(wanted, cls._has_experts(source, options))
-            return None
-        if options.get("ignore_mismatched_sizes"):
+        special += ["use_safetensors=False"] if options.get("use_safetensors") is False else []
+        special += ["ignore_mismatched_sizes"] if options.get("ignore_mismatched_sizes") else []
+        if source is None or special:
+            config = cls._asked_config(source, options)
+            if special != ["ignore_mismatched_sizes"]:
+                check_foreign(wanted, config is None or bool(config.get_text_config().n_routed_experts))
+            refuse_packed(source, config, special)
+            if config is not None:
+                check_heads(config.get_text_config().num_attention_heads, options)
             return None
         hub = hub_options(options)
         config = options.get("config")
@@ -276,8 +300,8 @@ class CheckpointLoadingMixin:
         return packed
 
     @classmethod
-    def _has_experts(cls, source: Any, options: dict[str, Any]) -> bool:
+    def _asked_config(cls, source: Any, options: dict[str, Any]) -> Any:
         config = options.get("config")
         if not isinstance(config, PretrainedConfig) and source is not None:
             config = cls.config_class.from_pretrained(source, **hub_options(options))  # type: ignore[attr-defined]
-        return config is None or bool(config.get_text_config().n_routed_experts)
+        return config

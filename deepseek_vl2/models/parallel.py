@@ -17,9 +17,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 try:  # torch may come without its distributed part
+    from transformers.distributed import DistributedConfig
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, MoeExpertsParallel
 except ImportError:
-    ALL_PARALLEL_STYLES, MoeExpertsParallel = {}, object
+    ALL_PARALLEL_STYLES, MoeExpertsParallel, DistributedConfig = {}, object, dict
 
 logger = logging.get_logger(__name__)
 
@@ -74,6 +75,32 @@ if ALL_PARALLEL_STYLES and not HAS_DISPATCH:
 def holds_some_experts(experts: Any) -> bool:
     """Whether other processes hold the rest of a layer's experts: ids up to their number then stand for those."""
     return bool(experts.num_experts != experts.config.n_routed_experts)
+
+
+def check_heads(heads: int, options: Mapping[str, Any]) -> None:
+    """Refuse to split attention heads over processes that cannot have as many each; it fails at the first prompt.
+
+    Args:
+        heads: of the language model's attention.
+        options: arguments of ``from_pretrained``.
+
+    Raises:
+        ValueError: they do not divide.
+    """
+    wanted, plan = options.get("distributed_config"), options.get("tp_plan")
+    if isinstance(wanted, dict):
+        wanted = DistributedConfig.from_dict(wanted)
+    elif wanted is None and plan is not None:
+        wanted = DistributedConfig(tp_plan=plan, tp_size=options.get("tp_size"))
+    size = getattr(wanted, "tp_size", None) or 1
+    whole = getattr(wanted, "enable_expert_parallel", False) or getattr(wanted, "tp_plan", None) not in (None, "auto")
+    if whole or heads % size == 0:
+        return
+    sizes = ", ".join(str(number) for number in range(1, heads + 1) if heads % number == 0)
+    raise ValueError(
+        f"{heads} attention heads cannot be split over {size} processes: tp_size may be {sizes}. device_map='auto' "
+        "takes any number of GPUs, in one process."
+    )
 
 
 def is_split_head(head: nn.Module) -> bool:

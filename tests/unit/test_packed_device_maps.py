@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import mini_inputs, mini_model
 from transformers import BitsAndBytesConfig
+from transformers.distributed import DistributedConfig
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, loading
 from deepseek_vl2.models.quantizer import WeightOnlyConfig
@@ -95,3 +96,24 @@ def test_packed_layers_that_wait_on_the_host_give_the_same(buffers: bool, files:
     # Offloaded layers cannot absorb kv_b_proj into the query: float32 sums in another order.
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
     assert torch.equal(model.generate(**INPUTS, max_new_tokens=3, do_sample=False), tokens)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.endswith("file")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tp_plan": "auto"},
+        {"distributed_config": DistributedConfig(tp_size=2)},
+        {"ignore_mismatched_sizes": True},
+        {"use_safetensors": False},
+        {"variant": "other"},
+        {"state_dict": {}},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_packed_files_are_not_left_to_transformers(options: dict[str, Any], way: str, files: dict[str, Path]) -> None:
+    """It would give the experts, whose packed tensors it does not know, random weights."""
+    with pytest.raises(
+        ValueError, match=rf"is packed \(.*\) and is read by .*leave {next(iter(options))}(=False)? out"
+    ):
+        load(files, way, **options)

@@ -17,7 +17,7 @@ from transformers.distributed import DistributedConfig
 
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM
 from deepseek_vl2.models.modeling_deepseek import DeepseekV2DecoderLayer
-from deepseek_vl2.models.parallel import EXPERT_PLAN, HEAD_PLAN, TENSOR_PLAN
+from deepseek_vl2.models.parallel import EXPERT_PLAN, HEAD_PLAN, TENSOR_PLAN, check_heads
 
 
 def training_batch() -> dict[str, Any]:
@@ -50,6 +50,31 @@ def test_stages_of_a_pipeline_are_refused(tmp_path: Any) -> None:
     mini_model("tiny").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"pp_size=2 is not supported: device_map='auto'"):
         DeepseekVLV2ForCausalLM.from_pretrained(tmp_path, distributed_config=DistributedConfig(pp_size=2))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"distributed_config": DistributedConfig(tp_size=3)},
+        {"distributed_config": {"tp_size": 3}},
+        {"tp_plan": "auto"},
+    ],
+)
+def test_heads_that_cannot_be_shared_out_are_told_before_anything_is_read(
+    options: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    mini_model("tiny").save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^4 attention heads cannot be split over 3 processes: tp_size may be 1, 2"
+    ):
+        DeepseekVLV2ForCausalLM.from_pretrained(tmp_path, **options)
+
+
+def test_heads_that_stay_whole_may_have_any_number() -> None:
+    check_heads(10, {"distributed_config": DistributedConfig(tp_size=4, tp_plan={"layers.*.mlp.down_proj": "rowwise"})})
+    check_heads(10, {"distributed_config": DistributedConfig(tp_size=5)})
+    check_heads(10, {})
 
 
 def test_data_parallel_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deepseek_vl2.integrations.ray.cluster import cpus_each, fleet_of
+from deepseek_vl2.integrations.ray.cluster import check_address, cpus_each, fleet_of, join
 from deepseek_vl2.integrations.ray.dispatch import ALONE_AFTER, REFUSED_AFTER, Dispatcher
 
 
@@ -169,6 +170,31 @@ def test_workers_that_die_again_and_again_end_the_run() -> None:
     assert len(ray.actors) < 12
 
 
+@pytest.mark.parametrize(("comes_after", "ends"), [(3, False), (99, True)])
+def test_a_cluster_without_room_is_waited_for_and_not_for_ever(comes_after: int, ends: bool) -> None:
+    ray, told, looks = FakeRay(), [], 0
+    waits = FakeRay.wait
+
+    def has_room() -> bool:
+        nonlocal looks
+        looks += 1
+        return looks > comes_after
+
+    def wait(calls: list[object], num_returns: int, timeout: float) -> tuple[list[object], list[object]]:
+        return waits(ray, calls, num_returns, timeout) if looks > comes_after else ([], calls)
+
+    ray.wait = wait  # type: ignore[method-assign]
+    refused = lambda job, reason: {"line": job.line}  # noqa: E731
+    run = Dispatcher(ray, ray.hire, 1, 4, refused, lambda greeting: None, told.append, has_room).run([Line(1)])
+    if ends:
+        with pytest.raises(ConnectionError, match=r"For 10 minutes the cluster has had no node"):
+            list(run)
+        assert looks == 20
+    else:
+        assert [record["line"] for record in run] == [1]
+    assert all(actor.killed for actor in ray.actors)
+
+
 def test_what_is_read_is_what_workers_can_hold() -> None:
     ray, read = FakeRay(), 0
 
@@ -202,3 +228,32 @@ def test_workers_of_a_cluster() -> None:
     assert fleet_of(ray, 2, on_cpu=False) == (2, 1, 1, 4)
     assert fleet_of(ray, None, on_cpu=True) == (2, 0, 4, 3)
     assert fleet_of(ray, 20, on_cpu=True) == (20, 0, 1, 12)
+    for bare in ({}, {"CPU": 0.0}, {"GPU": 2.0}, {"GPU": 2.0, "CPU": 0.0}):  # none of them could hold a worker
+        ray = SimpleNamespace(nodes=lambda bare=bare: [{"Alive": True, "Resources": bare}])
+        assert fleet_of(ray, None, on_cpu=False).fitting == 0
+
+
+@pytest.mark.parametrize("address", ["nowhere", "10.0.0.1", "host:", ":6379", "host:port", "host:70000"])
+def test_what_is_no_address_is_told(address: str) -> None:
+    with pytest.raises(ValueError, match=r"HOST:PORT, or auto, not"):
+        check_address(address)
+
+
+def test_an_address_where_nobody_listens_is_told_at_once() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match=f"There is no Ray cluster at {address}"):
+            check_address(address)
+        taken.listen()
+        check_address(address)
+    for other in (None, "auto", "local", "ray://head:10001"):
+        check_address(other)
+
+
+def test_no_cluster_on_this_machine_is_told_in_the_commands_words() -> None:
+    def init(**options: Any) -> None:
+        raise ConnectionError("Please specify the one to connect to by setting `--address` flag")
+
+    with pytest.raises(ConnectionError, match=r"No Ray cluster runs on this machine: `ray start --head`"):
+        join(SimpleNamespace(init=init), "auto", {})

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 # up. A line that kills its worker takes no other with it, and one that was nearby is answered.
 ALONE_AFTER, REFUSED_AFTER = 2, 4
 PATIENCE_SECONDS = 30.0  # without a word from any worker before the user is told
+NO_ROOM_SECONDS = 600.0  # a cluster that grows on demand has a node by then
 
 
 class Item(Protocol):
@@ -60,6 +61,7 @@ class Dispatcher:
         refuse: makes the record of a line that is given up, from the line and the reason.
         started: is told what each worker says when its model is loaded.
         tell: is told what the user should know.
+        has_room: whether any node could hold a worker, were it free.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Dispatcher:
         refuse: Callable[[Any, str], dict[str, Any]],
         started: Callable[[Any], None],
         tell: Callable[[str], None],
+        has_room: Callable[[], bool] = lambda: True,
     ) -> None:
         self.ray = ray
         self.hire = hire
@@ -79,6 +82,8 @@ class Dispatcher:
         self.refuse = refuse
         self.on_started = started
         self.tell = tell
+        self.has_room = has_room
+        self.waited = 0.0
         self.workers: list[Worker] = []
         self.again: deque[Any] = deque()
         self.suspects: deque[Any] = deque()
@@ -90,7 +95,8 @@ class Dispatcher:
         """Yield a record for each line, in the order in which they are done.
 
         Raises:
-            ValueError, OSError, RuntimeError: a worker cannot load its model, or they die again and again.
+            ValueError, OSError, RuntimeError: a worker cannot load its model, they die again and again, or there is
+            nowhere for one to run.
         """
         source = iter(jobs)
         try:
@@ -102,12 +108,23 @@ class Dispatcher:
                 calls = {worker.call: worker for worker in self.workers if worker.call is not None}
                 done, _ = self.ray.wait(list(calls), num_returns=1, timeout=PATIENCE_SECONDS)
                 if not done and not any(worker.started for worker in self.workers):
-                    self.tell("No worker has started yet: they wait for free GPUs or CPUs, or load the model.")
+                    self._wait_for_room()
                 for call in done:
                     yield from self._receive(calls[call])
         finally:
             for worker in self.workers:
                 self._kill(worker)
+
+    def _wait_for_room(self) -> None:
+        """Tell the user that no worker has started, and end a run for which there is nowhere one could."""
+        self.tell("No worker has started yet: they wait for free GPUs or CPUs, or load the model.")
+        self.waited = 0.0 if self.has_room() else self.waited + PATIENCE_SECONDS
+        if self.waited >= NO_ROOM_SECONDS:
+            raise ConnectionError(
+                f"For {NO_ROOM_SECONDS / 60:.0f} minutes the cluster has had no node with the CPU, and the GPU if any, "
+                "that a worker takes: `ray status` lists what its nodes have; `ray start --address=FIRST:6379` on "
+                "another machine adds one."
+            )
 
     @property
     def _open(self) -> bool:
