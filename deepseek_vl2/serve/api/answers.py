@@ -65,13 +65,16 @@ async def unless_disconnected(request: Request, work: Callable[[], Awaitable[T]]
 
     Raises:
         Disconnected: it left; the work was cancelled.
+        Exception: what reading its connection raised; the work was cancelled.
     """
     scope = anyio.CancelScope()
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        scope.cancel()
+        try:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+        finally:
+            scope.cancel()
 
     watcher = asyncio.create_task(watch())  # a group's end would go through the event loop before the first token
     try:
@@ -79,6 +82,7 @@ async def unless_disconnected(request: Request, work: Callable[[], Awaitable[T]]
             return await work()
     finally:
         watcher.cancel()
+    watcher.result()  # it ended, since nothing else cancels the work
     raise Disconnected
 
 
