@@ -299,14 +299,14 @@ FAULTS = [
     ),
     Fault(
         "a cancelled request is still told of tokens",
-        ENGINE + "engine.py",
+        ENGINE + "steps.py",
         "            if answer.finished or answer.request.cancelled:\n                continue",
         "            if answer.finished:\n                continue",
         "tests/invariance/test_engine.py::test_nothing_is_delivered_behind_a_cancellation",
     ),
     Fault(
         "the first prompt of a pass is blamed for whatever fails in it",
-        ENGINE + "engine.py",
+        ENGINE + "steps.py",
         "            if len(planned) == 1:\n",
         "            if planned:\n",
         "tests/invariance/test_engine.py::test_a_prompt_that_fails_leaves_no_trace",
@@ -328,7 +328,7 @@ FAULTS = [
     ),
     Fault(
         "a row's random numbers do not depend on its position",
-        ENGINE + "sampler.py",
+        ENGINE + "noise.py",
         "return mix((mix((low + SPREAD * high) & MASK32) + positions_B.long() * SPREAD) & MASK32)",
         "return mix((mix((low + SPREAD * high) & MASK32) + 0 * positions_B.long()) & MASK32)",
         "tests/unit/test_sampler.py",

@@ -12,10 +12,11 @@ from typing import TypeVar
 import anyio
 from starlette.requests import Request
 
-from deepseek_vl2.engine.engine import Engine, EngineStopped, QueueFull
+from deepseek_vl2.engine.engine import Engine
 from deepseek_vl2.engine.kv_cache import OutOfTokens
 from deepseek_vl2.engine.request import Delta, Event
 from deepseek_vl2.engine.request import Request as EngineRequest
+from deepseek_vl2.engine.status import EngineStopped, QueueFull
 
 from .errors import ApiError
 from .grammar import GrammarError
