@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,14 @@ def pytest_collectstart() -> None:
         import torch
 
         os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
+
+def pytest_collection_finish() -> None:
+    """Make the interpreter quicker before any kernel runs, where one was imported."""
+    if "triton.runtime.interpreter" in sys.modules:
+        import quick_interpreter
+
+        quick_interpreter.install()
 
 
 @pytest.fixture(scope="session")
