@@ -6,6 +6,7 @@ and they start after it.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -100,10 +101,16 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run small models in one thread: they gain nothing from more, and on a busy machine lose much to waiting."""
+def quick_process(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run small models in one thread: they gain nothing from more, and on a busy machine lose much to waiting.
+
+    What was imported and collected is not looked at by the garbage collector, which takes half a second for it, and
+    which each training run of accelerate's calls. A server that ends undoes that: hence for each module.
+    """
     import torch
 
+    if not gc.get_freeze_count():
+        gc.freeze()
     threads = torch.get_num_threads()
     if request.path.name not in ("test_golden_model.py", "test_golden_training.py"):
         torch.set_num_threads(1)
