@@ -406,7 +406,7 @@ FAULTS = [
     ),
     Fault(
         "all columns of a packed row have the scale of its first group",
-        TRITON + "packed_gemv.py",
+        TRITON + "packed_words.py",
         "place = scale_ptr + (row // ROW_BLOCK) * COUNT + word // (GROUP // PER)",
         "place = scale_ptr + (row // ROW_BLOCK) * COUNT + 0 * word",
         "tests/invariance/test_quant_kernels.py::test_experts_of_one_row",
