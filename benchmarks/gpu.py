@@ -42,7 +42,9 @@ from gpu_kernels import TOLERANCE, KernelChecks
 
 from deepseek_vl2 import ops
 from deepseek_vl2.engine import backend
-from deepseek_vl2.engine.decode import DecodeBuffers, DecoderWeights, experts_hit
+from deepseek_vl2.engine.decode import experts_hit
+from deepseek_vl2.engine.decode_buffers import DecodeBuffers
+from deepseek_vl2.engine.decoder_weights import DecoderWeights
 from deepseek_vl2.engine.engine import Engine
 from deepseek_vl2.engine.holder import engine_of
 from deepseek_vl2.engine.kv_cache import SCRATCH

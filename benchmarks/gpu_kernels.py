@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from deepseek_vl2.engine.decode import DecoderWeights, LayerWeights
+from deepseek_vl2.engine.decoder_weights import DecoderWeights, LayerWeights
 from deepseek_vl2.engine.self_check import unpacked
 from deepseek_vl2.ops.triton import (
     decode_align,

@@ -18,7 +18,7 @@ import torch
 from gpu_end_to_end import random_model
 from triton.errors import TritonError
 
-from deepseek_vl2.engine.decode import DecoderWeights, LayerWeights
+from deepseek_vl2.engine.decoder_weights import DecoderWeights, LayerWeights
 from deepseek_vl2.engine.weights import read_weights
 from deepseek_vl2.ops.triton import decode_align, decode_experts_gemm, decode_experts_gemv, decode_gemm, decode_gemv
 from deepseek_vl2.ops.triton.common import pdl_options

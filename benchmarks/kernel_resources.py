@@ -36,7 +36,8 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_vl2.engine import prefill, vision_kernels
-from deepseek_vl2.engine.decode import MAX_PDL_ROWS, MAX_SMALL_BATCH, decode_stage, new_buffers
+from deepseek_vl2.engine.decode import MAX_SMALL_BATCH, decode_stage
+from deepseek_vl2.engine.decode_buffers import MAX_PDL_ROWS, new_buffers
 from deepseek_vl2.engine.kv_cache import layer_shapes, new_pool
 from deepseek_vl2.engine.rows import new_rows
 from deepseek_vl2.engine.weights import read_experts, read_router_config, read_weights, rotary_tables

@@ -6,8 +6,10 @@ and they start after it.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +30,14 @@ def pytest_collectstart() -> None:
         import torch
 
         os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
+
+def pytest_collection_finish() -> None:
+    """Make the interpreter quicker before any kernel runs, where one was imported."""
+    if "triton.runtime.interpreter" in sys.modules:
+        import quick_interpreter
+
+        quick_interpreter.install()
 
 
 @pytest.fixture(scope="session")
@@ -91,10 +101,16 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run small models in one thread: they gain nothing from more, and on a busy machine lose much to waiting."""
+def quick_process(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run small models in one thread: they gain nothing from more, and on a busy machine lose much to waiting.
+
+    What was imported and collected is not looked at by the garbage collector, which takes half a second for it, and
+    which each training run of accelerate's calls. A server that ends undoes that: hence for each module.
+    """
     import torch
 
+    if not gc.get_freeze_count():
+        gc.freeze()
     threads = torch.get_num_threads()
     if request.path.name not in ("test_golden_model.py", "test_golden_training.py"):
         torch.set_num_threads(1)

@@ -20,7 +20,7 @@ import torch
 from ..models.cache import Segment
 from . import cuda_graphs
 from .cuda_graphs import Capture, CapturedGraph, GraphCache
-from .decode import DecoderWeights
+from .decoder_weights import DecoderWeights
 from .kv_cache import KVCache
 from .prefill import STEP, PackedTokens, Pools, first_norm, padded_length, prefill_layer, run_linear
 from .rows import upload

@@ -1,7 +1,7 @@
 """The sampler: the next token of each row, every row by its own rules and its own random numbers, on the device.
 
-Nothing here waits for the device. A row's random numbers are a hash of its seed, its position and the token: they
-depend neither on the batch nor on what other rows do, and no generator's state is kept.
+Nothing here waits for the device. A row's random numbers depend neither on the batch nor on what other rows do: see
+`noise`.
 
 Shape suffixes: B rows, V vocabulary, K most likely tokens.
 """
@@ -13,16 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
+from .noise import exponential_noise, row_keys
 from .sampling_params import Constraint, SamplingParams
 
 # What is sorted first, on a CPU: more tokens than almost any nucleus holds.
 NUCLEUS_GUESS = 512
-MASK32 = 0xFFFFFFFF
-# Constants of a 32-bit mixing function of low bias: multiply, fold, multiply, fold.
-SPREAD, FIRST, SECOND = 0x9E3779B1, 0x21F0AAAD, 0x735A2D97
 # Dividing by less would leave float32's range, and what is not a number wins every race, whatever a grammar says.
 LOWEST_TEMPERATURE, LOWEST_PENALTY, LARGEST_LOGIT = 1e-6, torch.finfo(torch.float32).tiny, 1e30
 
@@ -74,44 +71,6 @@ def most_likely(scores_BV: torch.Tensor) -> torch.Tensor:
     if scores_BV.device.type == "cpu":  # NumPy's search is some ten times as fast as PyTorch's
         return torch.from_numpy(scores_BV.numpy().argmax(axis=-1))
     return scores_BV.argmax(dim=-1)
-
-
-def mix(x: Any) -> Any:
-    """Mix the bits of 32-bit numbers held in 64 bits (an int, or tensors of int64)."""
-    x = x ^ (x >> 16)
-    x = (x * FIRST) & MASK32
-    x = x ^ (x >> 15)
-    x = (x * SECOND) & MASK32
-    return x ^ (x >> 15)
-
-
-def mix_numpy(x: np.ndarray) -> np.ndarray:
-    """Mix the bits of uint32 numbers, as `mix` does; several times as fast on a CPU."""
-    x ^= x >> np.uint32(16)
-    x *= np.uint32(FIRST)
-    x ^= x >> np.uint32(15)
-    x *= np.uint32(SECOND)
-    x ^= x >> np.uint32(15)
-    return x
-
-
-def row_keys(seeds_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
-    """Return a 32-bit number for each row's seed and position, [B], int64."""
-    low, high = mix(seeds_B & MASK32), mix((seeds_B >> 32) & MASK32)
-    return mix((mix((low + SPREAD * high) & MASK32) + positions_B.long() * SPREAD) & MASK32)
-
-
-def exponential_noise(keys_B: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Return exponentially distributed numbers for each row and token, [B, V], float32, none of them zero."""
-    # 23 bits and a half are exact in float32; with 24 the largest would be rounded to 1, whose logarithm is 0.
-    if keys_B.device.type == "cpu":
-        tokens = np.arange(vocabulary, dtype=np.uint32) * np.uint32(SPREAD)
-        bits = mix_numpy(tokens[None] + keys_B.numpy().astype(np.uint32)[:, None])
-        uniform = torch.from_numpy((bits >> np.uint32(9)).astype(np.float32))
-    else:
-        tokens_V = torch.arange(vocabulary, device=keys_B.device) * SPREAD
-        uniform = (mix((tokens_V[None] + keys_B[:, None]) & MASK32) >> 9).float()
-    return uniform.add_(0.5).mul_(2.0**-23).log_().neg_()
 
 
 def smallest_kept(

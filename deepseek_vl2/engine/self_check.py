@@ -28,7 +28,7 @@ from ..ops.triton.decode_align import align_plain, tile_rows
 from ..ops.triton.decode_experts import ExpertWeights
 from ..ops.triton.prefill_experts import permuted_experts
 from ..ops.triton.weights import BLOCK, QuantWeight, Weight, format_of
-from .decode import DecoderWeights, LayerWeights
+from .decoder_weights import DecoderWeights, LayerWeights
 
 ROWS = 3
 EXPERTS = 2

@@ -20,7 +20,9 @@ import torch
 from ..models.cache import Segment
 from . import cuda_graphs, prefill
 from .captured_prefill import PromptGraphs
-from .decode import DecodeBuffers, DecoderWeights, decode_stage, new_buffers
+from .decode import decode_stage
+from .decode_buffers import DecodeBuffers, new_buffers
+from .decoder_weights import DecoderWeights
 from .kv_cache import Extent, KVCache
 from .rows import Rows, new_rows, upload
 from .runner import Part

@@ -14,7 +14,7 @@ from ..models.router import MoEGate
 from ..ops.triton.decode_experts import ExpertWeights
 from ..ops.triton.router import METHODS, RouterConfig
 from ..ops.triton.weights import QuantWeight, Weight
-from .decode import AttentionWeights, DecoderWeights, LayerWeights
+from .decoder_weights import AttentionWeights, DecoderWeights, LayerWeights
 
 
 def read_packed(module: PackedModule, name: str) -> QuantWeight:

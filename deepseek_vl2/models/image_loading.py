@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import os
 import re
@@ -14,14 +12,13 @@ from urllib.parse import unquote_to_bytes
 from PIL import Image, UnidentifiedImageError
 
 from .array_images import image_of_array, is_array
+from .base64_text import decode_base64, payload_end
 from .image_download import is_address, shortened
 from .image_modes import WHITE, Background, as_rgb
 
 # Pillow warns from here on that a file may be a decompression bomb; we refuse it.
 MAX_IMAGE_PIXELS = 89_478_485
 BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]+=*\s*")
-# With line breaks, and with the two characters that URLs need.
-BASE64_FORMS = str.maketrans({"-": "+", "_": "/", "\n": None, "\r": None, "\t": None, " ": None})
 OTHER_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 MOST_PIPED = 1_000_000_000  # bytes of a pipe; files are bounded by their pixels
 LEAST_BASE64 = 200  # shorter, it may be a path that was misspelt
@@ -62,15 +59,14 @@ def is_data_url(source: str) -> bool:
 
 
 def _decode_data_url(url: str) -> bytes:
-    header, separator, payload = url.partition(",")
-    if not separator:
+    start = url.find(",") + 1
+    if not start:
         raise ValueError("A data URL needs a comma between its header and its data.")
-    if not header.rstrip().lower().endswith(";base64"):
-        return unquote_to_bytes(payload)
-    text = payload.translate(BASE64_FORMS).rstrip("=")
+    if not url[: start - 1].rstrip().lower().endswith(";base64"):
+        return unquote_to_bytes(url[start:])
     try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except binascii.Error as error:
+        return decode_base64(url, start, payload_end(url, start))
+    except ValueError as error:
         raise ValueError(f"The data URL is not valid base64: {error}.") from error
 
 

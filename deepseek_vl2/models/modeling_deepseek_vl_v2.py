@@ -16,6 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
+from .attention_inputs import split_training_mask
 from .backend import backend
 from .cache import CACHE_NAME, one_cache
 from .chat import ChatMixin
@@ -47,7 +48,7 @@ from .modeling_base import (
     DeepseekVLV2PreTrainedModel,
     check_keywords,
 )
-from .modeling_deepseek import DeepseekV2ForCausalLM, split_training_mask
+from .modeling_deepseek import DeepseekV2ForCausalLM
 from .offloading import execution_device, visiting
 from .projector import MlpProjector, output_side
 from .siglip_vit import VisionTransformer

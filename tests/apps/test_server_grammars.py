@@ -27,7 +27,6 @@ LIMITS = GrammarLimits(seconds=1)
 MANY_PATTERNS = {f"^{chr(97 + i // 26)}{chr(97 + i % 26)}[a-z]*$": {"type": "integer"} for i in range(600)}
 COSTLY = [
     {"type": "integer", "multipleOf": 7777777},
-    {"type": "integer", "multipleOf": 1500007},
     {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 1500007}, "b": {"multipleOf": 1500009}}},
     {"type": "object", "patternProperties": MANY_PATTERNS},
 ]
@@ -61,7 +60,7 @@ def schema_body(schema: Any, **fields: Any) -> dict[str, Any]:
     return chat_body(response_format=form, **fields)
 
 
-@pytest.mark.parametrize("schema", COSTLY, ids=["one multiple", "another", "two", "600 patterns"])
+@pytest.mark.parametrize("schema", COSTLY, ids=["one multiple", "two", "600 patterns"])
 def test_costly_grammars_are_refused_in_time(compiler: GrammarCompiler, schema: Any) -> None:
     async def work(service: GrammarService) -> float:
         begin = time.monotonic()
@@ -106,8 +105,6 @@ def test_a_grammar_is_compiled_once_for_all_who_ask(compiler: GrammarCompiler) -
 def test_a_grammar_that_was_refused_is_not_tried_again_at_once(
     compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    schema = json.dumps(COSTLY[0])
-
     async def work(service: GrammarService) -> None:
         tried: list[str] = []
         real = GrammarProcess.compile
@@ -119,8 +116,8 @@ def test_a_grammar_that_was_refused_is_not_tried_again_at_once(
         monkeypatch.setattr(GrammarProcess, "compile", compile_and_note)
 
         async def ask() -> None:
-            with pytest.raises(ValueError, match="takes more than 1 seconds"):
-                await service.constraints("json_schema", schema, 1)
+            with pytest.raises(ValueError, match="cannot be used"):  # at once: how long it took does not matter
+                await service.constraints("regex", "(", 1)
 
         async with anyio.create_task_group() as group:
             for _ in range(6):
@@ -310,7 +307,6 @@ def test_an_ambiguous_grammar_ends_before_its_steps_take_long(compiler: GrammarC
 
 LONG: list[tuple[Any, str]] = [
     ("regex", "a{1000000}"),
-    ("regex", "(a{1000}){1000}"),
     ("lark", "start: /a{500000}/ /b/"),
     ("lark", 'start: "a"{1000000}'),
 ]
@@ -359,7 +355,7 @@ def test_an_ambiguous_grammar_ends_its_own_answer_alone(another: Any) -> None:
     model, processor = another
     engine = {"max_batch": 4, "max_length": 3000}
     with make_server(model, processor, engine=engine) as server, ThreadPoolExecutor(8) as pool:
-        hard = chat_body(guided_grammar=AMBIGUOUS["two or three"], max_tokens=2500, min_tokens=2400, temperature=0)
+        hard = chat_body(guided_grammar=AMBIGUOUS["all orders"], max_tokens=2500, min_tokens=2400, temperature=0)
         plain = chat_body(max_tokens=200, temperature=0, ignore_eos=True)
         alone = post(server, plain)[1]["choices"]
         refused = [pool.submit(post, server, hard) for _ in range(2)]

@@ -57,6 +57,7 @@ def read(decoders: Decoders, *files: bytes) -> list[Image.Image]:
 
 def test_collections_look_at_nothing_that_was_loaded() -> None:
     _, processor, model = load_pretrained_model(demo_checkpoint(), device="cpu")
+    gc.unfreeze()  # conftest.py has frozen much
     before = gc.get_freeze_count(), sys.getswitchinterval(), Image.core.get_block_size()
     with make_server(model, processor) as server:
         assert post(server, chat_body())[0] == 200

@@ -10,11 +10,12 @@ import pytest
 import torch
 from engine_support import Listener, chat_prompt, picture, request, running_engine, wait_until
 
-from deepseek_vl2.engine.engine import Engine, EngineStopped, QueueFull
+from deepseek_vl2.engine.engine import Engine
 from deepseek_vl2.engine.holder import engine_of, release_model
 from deepseek_vl2.engine.request import Prompt, Request
 from deepseek_vl2.engine.sampler import SamplingBatch
 from deepseek_vl2.engine.scheduler import EngineOptions
+from deepseek_vl2.engine.status import EngineStopped, QueueFull
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 
 Ask = Callable[..., tuple[Request, Listener]]

@@ -19,6 +19,7 @@ from deepseek_vl2.engine import (
     captured_prefill,
     cuda_graphs,
     decode,
+    decode_buffers,
     experts,
     holder,
     placement,
@@ -130,7 +131,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> FakeTensorMode:
     monkeypatch.setattr(experts, "is_supported", lambda module, rows: True)  # but for what these weights are not
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(decode, "multiprocessors", lambda device: 100)
-    monkeypatch.setattr(decode, "pdl_options", lambda device: {})
+    monkeypatch.setattr(decode_buffers, "pdl_options", lambda device: {})
     return FakeTensorMode()
 
 
@@ -155,7 +156,7 @@ def test_nothing_waits_for_the_device(kind: str, pretended: FakeTensorMode) -> N
         ]
         embeds = torch.empty(128, weights.head.shape[1], dtype=torch.bfloat16, device=device)
         given = captured_prefill.static_inputs(weights, tables, embeds, 2)
-        steps = [decode.new_buffers(weights, new_rows(rows, device), *tables) for rows in (1, 4, 96)]
+        steps = [decode_buffers.new_buffers(weights, new_rows(rows, device), *tables) for rows in (1, 4, 96)]
         assert given.logits_BV.device.type == "cuda" and all(step.logits.device.type == "cuda" for step in steps)
         counts = [step.expert_counts[layer] for step in steps for layer in range(2)]
         # Of other addresses kernels would be compiled a second time.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from deepseek_vl2.models.quantization import PackedWeight, WeightFormat, dequantize, quantize
-from deepseek_vl2.ops.triton import packed_gemv, unpack_pairs
+from deepseek_vl2.ops.triton import packed_gemv, packed_words, unpack_pairs
 from deepseek_vl2.ops.triton.decode_align import PACKED_TILE, align_plain
 from deepseek_vl2.ops.triton.decode_experts import ExpertWeights, down_plain, gate_up_plain
 from deepseek_vl2.ops.triton.decode_experts_gemm import down_gemm, gate_up_gemm
@@ -119,7 +119,7 @@ def test_activations_of_any_usual_size(name: str, scale: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "program", "places"),
-    [("int4-32", packed_gemv.DOT_INT4, 8), ("int8", packed_gemv.DOT_INT8, 4), ("fp8", packed_gemv.DOT_FP8, 4)],
+    [("int4-32", packed_words.DOT_INT4, 8), ("int8", packed_words.DOT_INT8, 4), ("fp8", packed_words.DOT_FP8, 4)],
 )
 def test_the_assembly_cuts_out_each_number(name: str, program: Any, places: int) -> None:
     """What a GPU runs in place of the plain form, read line by line here; its scales are those of `split_row`."""

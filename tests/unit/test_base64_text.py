@@ -1,4 +1,4 @@
-"""Base64 as servers are sent it is decoded as Python's own module does, and refused where it is none."""
+"""Base64 of pictures is decoded as Python's own module does, and refused where it is none."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from deepseek_vl2.serve.api import base64_text
-from deepseek_vl2.serve.api.base64_text import decode_base64
+from deepseek_vl2.models import base64_text
+from deepseek_vl2.models.base64_text import decode_base64, payload_end
 
 
 @pytest.fixture
@@ -39,3 +39,10 @@ def test_every_value_of_every_symbol_is_read() -> None:
 def test_what_is_no_base64_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match=r"^(it has a|its last|there is padding)"):
         decoded(wrong)
+
+
+@pytest.mark.parametrize("padding", ["", "=", "==", " =\n= ", "=" * 20, "\r\n" * 9])
+def test_padding_may_stand_or_not_and_have_line_breaks(padding: str, small_blocks: None) -> None:
+    text = "front,UXVpdGUgYSBsb25nIHRleHQ" + padding
+    assert decode_base64(text, 6, payload_end(text, 6)) == b"Quite a long text"
+    assert payload_end("front," + padding, 6) == 6

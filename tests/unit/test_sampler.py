@@ -5,17 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from deepseek_vl2.engine.noise import FIRST, MASK32, SECOND, exponential_noise, mix
 from deepseek_vl2.engine.sampler import (
-    FIRST,
-    MASK32,
     NUCLEUS_GUESS,
-    SECOND,
     RowSampler,
     Sampled,
     SamplingBatch,
     cut_tails,
-    exponential_noise,
-    mix,
     read_logprobs,
 )
 from deepseek_vl2.engine.sampling_params import SamplingParams

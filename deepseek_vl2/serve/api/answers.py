@@ -12,10 +12,11 @@ from typing import TypeVar
 import anyio
 from starlette.requests import Request
 
-from deepseek_vl2.engine.engine import Engine, EngineStopped, QueueFull
+from deepseek_vl2.engine.engine import Engine
 from deepseek_vl2.engine.kv_cache import OutOfTokens
 from deepseek_vl2.engine.request import Delta, Event
 from deepseek_vl2.engine.request import Request as EngineRequest
+from deepseek_vl2.engine.status import EngineStopped, QueueFull
 
 from .errors import ApiError
 from .grammar import GrammarError
@@ -65,13 +66,16 @@ async def unless_disconnected(request: Request, work: Callable[[], Awaitable[T]]
 
     Raises:
         Disconnected: it left; the work was cancelled.
+        Exception: what reading its connection raised; the work was cancelled.
     """
     scope = anyio.CancelScope()
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        scope.cancel()
+        try:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+        finally:
+            scope.cancel()
 
     watcher = asyncio.create_task(watch())  # a group's end would go through the event loop before the first token
     try:
@@ -79,6 +83,7 @@ async def unless_disconnected(request: Request, work: Callable[[], Awaitable[T]]
             return await work()
     finally:
         watcher.cancel()
+    watcher.result()  # it ended, since nothing else cancels the work
     raise Disconnected
 
 

@@ -24,9 +24,9 @@ from starlette.routing import Route
 from deepseek_vl2 import __version__
 from deepseek_vl2.engine import backend
 from deepseek_vl2.engine.detokenizer import token_bytes_of
-from deepseek_vl2.engine.engine import end_ids
 from deepseek_vl2.engine.holder import engine_of, existing_engine, release_model
 from deepseek_vl2.engine.scheduler import EngineOptions
+from deepseek_vl2.engine.steps import end_ids
 from deepseek_vl2.models import DeepseekVLV2ForCausalLM, DeepseekVLV2Processor
 
 from .body import BodyReader

@@ -76,6 +76,9 @@ class EventStream(Response):
                 group.cancel_scope.cancel()
             if status == CLIENT_LEFT and end is not None and now() >= end:
                 status = OUT_OF_TIME
+        except Exception:
+            status = 500
+            raise
         finally:
             self.close()
             if self.on_end is not None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from PIL import Image, UnidentifiedImageError
 
+from deepseek_vl2.models.base64_text import decode_base64, payload_end
 from deepseek_vl2.models.image_loading import read_image
 
-from .base64_text import BLOCK, decode_base64
 from .decode_process import Decoders
 from .download import DownloadError, download
 from .errors import ApiError
@@ -26,14 +26,7 @@ def payload_of(url: str) -> tuple[int, int] | None:
     start = url.find(",", 0, MAX_DATA_HEADER) + 1
     if not start or not url[: start - 1].rstrip().lower().endswith(";base64"):
         return None
-    end = len(url)
-    while end > start:
-        tail = url[max(start, end - BLOCK) : end]
-        kept = len(tail.rstrip(" \t\r\n="))
-        end -= len(tail) - kept
-        if kept:
-            break
-    return start, end
+    return start, payload_end(url, start)
 
 
 def decode_data_url(url: str, place: str, limits: ImageLimits) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -16,7 +17,7 @@ from deepseek_vl2.engine.detokenizer import ShownToken, TokenBytes
 from deepseek_vl2.engine.request import Delta
 from deepseek_vl2.utils.grounding import parse_grounding
 
-from .answers import Answers
+from .answers import Answers, answer_error
 from .errors import ApiError
 from .generation_fields import StreamOptions
 from .schemas import ChatRequest
@@ -25,6 +26,7 @@ from .tools import CallDelta, CallReader, ToolUse
 # JSON has no infinity; OpenAI writes this for what cannot happen.
 LEAST_LOGPROB = -9999.0
 STREAM_END = b"data: [DONE]\n\n"
+logger = logging.getLogger(__name__)
 
 
 def grounding_of(text: str, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
@@ -87,14 +89,20 @@ class StreamedReply(ABC):
         Args:
             first: what came first, and of which answer; ``None`` when nothing has come yet.
         """
-        opening = self.opening()
+        told = self.opening()
         try:
-            yield b"".join(opening if first is None else [*opening, *self.pieces(first)])
+            if first is not None:
+                told += self.pieces(first)
+            yield b"".join(told)
+            told = []
             async for found in self.answers:
                 yield b"".join(self.pieces(found))
-        except ApiError as error:
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                logger.exception("A stream ended by a fault of the server.")
+                error = answer_error(error)
             self.status = error.status
-            yield b"".join(self.failed(error))
+            yield b"".join([*told, *self.failed(error)])  # what begins a stream comes first, whatever went wrong
             return
         yield b"".join(self.closing())
 

@@ -37,6 +37,18 @@ def join_sextets(sextets: bytes) -> bytes:
     return found.tobytes()
 
 
+def payload_end(text: str, start: int) -> int:
+    """Return where the padding begins of base64 that a text ends with; the text is not copied for that."""
+    end = len(text)
+    while end > start:
+        tail = text[max(start, end - BLOCK) : end]
+        kept = len(tail.rstrip(" \t\r\n="))
+        end -= len(tail) - kept
+        if kept:
+            break
+    return end
+
+
 def decode_base64(text: str, start: int, end: int) -> bytes:
     """Return what a part of a text without its padding means.
 
