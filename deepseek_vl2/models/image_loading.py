@@ -14,6 +14,7 @@ from urllib.parse import unquote_to_bytes
 from PIL import Image, UnidentifiedImageError
 
 from .array_images import image_of_array, is_array
+from .heif import open_heif
 from .image_download import is_address, shortened
 from .image_modes import WHITE, Background, as_rgb
 
@@ -104,6 +105,17 @@ def _read_pipe(path: Path) -> bytes:
     return data
 
 
+def _open_file(file: Path | bytes) -> Image.Image:
+    """Open an image's file, of a format that Pillow knows or HEIC, without decoding it."""
+    try:
+        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+    except UnidentifiedImageError:
+        found = open_heif(file)
+        if found is None:
+            raise
+        return found
+
+
 def _open(source: Any) -> tuple[Image.Image, str]:
     """Open without decoding; returns the image and a name for error messages."""
     if isinstance(source, Image.Image):
@@ -111,11 +123,11 @@ def _open(source: Any) -> tuple[Image.Image, str]:
     if is_array(source):
         return image_of_array(source), "The image"
     if hasattr(source, "read") and not isinstance(source, os.PathLike):
-        return Image.open(io.BytesIO(_read_file(source))), "The image in the open file"
+        return _open_file(_read_file(source)), "The image in the open file"
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return Image.open(io.BytesIO(source)), "The image"
+        return _open_file(bytes(source)), "The image"
     if isinstance(source, str) and is_data_url(source):
-        return Image.open(io.BytesIO(_decode_data_url(source))), "The image in the data URL"
+        return _open_file(_decode_data_url(source)), "The image in the data URL"
     if isinstance(source, str) and is_address(source):
         raise ValueError(f"{source} is an address: download the image first and pass the file or the PIL image.")
     if not isinstance(source, (str, os.PathLike)):
@@ -135,12 +147,12 @@ def _open(source: Any) -> tuple[Image.Image, str]:
     if path.is_dir():
         raise ValueError(f"{path} is a directory, not an image file.")
     if path.is_fifo():  # such as a shell's <(...)
-        return Image.open(io.BytesIO(_read_pipe(path))), str(path)
+        return _open_file(_read_pipe(path)), str(path)
     if not path.is_file():
         raise ValueError(f"{path} is a device, not an image file.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is an empty file, not an image.")
-    return Image.open(path), str(path)
+    return _open_file(path), str(path)
 
 
 def load_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS, background: Background = WHITE) -> Image.Image:

@@ -43,7 +43,8 @@ def check_background(background: Background) -> Background:
 def orientation_of(image: Image.Image) -> int:
     """Return a decoded image's EXIF orientation, 1 to 8; 1, upright, where its EXIF data cannot be read."""
     try:
-        return int(image.getexif().get(ORIENTATION, 1))
+        orientation = image.getexif().get(ORIENTATION, 1)
+        return orientation if isinstance(orientation, int) else 1  # a text, or several: Pillow turns nothing then
     except (OSError, SyntaxError, ValueError, TypeError, struct.error):
         return 1
 

@@ -190,6 +190,13 @@ def test_an_orientation_that_means_nothing_turns_nothing(orientation: int) -> No
     assert mini_processor()(prompt="<image>", images=[image]).images_spatial_crop.tolist() == [[[2, 1]]]
 
 
+def test_an_orientation_that_is_a_text_turns_nothing() -> None:
+    image = picture()
+    image.getexif()[0x0112] = "6"
+    assert to_pixels((0, 0, 499, 999), image) == LEFT_HALF
+    assert load_image(image).size == SIZE
+
+
 def test_the_callers_image_is_not_turned() -> None:
     image = opened(6)
     mini_processor()(prompt="<image>", images=[image])
