@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from .array_images import image_of_array, is_array
 from .heif import open_heif
 from .image_download import is_address, shortened
-from .image_modes import WHITE, Background, as_rgb
+from .image_modes import WHITE, Background, as_rgb, decode
 
 # Pillow warns from here on that a file may be a decompression bomb; we refuse it.
 MAX_IMAGE_PIXELS = 89_478_485
@@ -49,7 +49,7 @@ def to_rgb(image: Image.Image, name: str, background: Background = WHITE) -> Ima
     if getattr(image, "tile", None) and getattr(image, "fp", image) is None:
         raise ValueError(f"{name} has pixels in a file that was closed: open it again, or load() it before closing.")
     try:
-        image.load()
+        decode(image)
         return as_rgb(image, background)
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{name} is truncated or damaged and cannot be decoded: {error}.") from error
