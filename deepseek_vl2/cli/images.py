@@ -13,7 +13,10 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".heic",
+    ".heif",
+)  # fmt: skip
 STDIN = "-"
 MOST_SCHEME = 12  # characters of an address's beginning, such as https://
 

@@ -13,8 +13,9 @@ from PIL import Image, UnidentifiedImageError
 
 from .array_images import image_of_array, is_array
 from .base64_text import decode_base64, payload_end
+from .heif import open_heif
 from .image_download import is_address, shortened
-from .image_modes import WHITE, Background, as_rgb
+from .image_modes import WHITE, Background, as_rgb, decode
 
 # Pillow warns from here on that a file may be a decompression bomb; we refuse it.
 MAX_IMAGE_PIXELS = 89_478_485
@@ -45,7 +46,7 @@ def to_rgb(image: Image.Image, name: str, background: Background = WHITE) -> Ima
     if getattr(image, "tile", None) and getattr(image, "fp", image) is None:
         raise ValueError(f"{name} has pixels in a file that was closed: open it again, or load() it before closing.")
     try:
-        image.load()
+        decode(image)
         return as_rgb(image, background)
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{name} is truncated or damaged and cannot be decoded: {error}.") from error
@@ -100,6 +101,17 @@ def _read_pipe(path: Path) -> bytes:
     return data
 
 
+def _open_file(file: Path | bytes) -> Image.Image:
+    """Open an image's file, of a format that Pillow knows or HEIC, without decoding it."""
+    try:
+        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+    except UnidentifiedImageError:
+        found = open_heif(file)
+        if found is None:
+            raise
+        return found
+
+
 def _open(source: Any) -> tuple[Image.Image, str]:
     """Open without decoding; returns the image and a name for error messages."""
     if isinstance(source, Image.Image):
@@ -107,11 +119,11 @@ def _open(source: Any) -> tuple[Image.Image, str]:
     if is_array(source):
         return image_of_array(source), "The image"
     if hasattr(source, "read") and not isinstance(source, os.PathLike):
-        return Image.open(io.BytesIO(_read_file(source))), "The image in the open file"
+        return _open_file(_read_file(source)), "The image in the open file"
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return Image.open(io.BytesIO(source)), "The image"
+        return _open_file(bytes(source)), "The image"
     if isinstance(source, str) and is_data_url(source):
-        return Image.open(io.BytesIO(_decode_data_url(source))), "The image in the data URL"
+        return _open_file(_decode_data_url(source)), "The image in the data URL"
     if isinstance(source, str) and is_address(source):
         raise ValueError(f"{source} is an address: download the image first and pass the file or the PIL image.")
     if not isinstance(source, (str, os.PathLike)):
@@ -131,12 +143,12 @@ def _open(source: Any) -> tuple[Image.Image, str]:
     if path.is_dir():
         raise ValueError(f"{path} is a directory, not an image file.")
     if path.is_fifo():  # such as a shell's <(...)
-        return Image.open(io.BytesIO(_read_pipe(path))), str(path)
+        return _open_file(_read_pipe(path)), str(path)
     if not path.is_file():
         raise ValueError(f"{path} is a device, not an image file.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is an empty file, not an image.")
-    return Image.open(path), str(path)
+    return _open_file(path), str(path)
 
 
 def load_image(source: Any, max_pixels: int = MAX_IMAGE_PIXELS, background: Background = WHITE) -> Image.Image:

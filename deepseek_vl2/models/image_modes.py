@@ -40,10 +40,28 @@ def check_background(background: Background) -> Background:
     return values[0], values[1], values[2]
 
 
+def decode(image: Image.Image) -> None:
+    """Decode an opened image.
+
+    Pillow (13 and before) maps an uncompressed TIFF of a path into memory with the sides that it has upright, where its
+    rows have those of the turned one: noise. Without a path it reads the rows one by one.
+    """
+    path = getattr(image, "filename", "")
+    if image.format != "TIFF" or not path:
+        image.load()
+        return
+    image.filename = ""  # type: ignore[attr-defined]
+    try:
+        image.load()
+    finally:
+        image.filename = path  # type: ignore[attr-defined]
+
+
 def orientation_of(image: Image.Image) -> int:
     """Return a decoded image's EXIF orientation, 1 to 8; 1, upright, where its EXIF data cannot be read."""
     try:
-        return int(image.getexif().get(ORIENTATION, 1))
+        orientation = image.getexif().get(ORIENTATION, 1)
+        return orientation if isinstance(orientation, int) else 1  # a text, or several: Pillow turns nothing then
     except (OSError, SyntaxError, ValueError, TypeError, struct.error):
         return 1
 
@@ -55,7 +73,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return (width, height), in pixels, of an image turned as its EXIF orientation says; it is decoded for that."""
-    image.load()
+    decode(image)
     width, height = image.size
     return (height, width) if orientation_of(image) in range(5, 9) else (width, height)
 

@@ -431,9 +431,9 @@ def test_images_of_telephones(client: Any, kind: str) -> None:
 
 
 def test_heic_without_its_package_says_what_to_do(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepseek_vl2.serve.api import image_files
+    from deepseek_vl2.models import heif
 
-    monkeypatch.setattr(image_files, "find_spec", lambda name: None)
+    monkeypatch.setattr(heif, "find_spec", lambda name: None)
     data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40
     with pytest.raises(openai.BadRequestError, match=r"deepseek_vl2\[heif\]"):
         shown(client, f"data:image/heic;base64,{base64.b64encode(data).decode()}")

@@ -127,6 +127,17 @@ def test_decoders_that_hold_the_lock_work_elsewhere(decoders: Decoders, kind: st
     assert found.tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_orientation_of_xmp_counts_there_too(decoders: Decoders, kind: str) -> None:
+    xmp = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    )
+    file = file_of(noise("RGB"), kind, xmp=xmp.encode())
+    assert read(decoders, file)[0].tobytes() == load_image(file).tobytes()
+    assert load_image(file).size == SIZE[::-1]
+
+
 def test_small_and_other_images_are_decoded_here() -> None:
     decoders = Decoders()
     small = noise("RGB").resize((1000, MOST_PIXELS_HERE // 1000))

@@ -79,6 +79,25 @@ def test_an_image_is_read_upright_whether_opened_or_not(orientation: int, file_f
         assert got.getexif().get(0x0112, 1) == 1
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("orientation", UNDO)
+def test_files_that_pillow_maps_into_memory_are_read_upright(tmp_path: Path, orientation: int, mode: str) -> None:
+    gray = Image.fromarray(np.asarray(picture().convert("L")).astype(np.uint16) * 257)
+    shown = gray if mode == "I;16" else picture().quantize() if mode == "P" else picture().convert(mode)
+    stored = shown
+    for step in UNDO[orientation]:
+        stored = stored.transpose(step)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.tif"
+    stored.save(path, exif=exif)
+    want = load_image(shown)
+    for source in (path, str(path), Image.open(path)):
+        assert difference(load_image(source), want) == 0
+    assert to_pixels((0, 0, 499, 999), Image.open(path)) == LEFT_HALF
+    assert draw_boxes(Image.open(path), []).tobytes() == want.tobytes()
+
+
 SOURCES: dict[str, Callable[[int, Path], Any]] = {
     "path": lambda orientation, path: path,
     "string": lambda orientation, path: str(path),
@@ -188,6 +207,13 @@ def test_an_orientation_that_means_nothing_turns_nothing(orientation: int) -> No
     image.getexif()[0x0112] = orientation
     assert load_image(image).tobytes() == picture().tobytes()
     assert mini_processor()(prompt="<image>", images=[image]).images_spatial_crop.tolist() == [[[2, 1]]]
+
+
+def test_an_orientation_that_is_a_text_turns_nothing() -> None:
+    image = picture()
+    image.getexif()[0x0112] = "6"
+    assert to_pixels((0, 0, 499, 999), image) == LEFT_HALF
+    assert load_image(image).size == SIZE
 
 
 def test_the_callers_image_is_not_turned() -> None:

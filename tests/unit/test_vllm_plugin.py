@@ -216,6 +216,11 @@ def test_files_that_other_decoders_change_are_decoded_here(tmp_path: Path) -> No
         data = file(Image.new(mode, (4, 4)))
         assert decode_odd_image(data) == data
     assert decode_odd_image(b"no image") is None
+    turned = Image.new("RGB", (4, 2))
+    turned.getexif()[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=turned.getexif())
+    data = (tmp_path / "turned.png").read_bytes()
+    assert decode_odd_image(data) == data  # of which others may have the size as it is stored
 
 
 def test_a_text_gets_one_bos() -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from deepseek_vl2.models import DeepseekVLV2Processor
+from deepseek_vl2.models.image_modes import orientation_of
 from deepseek_vl2.models.tiling import MAX_TILED_IMAGES, TileGrid, count_image_tokens, tile_grid, tokens_per_side
 from deepseek_vl2.models.views import Pictures
 
@@ -99,7 +100,7 @@ def decode_odd_image(data: bytes) -> bytes | None:
     """Return an image file's bytes where the processor must decode it itself, ``None`` where any decoder will do."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return None if image.mode in PLAIN_MODES else data
+            return None if image.mode in PLAIN_MODES and orientation_of(image) == 1 else data
     except OSError:
         return None  # whoever decoded it knows its format
 

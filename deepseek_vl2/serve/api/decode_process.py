@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from .decode_worker import HEADER_BYTES, bands_of
+from .decode_worker import bands_of, header_of
 
 WORKER = "deepseek_vl2.serve.api.decode_worker"
 FORMATS = frozenset(("WEBP", "AVIF", "HEIF"))
@@ -48,8 +48,8 @@ class DecodeProcess:
             )  # fmt: skip
         return self.process
 
-    def decode(self, data: bytes) -> Image.Image:
-        """Return a file's image, decoded.
+    def decode(self, data: bytes, kind: str) -> Image.Image:
+        """Return a file's image, decoded and upright; ``kind``: its format.
 
         Raises:
             ValueError: it is damaged, or takes too long.
@@ -59,7 +59,7 @@ class DecodeProcess:
         timer.daemon = True
         timer.start()
         try:
-            found = self._exchange(process, data)
+            found = self._exchange(process, data, kind)
         except (OSError, EOFError) as error:
             self.stop()
             raise ValueError(f"its decoder failed, or took more than {self.seconds:g} seconds") from error
@@ -73,10 +73,10 @@ class DecodeProcess:
         return found
 
     @staticmethod
-    def _exchange(process: subprocess.Popen[bytes], data: bytes) -> Image.Image | str:
+    def _exchange(process: subprocess.Popen[bytes], data: bytes, kind: str) -> Image.Image | str:
         """Return a file's image, or what is wrong with it."""
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(len(data).to_bytes(HEADER_BYTES, "big"))
+        process.stdin.write(header_of(data, kind))
         process.stdin.write(data)
         process.stdin.flush()
         line = process.stdout.readline()
@@ -95,7 +95,6 @@ class DecodeProcess:
                 raise EOFError
             rows.frombytes(pixels)
             image.paste(rows, (0, top))
-        image.info["exif"] = bytes.fromhex(told["exif"])
         return image
 
     def stop(self) -> None:
@@ -135,11 +134,11 @@ class Decoders:
         """Whether an image, opened and not decoded, is to be decoded in a process."""
         return image.format in FORMATS and image.width * image.height > MOST_PIXELS_HERE
 
-    def decode(self, data: bytes) -> Image.Image:
-        """Return a file's image, decoded; errors as `DecodeProcess.decode`."""
+    def decode(self, data: bytes, kind: str) -> Image.Image:
+        """Return a file's image; arguments and errors as `DecodeProcess.decode`."""
         process = self._idle.get()
         try:
-            return process.decode(data)
+            return process.decode(data, kind)
         finally:
             self._idle.put(process)
 

@@ -5,18 +5,19 @@ Each file is answered by a line of JSON, which says what the pixels are or what 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
+import struct
 import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from PIL import Image
+from PIL import Image, ImageOps
 
-from deepseek_vl2.serve.api.image_files import open_image
-
-HEADER_BYTES = 8  # before each file: its size
+HEADER_BYTES = 8  # before each file: its size, and its format as Pillow names it
 BAND_PIXELS = 1 << 20
 NICENESS = 5  # answers under way go first
 MAX_REASON = 300  # characters of the decoder's explanation
@@ -30,12 +31,32 @@ def bands_of(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
         yield top, min(top + rows, height)
 
 
-def read_file(source: BinaryIO) -> bytes | None:
-    """Return the next file; ``None`` at the end."""
-    header = source.read(HEADER_BYTES)
-    size = int.from_bytes(header, "big")
-    data = source.read(size) if len(header) == HEADER_BYTES else b""
-    return data if size and len(data) == size else None
+def header_of(data: bytes, kind: str) -> bytes:
+    """Return what stands before a file of a format."""
+    return len(data).to_bytes(HEADER_BYTES, "big") + kind.encode().ljust(HEADER_BYTES)
+
+
+def read_file(source: BinaryIO) -> tuple[bytes, str] | None:
+    """Return the next file and its format; ``None`` at the end."""
+    header = source.read(2 * HEADER_BYTES)
+    size = int.from_bytes(header[:HEADER_BYTES], "big")
+    data = source.read(size) if len(header) == 2 * HEADER_BYTES else b""
+    return (data, header[HEADER_BYTES:].decode().strip()) if size and len(data) == size else None
+
+
+def open_file(data: bytes, kind: str) -> Image.Image:
+    """Open a file without decoding it."""
+    if kind == "HEIF":
+        from pillow_heif import HeifImageFile
+
+        return HeifImageFile(io.BytesIO(data))
+    return Image.open(io.BytesIO(data), formats=(kind,))
+
+
+def turn_upright(image: Image.Image) -> None:
+    """Turn a decoded image as its EXIF or XMP data say; data that cannot be read, or mean nothing, turn nothing."""
+    with contextlib.suppress(OSError, SyntaxError, ValueError, TypeError, struct.error):
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def write_line(out: BinaryIO, content: dict[str, Any]) -> None:
@@ -43,16 +64,16 @@ def write_line(out: BinaryIO, content: dict[str, Any]) -> None:
     out.write(json.dumps(content).encode() + b"\n")
 
 
-def answer(data: bytes, out: BinaryIO) -> None:
-    """Decode a file and write its pixels, or what is wrong with it."""
+def answer(data: bytes, kind: str, out: BinaryIO) -> None:
+    """Decode a file and write its pixels, upright, or what is wrong with it."""
     try:
-        image: Image.Image = open_image(data)
+        image: Image.Image = open_file(data, kind)
         image.load()
-        exif = image.info.get("exif", b"")
+        turn_upright(image)
     except Exception as error:  # Pillow's decoders raise all kinds of errors for damaged files
         write_line(out, {"problem": f"{error}"[:MAX_REASON] or type(error).__name__})
         return
-    write_line(out, {"mode": image.mode, "size": image.size, "exif": exif.hex() if isinstance(exif, bytes) else ""})
+    write_line(out, {"mode": image.mode, "size": image.size})
     for top, bottom in bands_of(image.size):
         out.write(image.crop((0, top, image.width, bottom)).tobytes())
 
@@ -63,8 +84,8 @@ def main() -> None:
     if hasattr(os, "nice"):
         os.nice(NICENESS)
     Image.MAX_IMAGE_PIXELS = None  # the server has counted them
-    while (data := read_file(sys.stdin.buffer)) is not None:
-        answer(data, sys.stdout.buffer)
+    while (file := read_file(sys.stdin.buffer)) is not None:
+        answer(*file, sys.stdout.buffer)
         sys.stdout.buffer.flush()
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from PIL import Image, UnidentifiedImageError
+import io
+
+from PIL import Image, UnidentifiedImageError, features
 
 from deepseek_vl2.models.base64_text import decode_base64, payload_end
+from deepseek_vl2.models.heif import NEEDS_PACKAGE, is_heif, open_heif, reads_heif
 from deepseek_vl2.models.image_loading import read_image
 
 from .decode_process import Decoders
 from .download import DownloadError, download
 from .errors import ApiError
-from .image_files import FORMATS, is_heif, open_image
 from .settings import ImageLimits
 
+# Formats that Pillow decodes by itself; for others it may start programs. MPO files are opened as JPEG.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(("AVIF",) if features.check("avif") else ()))
 MAX_DATA_HEADER = 1000  # characters of a data URL before its comma
 
 
@@ -75,9 +79,20 @@ async def fetch_image(url: str, place: str, limits: ImageLimits) -> bytes | str:
 
 def unknown_format(data: bytes) -> str:
     """Return the message for a file that was not recognized."""
-    if is_heif(data):
-        return 'This server reads no HEIC images: send a JPEG, or install it with pip install "deepseek_vl2[heif]".'
+    if is_heif(data) and not reads_heif():
+        return f"This server reads no HEIC images. It is {NEEDS_PACKAGE}."
     return f"This is not an image of a known format ({', '.join(FORMATS)})."
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Open a file of a stranger, of one of a few formats, without decoding it.
+
+    Raises:
+        UnidentifiedImageError: it is of no known format, or of one that is not installed.
+        OSError, SyntaxError: it is damaged.
+    """
+    found = open_heif(data) if is_heif(data) and reads_heif() else None
+    return Image.open(io.BytesIO(data), formats=FORMATS) if found is None else found
 
 
 def read_data_urls(files: list[tuple[str, bytes | str]], limits: ImageLimits) -> list[tuple[str, bytes]]:
@@ -126,7 +141,9 @@ def decode_image(place: str, data: bytes, image: Image.Image, limits: ImageLimit
         ApiError: it is damaged.
     """
     try:
-        return read_image(decoders.decode(data) if decoders.wanted(image) else image, limits.max_pixels)
+        return read_image(
+            decoders.decode(data, str(image.format)) if decoders.wanted(image) else image, limits.max_pixels
+        )
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise all kinds of errors for damaged files
