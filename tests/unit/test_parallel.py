@@ -65,9 +65,7 @@ def test_heads_that_cannot_be_shared_out_are_told_before_anything_is_read(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     mini_model("tiny").save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"^4 attention heads cannot be split over 3 processes: tp_size may be 1, 2"
-    ):
+    with pytest.raises(ValueError, match=r"^4 attention heads cannot be split over 3 processes: tp_size may be 1, 2"):
         DeepseekVLV2ForCausalLM.from_pretrained(tmp_path, **options)
 
 
