@@ -42,6 +42,9 @@ class Engines:
             enforce_eager=True,
             skip_mm_profiling=True,
             limit_mm_per_prompt={"image": 3},
+            enable_prefix_caching=True,
+            enable_chunked_prefill=True,
+            max_num_batched_tokens=256,  # an image of one tile takes 421 tokens: it is read in two pieces
         )
         self.processor = DeepseekVLV2Processor.from_pretrained(folder)
         self.model = DeepseekVLV2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -135,6 +138,32 @@ def test_a_tag_without_an_image_is_refused(engines: Engines) -> None:
     unknown = {"prompt": wrapped("<image>\nOne?"), "multi_modal_data": {"image": IMAGES[:1]}}
     with pytest.raises(ValueError, match="Unknown mm_processor_kwargs: zoom"):
         engines.llm.generate([{**unknown, "mm_processor_kwargs": {"zoom": 2}}], sampling(), use_tqdm=False)
+
+
+def test_what_is_cached_of_a_prompt_belongs_to_its_images(engines: Engines) -> None:
+    """An image's tokens are all of one id: what tells prompts apart is what they show, and whether it was cut."""
+    asked = [
+        (IMAGES[2:], "<image>\nWhere?", 0),
+        (IMAGES[2:], "<image>\nWhere?", 256),
+        (IMAGES[2:], "<image>\nWhy is it so?", 256),
+        (IMAGES[1:2], "<image>\nWhere?", None),
+        ([IMAGES[2], IMAGES[0]], "<image>\n<image>\nWhere?", 256),
+        (IMAGES[::-1], "<image>\n<image>\n<image>\nWhere?", 0),
+    ]
+    for images, question, cached in asked:
+        request = {"prompt": wrapped(question), "multi_modal_data": {"image": images}}
+        (answer,) = engines.llm.generate([request], sampling(), use_tqdm=False)
+        ids, tokens = engines.ours(prompt=wrapped(question), images=images)
+        assert list(answer.prompt_token_ids) == ids
+        assert list(answer.outputs[0].token_ids) == tokens
+        if cached is not None:
+            assert bool(answer.num_cached_tokens) == bool(cached) and answer.num_cached_tokens >= cached
+
+
+def test_more_images_than_allowed_are_refused(engines: Engines) -> None:
+    request = {"prompt": wrapped("<image>" * 4), "multi_modal_data": {"image": [*IMAGES, IMAGES[0]]}}
+    with pytest.raises(ValueError, match=r"At most 3 image\(s\) may be provided in one prompt"):
+        engines.llm.generate([request], sampling(), use_tqdm=False)
 
 
 def test_tiling_can_be_turned_off(engines: Engines) -> None:

@@ -81,6 +81,8 @@ def test_a_vllm_that_has_moved_its_parts_still_starts(monkeypatch: pytest.Monkey
     registered: dict[str, str] = {}
     made = types.ModuleType("vllm")
     made.ModelRegistry = SimpleNamespace(register_model=registered.__setitem__)  # type: ignore[attr-defined]
+    for name in [name for name in sys.modules if name.startswith("vllm.")]:  # other tests may have brought the real one
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "vllm", made)
     plugin.register()
     assert list(registered) == ["DeepseekVLV2ForCausalLM"]
