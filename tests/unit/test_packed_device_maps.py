@@ -9,7 +9,9 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from support import mini_inputs, mini_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from mps_support import MPS, pretended_mps
+from support import KINDS, mini_inputs, mini_model
 from transformers import BitsAndBytesConfig
 from transformers.distributed import DistributedConfig
 
@@ -117,3 +119,23 @@ def test_packed_files_are_not_left_to_transformers(options: dict[str, Any], way:
         ValueError, match=rf"is packed \(.*\) and is read by .*leave {next(iter(options))}(=False)? out"
     ):
         load(files, way, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_packed_layers_on_two_devices(kind: str, weights: str, tmp_path: Path) -> None:
+    """The last layers lie on a pretended device, which refuses to meet tensors of the host; hooks are accelerate's."""
+    mini_model(kind).save_pretrained(tmp_path)
+    model = DeepseekVLV2ForCausalLM.from_pretrained(tmp_path, quantization_config=WeightOnlyConfig(weights)).eval()
+    expected, tokens = logits(model), model.generate(**INPUTS, max_new_tokens=3, do_sample=False)
+    language = model.language.model
+    places: dict[Any, torch.device] = dict.fromkeys((language.layers[1], language.layers[2]), MPS)
+    host = (language.embed_tokens, language.rotary_emb, language.layers[0], language.norm, model.language.lm_head)
+    places |= dict.fromkeys((*host, model.vision, model.projector), torch.device("cpu"))
+    with pretended_mps():
+        for module, place in places.items():
+            hook = AlignDevicesHook()
+            add_hook_to_module(module.to(place), hook)
+            hook.execution_device = place  # not before: the hook would move tensors by PyTorch's own code
+        assert torch.equal(logits(model), expected)
+        assert torch.equal(model.generate(**INPUTS, max_new_tokens=3, do_sample=False).cpu(), tokens)
