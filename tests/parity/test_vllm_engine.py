@@ -162,7 +162,7 @@ def test_what_is_cached_of_a_prompt_belongs_to_its_images(engines: Engines) -> N
 
 def test_more_images_than_allowed_are_refused(engines: Engines) -> None:
     request = {"prompt": wrapped("<image>" * 4), "multi_modal_data": {"image": [*IMAGES, IMAGES[0]]}}
-    with pytest.raises(ValueError, match=r"At most 3 image\(s\) may be provided in one prompt"):
+    with pytest.raises(Exception, match=r"At most 3 image\(s\) may be provided in one prompt"):  # vLLM's own class
         engines.llm.generate([request], sampling(), use_tqdm=False)
 
 
