@@ -98,11 +98,27 @@ def attend(module: Any, normed_NH: torch.Tensor, tokens: PackedTokens, pool: tup
         query, keys, values = latent_queries_keys_values(module, normed_NH, tokens, pool[0])
     else:
         query, keys, values = head_queries_keys_values(module, normed_NH, tokens, pool)
+    make_finite_(values, tokens)
     if tokens.alike:
         out = attend_alike(query, keys, values, tokens, module.scaling)
     else:
         out = attend_segments(query, keys, values, tokens, module.scaling)
     return run_linear(module.o_proj, out.flatten(1))
+
+
+def make_finite_(values: torch.Tensor, tokens: PackedTokens) -> None:
+    """Make values finite where windows reach over the rows of prompts behind: 0 times NaN, or infinity, is NaN.
+
+    A prompt that has such rows gets no numbers all the same: their queries and keys are none.
+    """
+    prompts, length = len(tokens.segments), tokens.part
+    if tokens.windows is None or prompts == 1:
+        return
+    reached = values[tokens.segments[0].new :]
+    if tokens.alike:  # few rows of each but the first
+        reached = values[length : prompts * length].unflatten(0, (prompts - 1, length))
+        reached = reached[:, : tokens.windows[0] - length]
+    reached.nan_to_num_()
 
 
 def attend_alike(
