@@ -26,7 +26,7 @@ from ..models.quantized_layers import PackedLinear
 from ..ops.triton import linear, norm, prefill_experts, rope, router
 from ..ops.triton.router import NOAUX_TC
 from . import experts
-from .rows import upload
+from .rows import to_device, upload
 from .weights import read_experts, read_linear, read_router_config
 
 Pools = Sequence[tuple[torch.Tensor, ...]]
@@ -336,14 +336,25 @@ class RowLayout:
             return [self.ends[-1]]
         return [*self.ends, *[-1] * (-(-self.rows // self.part) - len(self.starts))]
 
+    @property
+    def gaps(self) -> bool:
+        """Whether there is padding between segments, too."""
+        return self.starts[-1] + self.lengths[-1] > sum(self.lengths)
+
+    def number(self, firsts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return numbers that count up from one for each segment, for each of some lines of these, [lines, tokens]."""
+        lengths = torch.tensor(self.lengths)
+        shifts = torch.tensor(firsts) - (lengths.cumsum(0) - lengths)
+        return shifts.repeat_interleave(lengths, dim=1) + torch.arange(int(lengths.sum()))
+
     def spread(self, packed: torch.Tensor) -> torch.Tensor:
         """Return rows that lie one behind the other, as long as all segments, in their places; padding is 0."""
         if not self.padded:
             return packed
-        out = packed.new_zeros(self.rows, *packed.shape[1:])
-        for start, own in zip(self.starts, packed.split(list(self.lengths)), strict=True):
-            out[start : start + len(own)] = own
-        return out
+        if not self.gaps:
+            return F.pad(packed, (0, 0, 0, self.rows - len(packed)))
+        out = packed.new_zeros(self.rows, packed.shape[1])
+        return out.index_copy_(0, to_device(self.number([self.starts])[0], packed.device), packed)
 
 
 def arrange_rows(segments: Sequence[Segment]) -> RowLayout:
@@ -372,10 +383,8 @@ def place_tokens(
     segments: Sequence[Segment], layout: RowLayout, device: torch.device, tables: tuple[torch.Tensor, torch.Tensor]
 ) -> PackedTokens:
     """Return where tokens stand, on a device; those of padding write to the pool's scratch tokens."""
-    positions = torch.cat([torch.arange(s.past, s.end) for s in segments])
-    slots = torch.cat([torch.arange(s.start + s.past, s.start + s.end) for s in segments])
-    numbers = layout.spread(torch.stack((positions, slots), dim=1)).mT.contiguous()
-    numbers = numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+    numbers = layout.number([[s.past for s in segments], [s.start + s.past for s in segments]])
+    numbers = to_device(layout.spread(numbers.mT).mT.contiguous(), device)
     cos, sin = (table.index_select(0, numbers[0]) for table in tables)
     last = upload([layout.last], device)[0] if layout.padded else None
     return PackedTokens(segments, numbers[1].contiguous(), cos, sin, last, layout.part, layout.windows)

@@ -341,7 +341,7 @@ def test_a_broken_prompt_breaks_no_other(kind: str, lengths: tuple[int, ...], mo
         lengths = tuple(30 * length + 1 for length in lengths)
     model = made_model(kind)
     engine = by_kernels(model, EngineOptions(kv_cache_tokens=sum(lengths) + 64))
-    table = model.get_input_embeddings().weight.detach()
+    table = model.model.embed_tokens.weight.detach()
     embeds = [table[torch.tensor(prompt, device=DEVICE)] for prompt in prompts_of(model, lengths)]
     extents = [engine.kv_cache.allocate(length) for length in lengths]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_vl2.engine import prefill
 from deepseek_vl2.engine.prefill import RowLayout
@@ -52,3 +55,40 @@ def test_rows_are_spread_over_their_places() -> None:
     assert layout.spread(packed)[:, 0].tolist() == [1, 2, 3, 0, 4, 5, 6, 7, 0, 0]
     layout = RowLayout([3, 4], [0, 3], 7)
     assert layout.spread(packed) is packed
+
+
+class CountedOperators(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+# Of one length, of about one, and of several; behind cached tokens, where each has a mask of its own.
+@pytest.mark.parametrize(("lengths", "past"), [((9, 9), 0), ((98, 99), 0), ((9, 3), 0), ((9, 3), 4)], ids=str)
+def test_many_prompts_are_placed_by_as_many_operators_as_few(
+    lengths: tuple[int, ...], past: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "causal_mask", lambda *_: None)
+    counts, device = [], torch.device("cpu")
+    for times in (1, 100):
+        tokens = lengths * times
+        segments = [Segment(64 + 1000 * i, past, length) for i, length in enumerate(tokens)]
+        tables = (torch.arange(200.0)[:, None], torch.arange(200.0)[:, None])
+        embeds = torch.arange(1.0, sum(tokens) + 1)[:, None]
+        with CountedOperators() as operators:
+            layout = prefill.arrange_rows(segments)
+            spread = layout.spread(embeds)
+            placed = prefill.place_tokens(segments, layout, device, tables)
+        counts.append(operators.count)
+        assert len(spread) == layout.rows == len(placed.slots_N)
+        free, given = torch.ones(layout.rows, dtype=torch.bool), embeds.split(list(tokens))
+        for segment, start, own in zip(segments, layout.starts, given, strict=True):
+            rows = slice(start, start + segment.new)
+            free[rows] = False
+            assert torch.equal(spread[rows], own)
+            assert placed.slots_N[rows].tolist() == list(range(segment.start + past, segment.start + segment.end))
+            assert placed.cos_NP[rows, 0].tolist() == list(range(past, segment.end))
+        assert not spread[free].any() and not placed.slots_N[free].any()
+    assert counts[0] == counts[1]
