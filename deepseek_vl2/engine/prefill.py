@@ -24,6 +24,7 @@ from ..models.cache import Segment, causal_mask
 from ..models.moe import DeepseekV2MoE
 from ..models.quantized_layers import PackedLinear
 from ..ops.triton import linear, norm, prefill_experts, rope, router
+from ..ops.triton.common import power_of_two
 from ..ops.triton.router import NOAUX_TC
 from . import experts
 from .rows import to_device, upload
@@ -35,6 +36,9 @@ Tables = dict[torch.device, tuple[torch.Tensor, torch.Tensor]]
 # Lengths that attention sees, and the rows of a pass, are multiples of this: the libraries that choose kernels by the
 # number of rows, and load them then, have met it before.
 STEP = 128
+# What short prompts that attend together see is a smaller power of two, but not below this one: of more, nearly all
+# would be rows of others.
+SHORTEST = 16
 # Rows that a pass may take for one of its prompts' own so that they attend in one call, of 45 us each for 1,434 tokens.
 MOST_PADDED = 1.03
 # What more prompts than these attend to is copied in one launch: they are short.
@@ -137,7 +141,7 @@ def attend_alike(
     grouped = q.shape[1] != k.shape[1]
     attended = F.scaled_dot_product_attention(q, k, v, None, 0.0, True, scale=scaling, enable_gqa=grouped)
     attended = attended.transpose(1, 2)
-    if window == length:
+    if len(query) == prompts * length:  # and no window reaches farther
         return attended.flatten(0, 1)
     out = query.new_empty(len(query), query.shape[1], values.shape[-1])
     own = out[: prompts * length].unflatten(0, (prompts, length))
@@ -375,7 +379,7 @@ def arrange_rows(segments: Sequence[Segment]) -> RowLayout:
         return RowLayout(lengths, starts, padded_length(starts[-1] + windows[-1]), 0, windows)
     part = part if len(lengths) > 1 else windows[0]  # one prompt has its padding in its own part
     starts = [part * index for index in range(len(lengths))]
-    window = padded_length(part)
+    window = min(padded_length(part), power_of_two(part, SHORTEST))
     return RowLayout(lengths, starts, padded_length(starts[-1] + window), part, [window] * len(lengths))
 
 
