@@ -24,9 +24,10 @@ from ..models.cache import Segment, causal_mask
 from ..models.moe import DeepseekV2MoE
 from ..models.quantized_layers import PackedLinear
 from ..ops.triton import linear, norm, prefill_experts, rope, router
+from ..ops.triton.common import power_of_two
 from ..ops.triton.router import NOAUX_TC
 from . import experts
-from .rows import upload
+from .rows import to_device, upload
 from .weights import read_experts, read_linear, read_router_config
 
 Pools = Sequence[tuple[torch.Tensor, ...]]
@@ -35,6 +36,9 @@ Tables = dict[torch.device, tuple[torch.Tensor, torch.Tensor]]
 # Lengths that attention sees, and the rows of a pass, are multiples of this: the libraries that choose kernels by the
 # number of rows, and load them then, have met it before.
 STEP = 128
+# What short prompts that attend together see is a smaller power of two, but not below this one: of more, nearly all
+# would be rows of others.
+SHORTEST = 16
 # Rows that a pass may take for one of its prompts' own so that they attend in one call, of 45 us each for 1,434 tokens.
 MOST_PADDED = 1.03
 # What more prompts than these attend to is copied in one launch: they are short.
@@ -98,11 +102,27 @@ def attend(module: Any, normed_NH: torch.Tensor, tokens: PackedTokens, pool: tup
         query, keys, values = latent_queries_keys_values(module, normed_NH, tokens, pool[0])
     else:
         query, keys, values = head_queries_keys_values(module, normed_NH, tokens, pool)
+    make_finite_(values, tokens)
     if tokens.alike:
         out = attend_alike(query, keys, values, tokens, module.scaling)
     else:
         out = attend_segments(query, keys, values, tokens, module.scaling)
     return run_linear(module.o_proj, out.flatten(1))
+
+
+def make_finite_(values: torch.Tensor, tokens: PackedTokens) -> None:
+    """Make values finite where windows reach over the rows of prompts behind: 0 times NaN, or infinity, is NaN.
+
+    A prompt that has such rows gets no numbers all the same: their queries and keys are none.
+    """
+    prompts, length = len(tokens.segments), tokens.part
+    if tokens.windows is None or prompts == 1:
+        return
+    reached = values[tokens.segments[0].new :]
+    if tokens.alike:  # few rows of each but the first
+        reached = values[length : prompts * length].unflatten(0, (prompts - 1, length))
+        reached = reached[:, : tokens.windows[0] - length]
+    reached.nan_to_num_()
 
 
 def attend_alike(
@@ -121,7 +141,7 @@ def attend_alike(
     grouped = q.shape[1] != k.shape[1]
     attended = F.scaled_dot_product_attention(q, k, v, None, 0.0, True, scale=scaling, enable_gqa=grouped)
     attended = attended.transpose(1, 2)
-    if window == length:
+    if len(query) == prompts * length:  # and no window reaches farther
         return attended.flatten(0, 1)
     out = query.new_empty(len(query), query.shape[1], values.shape[-1])
     own = out[: prompts * length].unflatten(0, (prompts, length))
@@ -320,14 +340,25 @@ class RowLayout:
             return [self.ends[-1]]
         return [*self.ends, *[-1] * (-(-self.rows // self.part) - len(self.starts))]
 
+    @property
+    def gaps(self) -> bool:
+        """Whether there is padding between segments, too."""
+        return self.starts[-1] + self.lengths[-1] > sum(self.lengths)
+
+    def number(self, firsts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return numbers that count up from one for each segment, for each of some lines of these, [lines, tokens]."""
+        lengths = torch.tensor(self.lengths)
+        shifts = torch.tensor(firsts) - (lengths.cumsum(0) - lengths)
+        return shifts.repeat_interleave(lengths, dim=1) + torch.arange(int(lengths.sum()))
+
     def spread(self, packed: torch.Tensor) -> torch.Tensor:
         """Return rows that lie one behind the other, as long as all segments, in their places; padding is 0."""
         if not self.padded:
             return packed
-        out = packed.new_zeros(self.rows, *packed.shape[1:])
-        for start, own in zip(self.starts, packed.split(list(self.lengths)), strict=True):
-            out[start : start + len(own)] = own
-        return out
+        if not self.gaps:
+            return F.pad(packed, (0, 0, 0, self.rows - len(packed)))
+        out = packed.new_zeros(self.rows, packed.shape[1])
+        return out.index_copy_(0, to_device(self.number([self.starts])[0], packed.device), packed)
 
 
 def arrange_rows(segments: Sequence[Segment]) -> RowLayout:
@@ -348,7 +379,7 @@ def arrange_rows(segments: Sequence[Segment]) -> RowLayout:
         return RowLayout(lengths, starts, padded_length(starts[-1] + windows[-1]), 0, windows)
     part = part if len(lengths) > 1 else windows[0]  # one prompt has its padding in its own part
     starts = [part * index for index in range(len(lengths))]
-    window = padded_length(part)
+    window = min(padded_length(part), power_of_two(part, SHORTEST))
     return RowLayout(lengths, starts, padded_length(starts[-1] + window), part, [window] * len(lengths))
 
 
@@ -356,10 +387,8 @@ def place_tokens(
     segments: Sequence[Segment], layout: RowLayout, device: torch.device, tables: tuple[torch.Tensor, torch.Tensor]
 ) -> PackedTokens:
     """Return where tokens stand, on a device; those of padding write to the pool's scratch tokens."""
-    positions = torch.cat([torch.arange(s.past, s.end) for s in segments])
-    slots = torch.cat([torch.arange(s.start + s.past, s.start + s.end) for s in segments])
-    numbers = layout.spread(torch.stack((positions, slots), dim=1)).mT.contiguous()
-    numbers = numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+    numbers = layout.number([[s.past for s in segments], [s.start + s.past for s in segments]])
+    numbers = to_device(layout.spread(numbers.mT).mT.contiguous(), device)
     cos, sin = (table.index_select(0, numbers[0]) for table in tables)
     last = upload([layout.last], device)[0] if layout.padded else None
     return PackedTokens(segments, numbers[1].contiguous(), cos, sin, last, layout.part, layout.windows)

@@ -129,5 +129,9 @@ class Rows:
 
 def upload(numbers: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     """Return numbers of the host on a device, int64, without waiting for it."""
-    held = torch.tensor(numbers, dtype=torch.long)
-    return held.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else held.to(device)
+    return to_device(torch.tensor(numbers, dtype=torch.long), device)
+
+
+def to_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the host on a device, without waiting for it."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)

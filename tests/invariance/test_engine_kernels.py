@@ -330,6 +330,35 @@ def test_prompts_that_attend_together(
             torch.testing.assert_close(quick[0], plain[0], rtol=0, atol=TOLERANCE * float(plain[0].abs().max()))
 
 
+# Of one length, of about one, of several, and where a window reaches over several prompts.
+# Heads of a latent cache attend on a CPU by plain products and an added mask, in which keys that are NaN stay NaN.
+@pytest.mark.parametrize("kind", ("tiny", "small") if GPU else ("tiny",))
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (5, 6, 5), (6, 3, 9), (2, 2, 2)], ids=str)
+def test_a_broken_prompt_breaks_no_other(kind: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no number in rows that others' windows reach over is in its own prompt's logits alone."""
+    monkeypatch.setattr(prefill, "MOST_PADDED", 1.2)
+    if GPU:
+        lengths = tuple(30 * length + 1 for length in lengths)
+    model = made_model(kind)
+    engine = by_kernels(model, EngineOptions(kv_cache_tokens=sum(lengths) + 64))
+    table = model.model.embed_tokens.weight.detach()
+    embeds = [table[torch.tensor(prompt, device=DEVICE)] for prompt in prompts_of(model, lengths)]
+    extents = [engine.kv_cache.allocate(length) for length in lengths]
+
+    def read() -> torch.Tensor:
+        given = zip(extents, embeds, strict=True)
+        with torch.inference_mode():
+            return engine.runner.prefill([Part(Segment(e.start, 0, len(own)), embeds_TH=own) for e, own in given])
+
+    whole = read()
+    embeds[1][0] = float("inf")
+    embeds[1][1] = float("nan")
+    found = read()
+    assert found[1].isnan().all()
+    scale = float(whole.abs().max())
+    torch.testing.assert_close(found[[0, 2]], whole[[0, 2]], rtol=0, atol=TOLERANCE * scale)
+
+
 def test_which_prompts_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a kind met before, few tokens in few groups, all of them whole prompts."""
     monkeypatch.setattr(prefill, "STEP", 128)
