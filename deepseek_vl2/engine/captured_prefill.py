@@ -22,7 +22,8 @@ from . import cuda_graphs
 from .cuda_graphs import Capture, CapturedGraph, GraphCache
 from .decoder_weights import DecoderWeights
 from .kv_cache import KVCache
-from .prefill import STEP, PackedTokens, Pools, first_norm, padded_length, prefill_layer, run_linear
+from .prefill import PackedTokens, Pools, first_norm, prefill_layer, run_linear
+from .row_layout import STEP, padded_length
 from .rows import upload
 from .runner import Part
 

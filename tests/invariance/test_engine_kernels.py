@@ -29,6 +29,7 @@ from deepseek_vl2.engine import (
     placement,
     prefill,
     prefix_cache,
+    row_layout,
     scheduler,
     self_check,
     support,
@@ -88,7 +89,7 @@ def kernels_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(support, "_unsupported_weights", lambda language: None)
         monkeypatch.setattr(decode, "multiprocessors", lambda device: 3)  # run one after the other
         monkeypatch.setattr(triton_runner, "SHORT", 3)
-        for module in (captured_prefill, prefill):
+        for module in (captured_prefill, row_layout):
             monkeypatch.setattr(module, "STEP", 4)
         for module in (prefix_cache, scheduler):
             monkeypatch.setattr(module, "BLOCK", 4)
@@ -336,7 +337,7 @@ def test_prompts_that_attend_together(
 @pytest.mark.parametrize("lengths", [(5, 5, 5), (5, 6, 5), (6, 3, 9), (2, 2, 2)], ids=str)
 def test_a_broken_prompt_breaks_no_other(kind: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no number in rows that others' windows reach over is in its own prompt's logits alone."""
-    monkeypatch.setattr(prefill, "MOST_PADDED", 1.2)
+    monkeypatch.setattr(row_layout, "MOST_PADDED", 1.2)
     if GPU:
         lengths = tuple(30 * length + 1 for length in lengths)
     model = made_model(kind)
@@ -361,7 +362,7 @@ def test_a_broken_prompt_breaks_no_other(kind: str, lengths: tuple[int, ...], mo
 
 def test_which_prompts_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a kind met before, few tokens in few groups, all of them whole prompts."""
-    monkeypatch.setattr(prefill, "STEP", 128)
+    monkeypatch.setattr(row_layout, "STEP", 128)
     engine = by_kernels(made_model("small"), EngineOptions(kv_cache_tokens=256))
     runner = engine.runner
     assert isinstance(runner, TritonRunner)

@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deepseek_vl2.engine import prefill
-from deepseek_vl2.engine.prefill import RowLayout
+from deepseek_vl2.engine import prefill, row_layout
+from deepseek_vl2.engine.row_layout import RowLayout
 from deepseek_vl2.models.cache import Segment
 
 
 def arranged(*tokens: int, past: int = 0) -> RowLayout:
-    return prefill.arrange_rows([Segment(64, past if index == 0 else 0, new) for index, new in enumerate(tokens)])
+    return row_layout.arrange_rows([Segment(64, past if index == 0 else 0, new) for index, new in enumerate(tokens)])
 
 
 @pytest.fixture(autouse=True)
 def steps_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "STEP", 128)
+    monkeypatch.setattr(row_layout, "STEP", 128)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_many_prompts_are_placed_by_as_many_operators_as_few(
         tables = (torch.arange(200.0)[:, None], torch.arange(200.0)[:, None])
         embeds = torch.arange(1.0, sum(tokens) + 1)[:, None]
         with CountedOperators() as operators:
-            layout = prefill.arrange_rows(segments)
+            layout = row_layout.arrange_rows(segments)
             spread = layout.spread(embeds)
             placed = prefill.place_tokens(segments, layout, device, tables)
         counts.append(operators.count)
@@ -108,7 +108,7 @@ def test_many_prompts_are_placed_by_as_many_operators_as_few(
 @pytest.mark.parametrize("tokens", [(16, 16, 16), (128, 128), (9, 9), (40, 41), (130, 129)], ids=str)
 def test_prompts_attend_to_their_own_rows(tokens: tuple[int, ...]) -> None:
     segments = [Segment(64 + 200 * index, 0, length) for index, length in enumerate(tokens)]
-    layout, tables = prefill.arrange_rows(segments), (torch.zeros(200, 1), torch.zeros(200, 1))
+    layout, tables = row_layout.arrange_rows(segments), (torch.zeros(200, 1), torch.zeros(200, 1))
     placed = prefill.place_tokens(segments, layout, torch.device("cpu"), tables)
     generator = torch.Generator().manual_seed(0)
     query, keys, values = torch.randn(3, layout.rows, 2, 8, generator=generator)
