@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -408,6 +409,41 @@ def test_answers_with_other_options_are_not_mixed(
     assert run(questions, tmp_path / "a.jsonl", *options) == 1
     assert "was asked with other options" in capsys.readouterr().err
     assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [("--dtype", "float16"), ("--quantize", "int8"), ("--model", "some/other")])
+def test_answers_of_another_model_are_not_mixed(
+    questions: Path, tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "a.jsonl"
+    assert run(questions, output) == 0
+    before = output.read_bytes()
+    assert run(questions, output, *options) == 1
+    assert "has answers of another model, dtype or quantization" in capsys.readouterr().err
+    assert output.read_bytes() == before
+    assert run(questions, output) == 0  # the same one goes on
+    assert run(questions, output, *options, "--overwrite") == 0
+    assert output.read_bytes() != before
+
+
+def test_a_model_is_known_by_its_files(model_path: str, tmp_path: Path) -> None:
+    from argparse import Namespace
+
+    from deepseek_vl2.cli.batch_model import model_identity
+
+    copy = tmp_path / "model"
+    shutil.copytree(model_path, copy)
+    args = Namespace(model=str(copy), dtype="bfloat16", quantize=None, quantize_head=None)
+    first = model_identity(args)
+    (tmp_path / "link").symlink_to(copy)
+    assert model_identity(Namespace(**{**vars(args), "model": str(tmp_path / "link")})) == first
+    weights = next(copy.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2 + 5] ^= 1
+    weights.write_bytes(content)
+    second = model_identity(args)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
+    assert len({first, second, model_identity(args)}) == 3
 
 
 def test_what_changes_no_answer_may_change(questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
