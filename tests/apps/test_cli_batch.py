@@ -540,7 +540,7 @@ def test_more_processes_than_gpus_are_refused(
 
 @pytest.mark.slow
 def test_two_processes_share_the_lines(questions: Path, tmp_path: Path, model_path: str) -> None:
-    assert run(questions, tmp_path / "one.jsonl", "--dtype", "float32") == 0
+    assert run(questions, tmp_path / "one.jsonl", "--dtype", "float32", "--model", model_path) == 0
     arguments = ["batch", str(questions), str(tmp_path / "two.jsonl"), "--max_new_tokens", "6", "--dtype", "float32"]
     done = subprocess.run(
         [sys.executable, "-m", "deepseek_vl2.cli", *arguments, "--model", model_path, "--processes", "2"],
@@ -570,5 +570,6 @@ def test_a_run_that_is_killed_three_times(tmp_path: Path, model_path: str) -> No
     assert subprocess.run(command, cwd=ROOT, env=environment, timeout=300).returncode == 0
     assert [record["line"] for record in records(output)] == list(range(1, 41))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
-    assert run(questions, tmp_path / "whole.jsonl", "--max_new_tokens", "20") == 0
+    same = ("--dtype", "float32", "--model", model_path)
+    assert run(questions, tmp_path / "whole.jsonl", "--max_new_tokens", "20", *same) == 0
     assert records(output) == records(tmp_path / "whole.jsonl")
