@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_vl2.cli.batch_files import (
+    Asked,
     Job,
     check_answers,
     check_files,
@@ -30,6 +31,7 @@ from deepseek_vl2.cli.batch_files import (
     record_line,
     write_answers,
 )
+from deepseek_vl2.cli.batch_model import model_identity
 from deepseek_vl2.cli.batch_window import answer_lines
 from deepseek_vl2.cli.options import (
     add_generation_arguments,
@@ -108,7 +110,7 @@ def run(args: Namespace) -> int:
     shared = LAUNCHED in os.environ or rank > 0  # the lock is held by who launched this process, or by the first
     if not shared:
         check_files(questions, output)
-    jobs = read_jobs(questions, answer_options(args))
+    jobs = read_jobs(questions, Asked(answer_options(args), model_identity(args)))
     with contextlib.nullcontext() if shared else locked(output) as lock:
         if not shared:
             check_files(questions, output)  # another run may have ended since

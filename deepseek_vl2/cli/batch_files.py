@@ -23,13 +23,28 @@ except ImportError:  # Windows
 MAX_REASON = 1000  # characters of an error
 
 
+class Asked(NamedTuple):
+    """What lines are asked with, as texts that are the same for the same.
+
+    Fields:
+        options: the options.
+        model: see `batch_model.model_identity`.
+    """
+
+    options: str = ""
+    model: str = ""
+
+
+ANYHOW = Asked()
+
+
 @dataclass
 class Job:
     """One line of the input.
 
     Fields:
         line: its number, from 1.
-        key: of its text and of the options that it is asked with, to tell whether an answer is to this very line.
+        key: of its text, of the options and of the model that it is asked with: an answer is to this very line.
         text: the line; ``None`` when it is not text in UTF-8.
     """
 
@@ -38,23 +53,23 @@ class Job:
     text: str | None
 
 
-def read_jobs(path: Path, options: str = "") -> list[Job]:
+def read_jobs(path: Path, asked: Asked = ANYHOW) -> list[Job]:
     """Read the lines that are not blank; arguments as `iter_jobs`.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or none of its lines is text, or it holds nothing.
     """
-    jobs = list(iter_jobs(path, options))
+    jobs = list(iter_jobs(path, asked))
     check_input(path, len(jobs), any(job.text is not None for job in jobs))
     return jobs
 
 
-def iter_jobs(path: Path, options: str = "") -> Iterator[Job]:
+def iter_jobs(path: Path, asked: Asked = ANYHOW) -> Iterator[Job]:
     """Yield the lines that are not blank, while they are read.
 
     Args:
         path: the input.
-        options: with which the lines are asked.
+        asked: with what the lines are.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -68,7 +83,7 @@ def iter_jobs(path: Path, options: str = "") -> Iterator[Job]:
     with open(path, "rb") as file:
         for number, line in enumerate(text_lines(file), 1):
             if line.strip():
-                yield Job(number, line_key(line, options), decoded(line))
+                yield Job(number, line_key(line, asked), decoded(line))
 
 
 def text_lines(file: Iterable[bytes]) -> Iterator[bytes]:
@@ -89,9 +104,10 @@ def check_input(path: Path, lines: int, any_text: bool) -> None:
         raise ValueError(f"{path} is not text in UTF-8.")
 
 
-def line_key(line: bytes, options: str = "") -> str:
-    """Return what tells a line, asked with some options, from others."""
-    return hashlib.sha256(line + options.encode(errors="backslashreplace")).hexdigest()[:16]
+def line_key(line: bytes, asked: Asked = ANYHOW) -> str:
+    """Return what tells a line, asked with some options and of some model, from others; the model stands last."""
+    key = hashlib.sha256(line + asked.options.encode(errors="backslashreplace")).hexdigest()[:16]
+    return f"{key}-{asked.model}" if asked.model else key
 
 
 def decoded(line: bytes) -> str | None:
@@ -306,13 +322,23 @@ def check_answers(jobs: Iterable[Job], places: dict[int, Place], output: Path) -
     """Return the lines that are answered.
 
     Raises:
-        ValueError: the answers belong to another input.
+        ValueError: the answers belong to another input, or are another model's.
     """
     answered = {line for line, place in places.items() if place.answered}
-    unmatched = set(answered)
+    unmatched, others = set(answered), set()
     for job in jobs:
-        if job.line in answered and places[job.line].key == job.key:
+        if job.line not in answered:
+            continue
+        there = places[job.line].key
+        if there == job.key:
             unmatched.discard(job.line)
+        elif there.partition("-")[0] == job.key.partition("-")[0]:
+            others.add(job.line)
+    if others and others == unmatched:
+        raise ValueError(
+            f"{output} has answers of another model, dtype or quantization, such as that to line {min(others)}: name "
+            "the same --model as before, another output, or begin anew with --overwrite."
+        )
     if unmatched:
         raise ValueError(
             f"{output} answers another input: its line {min(unmatched)} was another one, or was asked "

@@ -16,6 +16,8 @@ from typing import Any
 
 from deepseek_vl2 import __version__
 from deepseek_vl2.cli.batch_files import (
+    ANYHOW,
+    Asked,
     Job,
     Place,
     check_answers,
@@ -31,6 +33,7 @@ from deepseek_vl2.cli.batch_files import (
     record_line,
     write_answers,
 )
+from deepseek_vl2.cli.batch_model import model_identity
 from deepseek_vl2.cli.batch_worker import Greeting, LineWorker
 from deepseek_vl2.cli.options import answer_options, note
 
@@ -59,10 +62,11 @@ def run(args: Namespace, finish: Callable[[Path, int], int]) -> int:
     check_files(questions, output)
     with locked(output):
         check_files(questions, output)  # another run may have ended since
-        survey = survey_input(questions, {} if args.overwrite else gather(output), output, answer_options(args))
+        asked = Asked(answer_options(args), model_identity(args))
+        survey = survey_input(questions, {} if args.overwrite else gather(output), output, asked)
         try:
             if len(survey.answered) < survey.total:
-                answer_all(args, questions, output, survey)
+                answer_all(args, questions, output, survey, asked)
         finally:
             if part_files(output):
                 write_answers(output)
@@ -89,8 +93,8 @@ def check_options(args: Namespace) -> None:
         raise ValueError(f"{', '.join(given)}: of our engine, not of --backend vllm.")
 
 
-def survey_input(questions: Path, places: dict[int, Place], output: Path, options: str = "") -> Survey:
-    """Read the input once, keeping none of it; ``options``: with which its lines are asked.
+def survey_input(questions: Path, places: dict[int, Place], output: Path, asked: Asked = ANYHOW) -> Survey:
+    """Read the input once, keeping none of it; ``asked``: with what its lines are.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, it holds no text, or the answers belong to another one.
@@ -99,7 +103,7 @@ def survey_input(questions: Path, places: dict[int, Place], output: Path, option
 
     def counted() -> Iterator[Job]:
         nonlocal total, any_text
-        for job in iter_jobs(questions, options):
+        for job in iter_jobs(questions, asked):
             total, any_text = total + 1, any_text or job.text is not None
             yield job
 
@@ -108,7 +112,7 @@ def survey_input(questions: Path, places: dict[int, Place], output: Path, option
     return Survey(total, answered)
 
 
-def answer_all(args: Namespace, questions: Path, output: Path, survey: Survey) -> None:
+def answer_all(args: Namespace, questions: Path, output: Path, survey: Survey, asked: Asked) -> None:
     """Have the open lines answered, and append their records to a part file."""
     from tqdm import tqdm
 
@@ -152,7 +156,7 @@ def answer_all(args: Namespace, questions: Path, output: Path, survey: Survey) -
             tell,
             lambda: fleet_of(ray, args.processes, args.device in ("cpu", "mps")).fitting > 0,
         )
-        jobs = (job for job in iter_jobs(questions, answer_options(args)) if job.line not in survey.answered)
+        jobs = (job for job in iter_jobs(questions, asked) if job.line not in survey.answered)
         bar = tqdm(total=survey.total, initial=len(survey.answered), unit="line", disable=args.quiet)
         with bar:
             write_records(dispatcher.run(jobs), output.with_name(f"{output.name}.part0"), bar)

@@ -304,6 +304,17 @@ def check_device(device: str | None) -> None:
         raise ValueError("There is no device mps here: it needs a Mac with an Apple GPU.")
 
 
+def check_writable(directory: Path) -> None:
+    """Raise ``OSError`` for a directory that files cannot be written into, there already or not."""
+    there = directory
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file: {directory} cannot be written into.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{directory} cannot be written into: {there} is not yours to write.")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is torch's "out of memory", of a GPU or of the host; without importing torch."""
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from argparse import ArgumentParser, Namespace
 from contextlib import contextmanager
@@ -16,10 +17,12 @@ from deepseek_vl2.cli.options import (
     QUANTIZED,
     check_device,
     check_reachable,
+    check_writable,
     fetch_missing,
     note,
     whole_number,
 )
+from deepseek_vl2.utils.errors import UsageError
 from deepseek_vl2.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ The output is in compressed-tensors' layout and is loaded like any other checkpo
 """
 GB = 1e9
 REPORT = "quantization_report.json"
+SHARD_SIZE = re.compile(r"0*[1-9]\d*[KMGT]B", re.IGNORECASE)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -85,6 +89,9 @@ def run(args: Namespace) -> int:
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} is there already and is not an empty directory.")
+    check_writable(output)
+    if SHARD_SIZE.fullmatch(args.max_shard_size) is None:
+        raise UsageError(f"--max_shard_size must be like 5GB or 500MB, not {args.max_shard_size!r}.")
     config = WeightOnlyConfig(args.to, args.group_size, args.block, args.head)
     source, dtype = resolve_model_path(fetch_missing(args.model)), getattr(torch, args.dtype)
     config.calibrate_with(read_samples(args, source))  # before anything that takes long: the file may be wrong

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.generation import GenerationConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .config_fields import Field, is_whole
 from .configuration_deepseek import DeepseekV2Config
@@ -77,6 +78,20 @@ def _check_dtype(config: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be a dtype of floating point, such as 'bfloat16', got {value!r}.")
 
 
+def _check_attention(config: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for a kind of attention that transformers does not know, in the config or a part of it."""
+    parts = {"": config, **{f"{name}.": part for name, part in config.items() if isinstance(part, dict)}}
+    known = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
+    for where, part in parts.items():
+        for name in ("attn_implementation", "_attn_implementation"):
+            value = part.get(name)
+            values = list(value.values()) if isinstance(value, dict) else [value]
+            for each in values:
+                # With a slash: the id of a repository of kernels.
+                if each is not None and not (isinstance(each, str) and (each in known or "/" in each)):
+                    raise ValueError(f"{where}{name} must be one of {', '.join(sorted(known))}, got {each!r}.")
+
+
 def check_config(directory: Path, model_type: str) -> dict[str, Any]:
     """Return the content of a checkpoint's config.json.
 
@@ -94,6 +109,7 @@ def check_config(directory: Path, model_type: str) -> dict[str, Any]:
         raise ValueError(f"{path} {whose}, not {model_type!r}: it is no checkpoint of DeepSeek-VL2.")
     try:
         _check_dtype(config)
+        _check_attention(config)
         whole = CONFIGS[model_type].from_dict(dict(config))
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error

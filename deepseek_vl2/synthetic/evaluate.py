@@ -9,7 +9,6 @@ Examples:
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -22,6 +21,7 @@ from deepseek_vl2.cli.options import (
     add_memory_arguments,
     check_device,
     check_reachable,
+    check_writable,
     fetch_missing,
     loading_options,
     whole_number,
@@ -76,17 +76,6 @@ def check_needs(args: Namespace) -> None:
         loading_options(args)
         check_reachable(args.model)
         check_checkpoint(args.model)
-
-
-def check_writable(directory: Path) -> None:
-    """Raise ``OSError`` for a directory that files cannot be written into, there already or not."""
-    there = directory
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise NotADirectoryError(f"{there} is a file: results cannot be written into {directory}.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"Results cannot be written into {directory}: {there} is not yours to write.")
 
 
 def check_checkpoint(name: str) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from deepseek_vl2.models.image_loading import MAX_IMAGE_PIXELS, load_image
-from deepseek_vl2.models.messages import image_source, messages_to_conversation
+from deepseek_vl2.models.image_download import is_address
+from deepseek_vl2.models.image_loading import MAX_IMAGE_PIXELS, is_data_url, load_image
+from deepseek_vl2.models.messages import MISNAMED, image_source, messages_to_conversation
 from deepseek_vl2.models.turns import walk_turns
 
 IMAGE_TAG = "<image>"
@@ -38,6 +39,9 @@ def index_lines(file: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         FileNotFoundError: there is no such file.
     """
+    if file.exists() and not file.is_file():
+        kind = "a directory" if file.is_dir() else "no regular file"
+        raise FileNotFoundError(f"{file} is {kind}: name a file of one conversation a line.")
     if not file.is_file():
         raise FileNotFoundError(f"There is no data file at {file}.")
     offsets, numbers, offset = [], [], 0
@@ -63,18 +67,32 @@ def parse_line(line: bytes, needs_answers: bool = True) -> tuple[Sequence[Mappin
     except json.JSONDecodeError as error:
         message = f"the line is not valid JSON ({error.msg} at character {error.pos}): one conversation takes one line."
         raise ValueError(message) from error
+    except RecursionError:
+        raise ValueError("the line is nested too deeply.") from None
     images: list[Any] = []
     if isinstance(record, Mapping):
         keys = CONVERSATION_KEYS if needs_answers else (*CONVERSATION_KEYS, "prompt")
         key = next((key for key in keys if key in record), None)
         if key is None:
             raise ValueError(f"the object has none of the keys {', '.join(keys)}: {sorted(record)}.")
+        check_names(record)
         listed = record.get("images") or []
-        images = [listed] if isinstance(listed, str) else list(listed)
+        images = [listed] if isinstance(listed, str) else listed
+        if not isinstance(images, list):
+            raise ValueError(f"images is a list of paths and data URLs, not {type(listed).__name__}.")
         record = record[key] if key != "prompt" else question(record[key], len(images))
     if not isinstance(record, list) or not all(isinstance(message, Mapping) for message in record):
         raise ValueError("a conversation is a list of messages, each an object with role and content.")
     return record, images
+
+
+def check_names(record: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for fields that would change what is learned if they were read; others are the user's."""
+    for name in record:
+        if name in MISNAMED and record[name] is not None:
+            raise ValueError(f"a line names its images under 'images', a list; {name!r} is not read.")
+    if record.get("tools"):
+        raise ValueError("the line has tools, and the prompts of DeepSeek-VL2 have no place for them.")
 
 
 def question(prompt: Any, images: int) -> list[dict[str, Any]]:
@@ -196,9 +214,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def _resolve(self, source: Any, file: Path) -> Any:
         if not isinstance(source, str):
             raise ValueError(f"an image is named by its path or a data URL, not {type(source).__name__}.")
-        if source.startswith(("http://", "https://")):
+        if not source.strip():
+            raise ValueError("the path of an image is empty.")
+        if is_address(source):
             raise ValueError(f"{source} is an address: download the image and name the file.")
-        if source.startswith("data:"):
+        if is_data_url(source):
             return source
         return str((self.image_root or file.parent) / source)
 
@@ -219,7 +239,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         for index in range(len(self)):
             try:
                 for source in self.read(index)[1]:
-                    if not source.startswith("data:") and not os.path.isfile(source):
+                    if not is_data_url(source) and not os.path.isfile(source):
                         raise FileNotFoundError(f"{self.source(index)}: There is no image file at {source}.")
             except (FileNotFoundError, ValueError) as error:
                 first, wrong = first or error, wrong + 1

@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from argparse import ArgumentParser, Namespace
 
 from deepseek_vl2.utils.errors import UsageError
 from deepseek_vl2.utils.places import NANO_NAME
 
+LARGEST = 1e30  # of a number that has no other bound: infinity is none
+# The least and the most that an option may be.
+RANGES = {
+    "max_length": (1, 2**31 - 1),
+    "workers": (0, 256),  # as many as the collator counts for
+    "lora_rank": (1, 65_536),
+    "lora_alpha": (0, LARGEST),
+    "lora_dropout": (0, 1),
+    "learning_rate": (0, LARGEST),
+    "vision_lr_factor": (0, LARGEST),
+    "projector_lr_factor": (0, LARGEST),
+    "language_lr_factor": (0, LARGEST),
+    "epochs": (0, 1e9),
+    "max_steps": (-1, 2**31 - 1),
+    "batch_size": (1, 1_000_000),
+    "accumulation": (1, 1_000_000),
+    "warmup": (0, 1e9),
+    "weight_decay": (0, LARGEST),
+    "clip": (0, LARGEST),
+    "seed": (0, 2**32 - 1),  # as NumPy takes it
+    "save_every": (1, 2**31 - 1),
+    "keep": (1, 2**31 - 1),
+    "eval_every": (1, 2**31 - 1),
+    "log_every": (1, 2**31 - 1),
+    "routing_bias_rate": (0, LARGEST),
+}
 LORA_PARTS = ("attention", "mlp", "experts", "projector", "vision")
 FROZEN_PARTS = ("vision", "projector", "language")
 
@@ -133,17 +160,46 @@ def add_arguments(parser: ArgumentParser) -> None:
         add(parser)
 
 
+def check_numbers(args: Namespace) -> None:
+    """Raise ``UsageError`` for a number that is out of its range; NaN is out of all."""
+    for name in ("max_length", "lora_rank", "batch_size", "accumulation", "save_every", "keep", "log_every"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} must be positive, not {getattr(args, name)}.")
+    for name, (least, most) in RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            bounds = f" and at most {most:g}" if most < LARGEST else ", and finite"
+            raise UsageError(f"--{name} must be at least {least:g}{bounds}, not {value:g}.")
+    if args.max_length < 2:
+        raise UsageError("--max_length must be at least 2: the first token takes no loss.")
+    if args.lora_dropout == 1:
+        raise UsageError("--lora_dropout must be below 1: nothing would be left of the adapters.")
+    if args.lora_alpha == 0:
+        raise UsageError("--lora_alpha must not be 0: the adapters would do nothing.")
+    if args.max_steps != -1 and args.max_steps < 1:
+        raise UsageError(f"--max_steps must be positive, or -1 for none, not {args.max_steps}.")
+    if args.epochs == 0 and args.max_steps < 1:
+        raise UsageError("--epochs must be positive, not 0.")
+
+
+def check_output(output: str) -> None:
+    """Raise ``UsageError`` for a directory that cannot be written into, which shows only after hours of training."""
+    there = os.path.abspath(output)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise UsageError(f"--output: {there} is a file, and no directory {output} can be made.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"--output: {there} is not yours to write, so nothing can be saved in {output}.")
+
+
 def check_options(args: Namespace) -> None:
     """Check what options mean together.
 
     Raises:
         UsageError: they do not go together, or a number is out of range.
     """
-    for name in ("max_length", "lora_rank", "batch_size", "accumulation", "save_every", "keep", "log_every"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} must be positive, not {getattr(args, name)}.")
-    if args.epochs <= 0 and args.max_steps < 1:
-        raise UsageError(f"--epochs must be positive, not {args.epochs:g}.")
+    check_numbers(args)
     if args.method == "full" and args.quantize is not None:
         raise UsageError("--quantize packs frozen weights: it needs --method lora.")
     if args.quantize == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
@@ -154,6 +210,11 @@ def check_options(args: Namespace) -> None:
         args.freeze = [*args.freeze, "language"]
     if set(args.freeze) == set(FROZEN_PARTS):
         raise UsageError("--freeze names every part: there is nothing left to train.")
+    if not args.output.strip():
+        raise UsageError("--output is empty: name a directory.")
+    if args.image_root is not None and not os.path.isdir(args.image_root):
+        raise UsageError(f"--image_root: there is no directory {args.image_root!r}.")
+    check_output(args.output)
     if args.eval_every is not None and args.eval_data is None:
         raise UsageError("--eval_every needs --eval_data.")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:

@@ -339,6 +339,20 @@ class VLTrainer(Trainer):
         self._tokens += tokens.to(self._tokens.device)
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Return the loss, and the outputs where they are wanted; of a batch that teaches nothing, one without effect.
+
+        Texts alone meet neither the vision tower nor the projector: where only these are trained, the loss depends on
+        nothing that is.
+        """
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+            loss = loss + 0.0 * trained.flatten()[:1].sum()
+        return (loss, outputs) if return_outputs else loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the figures of data, speed and gates to a training log."""
         if "loss" in logs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -410,6 +411,41 @@ def test_answers_with_other_options_are_not_mixed(
     assert (tmp_path / "a.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("options", [("--dtype", "float16"), ("--quantize", "int8"), ("--model", "some/other")])
+def test_answers_of_another_model_are_not_mixed(
+    questions: Path, tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "a.jsonl"
+    assert run(questions, output) == 0
+    before = output.read_bytes()
+    assert run(questions, output, *options) == 1
+    assert "has answers of another model, dtype or quantization" in capsys.readouterr().err
+    assert output.read_bytes() == before
+    assert run(questions, output) == 0  # the same one goes on
+    assert run(questions, output, *options, "--overwrite") == 0
+    assert output.read_bytes() != before
+
+
+def test_a_model_is_known_by_its_files(model_path: str, tmp_path: Path) -> None:
+    from argparse import Namespace
+
+    from deepseek_vl2.cli.batch_model import model_identity
+
+    copy = tmp_path / "model"
+    shutil.copytree(model_path, copy)
+    args = Namespace(model=str(copy), dtype="bfloat16", quantize=None, quantize_head=None)
+    first = model_identity(args)
+    (tmp_path / "link").symlink_to(copy)
+    assert model_identity(Namespace(**{**vars(args), "model": str(tmp_path / "link")})) == first
+    weights = next(copy.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2 + 5] ^= 1
+    weights.write_bytes(content)
+    second = model_identity(args)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
+    assert len({first, second, model_identity(args)}) == 3
+
+
 def test_what_changes_no_answer_may_change(questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(questions, tmp_path / "a.jsonl") == 0
     lines = count_answers(monkeypatch)
@@ -504,7 +540,7 @@ def test_more_processes_than_gpus_are_refused(
 
 @pytest.mark.slow
 def test_two_processes_share_the_lines(questions: Path, tmp_path: Path, model_path: str) -> None:
-    assert run(questions, tmp_path / "one.jsonl", "--dtype", "float32") == 0
+    assert run(questions, tmp_path / "one.jsonl", "--dtype", "float32", "--model", model_path) == 0
     arguments = ["batch", str(questions), str(tmp_path / "two.jsonl"), "--max_new_tokens", "6", "--dtype", "float32"]
     done = subprocess.run(
         [sys.executable, "-m", "deepseek_vl2.cli", *arguments, "--model", model_path, "--processes", "2"],
@@ -534,5 +570,6 @@ def test_a_run_that_is_killed_three_times(tmp_path: Path, model_path: str) -> No
     assert subprocess.run(command, cwd=ROOT, env=environment, timeout=300).returncode == 0
     assert [record["line"] for record in records(output)] == list(range(1, 41))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
-    assert run(questions, tmp_path / "whole.jsonl", "--max_new_tokens", "20") == 0
+    same = ("--dtype", "float32", "--model", model_path)
+    assert run(questions, tmp_path / "whole.jsonl", "--max_new_tokens", "20", *same) == 0
     assert records(output) == records(tmp_path / "whole.jsonl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,25 @@ def test_the_report_is_readable_and_models_need_not_be_run(
     assert main(["quantize", model_path, output, "--to", "fp8", "--no_agreement", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     assert "GB become" in text and "layer 1" in text and "next tokens" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["/dev/null/x"], "/dev/null is a file"),
+        (["out", "--max_shard_size", "abc"], "--max_shard_size must be like 5GB"),
+        (["out", "--max_shard_size", "0GB"], "--max_shard_size must be like 5GB"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_anything_is_packed(
+    model_path: str, options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from deepseek_vl2.cli import quantize
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quantize, "measure_exact", lambda *_: pytest.fail("it was begun"))
+    assert main(["quantize", model_path, *options, "--device", "cpu"]) != 0
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_directory_that_holds_something_is_left_alone(

@@ -217,6 +217,24 @@ def test_only_so_many_wait(compiler: GrammarCompiler, monkeypatch: pytest.Monkey
     with_service(compiler, work, GrammarLimits(processes=1))
 
 
+def test_none_waits_for_ever(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepseek_vl2.serve.api.grammar_process.MAX_WAITING_SECONDS", 0.1)
+
+    async def work(service: GrammarService) -> None:
+        async with anyio.create_task_group() as group:
+            schema = json.dumps({"type": "integer", "multipleOf": 7_777_773})  # at work for seconds
+            group.start_soon(service.constraints, "json_schema", schema, 1)
+            await anyio.wait_all_tasks_blocked()
+            with pytest.raises(ApiError) as refused:
+                await service.constraints("regex", "b", 1)
+            assert refused.value.status == 503 and "Retry-After" in refused.value.headers
+            group.cancel_scope.cancel()
+        monkeypatch.setattr("deepseek_vl2.serve.api.grammar_process.MAX_WAITING_SECONDS", 10.0)
+        assert len(await service.constraints("regex", "b", 1)) == 1  # the place is free again
+
+    with_service(compiler, work, GrammarLimits(processes=1))
+
+
 def test_messages_between_processes() -> None:
     reading, writing = os.pipe()
     write_message(writing, b"hello")

@@ -68,7 +68,8 @@ WHOLE: list[tuple[str, Any]] = [
     ("language_config", "x"), ("vision_config", 5), ("projector_config", []), ("global_view_pos", 3),
     ("candidate_resolutions", "x"), ("candidate_resolutions", [[384]]), ("candidate_resolutions", [[0, 0]]),
     ("candidate_resolutions", [[384, 384], [384 * 500, 384 * 500]]), ("candidate_resolutions", [[10**30, 10**30]]),
-    ("image_token_id", "x"), ("quantization_config", 5), ("torch_dtype", "foo"), ("torch_dtype", "int8"), ("dtype", 5),
+    ("image_token_id", "x"), ("quantization_config", 5), ("torch_dtype", "foo"),
+    ("torch_dtype", "int8"), ("dtype", 5), ("_attn_implementation", "foo"), ("attn_implementation", 5),
 ]  # fmt: skip
 FIELDS = [
     *(("language_config", *pair) for pair in LANGUAGE),

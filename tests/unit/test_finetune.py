@@ -164,6 +164,33 @@ MISTAKES = {
     "--eval_every 5": (2, "--eval_every needs --eval_data."),
     "--max_length 0": (2, "--max_length must be positive, not 0."),
     "--epochs 0": (2, "--epochs must be positive, not 0."),
+    **{
+        f"--{name} {value}": (2, f"--{name} must be")
+        for name, values in {
+            "max_length": "1 99999999999999999999",
+            "workers": "-1 100000",
+            "lora_alpha": "nan -1 inf",
+            "lora_dropout": "nan -0.1 1 1.5",
+            "learning_rate": "nan -1 inf",
+            "vision_lr_factor": "nan -1 inf",
+            "epochs": "nan -1 inf",
+            "max_steps": "0 -2",
+            "batch_size": "0 99999999999",
+            "warmup": "nan -1 inf",
+            "weight_decay": "nan -1",
+            "clip": "nan -1 inf",
+            "seed": "-1 99999999999999999999",
+            "keep": "0",
+            "routing_bias_rate": "nan -1",
+            "lora_rank": "100000000",
+        }.items()
+        for value in values.split()
+    },
+    "--lora_alpha 0": (2, "--lora_alpha must not be 0"),
+    "--eval_data x.jsonl --eval_every 0": (2, "--eval_every must be at least 1"),
+    "--image_root /nowhere": (2, "--image_root: there is no directory '/nowhere'."),
+    "--output /dev/null/x": (2, "--output: /dev/null is a file"),
+    "--output /dev/null": (2, "--output: /dev/null is a file"),
     "--model /nowhere/at/all": (1, "/nowhere/at/all"),
     "--data none.jsonl": (1, "There is no data file at none.jsonl."),
 }
@@ -190,6 +217,14 @@ def test_a_bad_line_ends_in_one_line_from_a_worker_too(
         "bad.jsonl, line 7: unknown role 'robot' in message 1: expected user, assistant or system "
         "(or '<|User|>', '<|Assistant|>')."
     )
+
+
+def test_texts_alone_do_not_stop_a_run_that_trains_the_projector(
+    run: Callable[..., int], files: Path, capsys: Any
+) -> None:
+    line = json.dumps([{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}])
+    (files / "data" / "texts.jsonl").write_text(line)
+    assert run("--lora_parts", "projector", "--lora_rank", "2", "--max_steps", "1", data="texts.jsonl") == 0
 
 
 def test_unknown_options_end_with_usage(capsys: Any) -> None:

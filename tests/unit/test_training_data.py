@@ -110,6 +110,13 @@ WRONG = {
     json.dumps([{**QUESTION, "images": ["http://x.org/a.png"]}, ANSWER]): "line 2: http://x.org/a.png is an address",
     json.dumps([{**QUESTION, "images": [3]}, ANSWER]): "line 2: an image is named by its path or a data URL, not int",
     json.dumps({"messages": [QUESTION, ANSWER], "images": ["a.png"]}): "line 2: images are named both",
+    json.dumps({"messages": TEXT_ONLY, "images": 5}): "line 2: images is a list of paths and data URLs, not int",
+    json.dumps({"messages": TEXT_ONLY, "images": {"a.png": 1}}): "line 2: images is a list .*, not dict",
+    json.dumps({"messages": TEXT_ONLY, "image": "a.png"}): "line 2: .*'image' is not read",
+    json.dumps({"messages": TEXT_ONLY, "tools": [{"type": "function"}]}): "line 2: the line has tools",
+    json.dumps([{**QUESTION, "images": [""]}, ANSWER]): "line 2: the path of an image is empty",
+    json.dumps([{**QUESTION, "images": ["HTTPS://x.org/a.png"]}, ANSWER]): "line 2: HTTPS://x.org/a.png is an address",
+    "[" * 100_000: "line 2: the line is nested too deeply",
 }
 
 
@@ -119,6 +126,18 @@ def test_errors_name_file_and_line(write: Callable[..., Path], line: str) -> Non
     for act in (lambda: dataset[1], dataset.check):
         with pytest.raises(ValueError, match=r"data\.jsonl, " + WRONG[line]):
             act()
+
+
+def test_a_data_url_may_be_in_capitals(write: Callable[..., Path]) -> None:
+    dataset = ConversationDataset(write([{**QUESTION, "images": ["DATA:image/png;base64,AAAA"]}, ANSWER]))
+    dataset.check()
+    with pytest.raises(ValueError, match="line 1: The data is not an image"):
+        dataset[0]
+
+
+def test_what_is_no_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is a directory: name a file of one conversation a line"):
+        ConversationDataset(tmp_path)
 
 
 def test_a_line_that_is_no_utf8_is_named(write: Callable[..., Path]) -> None:

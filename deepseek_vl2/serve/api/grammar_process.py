@@ -27,6 +27,7 @@ WORKER = "deepseek_vl2.serve.api.grammar_worker"
 LAST_WORDS_SECONDS = 1.0
 REFUSED_SECONDS, MOST_REFUSED = 60.0, 256
 MAX_WAITING = 32  # requests whose grammar waits to be tried out
+MAX_WAITING_SECONDS = 20.0  # then a request is given up: others' costly grammars may keep the processes for longer
 
 
 class GrammarProcess:
@@ -192,7 +193,7 @@ class GrammarService:
 
         Raises:
             ValueError: the grammar cannot be used, or costs too much.
-            ApiError: too many wait for theirs.
+            ApiError: too many wait for theirs, or this one waited too long.
         """
         if not hasattr(os, "fork"):
             raise ValueError("The work of a grammar cannot be bounded on this system: serve on Linux or macOS.")
@@ -224,9 +225,12 @@ class GrammarService:
             raise ApiError(429, "Too many grammars wait to be compiled. Try again later.", code="queue_full")
         self._waiting += 1
         try:
-            await self._slots.acquire()
+            with anyio.move_on_after(MAX_WAITING_SECONDS) as scope:
+                await self._slots.acquire()
         finally:
             self._waiting -= 1
+        if scope.cancelled_caught:
+            raise ApiError(503, "Other grammars are being compiled. Try again later.", code="queue_full")
         process = self._idle.pop()
         try:
             yield process
