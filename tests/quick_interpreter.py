@@ -1,13 +1,14 @@
 """Triton's interpreter without work that it does anew for each call of a function of a kernel.
 
 It looks through all names of `triton.language` for those to replace, however often the same function is called, and
-lists all types for each array: together about half of a kernel's time where tensors are small. What is found is kept
-here; what is replaced, and by what, stays the same.
+lists all types for each array, and computes whether each sum overflows, for an assertion that is off: together two
+thirds of a kernel's time where tensors are small. Results stay the same.
 """
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 
@@ -16,12 +17,15 @@ def install() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    names = ("_patch_builtin", "_patch_attr", "_patch_lang", "_LangPatchScope", "_get_np_dtype")
+    names = (
+        "_patch_builtin", "_patch_attr", "_patch_lang", "_LangPatchScope", "_get_np_dtype", "interpreter_builder",
+    )  # fmt: skip
     if not all(hasattr(interpreter, name) for name in names):
         return
     keep_builtins(interpreter, tl)
     keep_languages(interpreter, tl)
     keep_dtypes(interpreter, tl)
+    leave_out_overflow(interpreter)
 
 
 def keep_builtins(interpreter: Any, tl: Any) -> None:
@@ -76,3 +80,10 @@ def keep_dtypes(interpreter: Any, tl: Any) -> None:
         return known[name]
 
     interpreter._get_np_dtype = known_np_dtype
+
+
+def leave_out_overflow(interpreter: Any) -> None:
+    """Compute no conditions of overflow, in 64 bits for each sum and product, that nobody asserts."""
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = replace(builder.options, sanitize_overflow=False)

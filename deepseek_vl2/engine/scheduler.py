@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -59,6 +61,11 @@ class EngineOptions:
                 raise ValueError(f"{name} must not be negative, got {value}.")
 
 
+def first_room(answer: Answer) -> int:
+    """Return the tokens that an answer's extent has at first."""
+    return min(answer.most, answer.length + FIRST_TOKENS)
+
+
 class Scheduler:
     """Decides the order of work. One thread at a time calls it.
 
@@ -92,8 +99,8 @@ class Scheduler:
 
     # ---------------------------------------------------------------- memory
 
-    def _allocate(self, tokens: int) -> Extent | None:
-        """Return an extent; prefixes that nobody uses go, and a pool that may grow does."""
+    def _allocate(self, tokens: int, behind: Iterable[Answer] = ()) -> Extent | None:
+        """Return an extent; prefixes that nobody uses go, and a pool that may grow does, for those behind it too."""
         while True:
             try:
                 return self.kv_cache.allocate(tokens)
@@ -102,23 +109,24 @@ class Scheduler:
                 if evicted is not None:
                     self.kv_cache.free(evicted.extent)
                 elif self.options.kv_cache_tokens is None:
-                    self._grow(tokens)
+                    self._grow(tokens, tokens + sum(map(first_room, behind)))
                 else:
                     return None
 
-    def _grow(self, tokens: int) -> None:
-        """Enlarge the pool until it has an extent of that size, and to twice its size where memory allows.
+    def _grow(self, tokens: int, wanted: int) -> None:
+        """Enlarge the pool for an extent and others that are wanted too, and to twice its size, where memory allows.
 
         So growth is rare: each time all of the pool is copied, and what was captured is void.
         """
         held, self.grew = self.kv_cache.tokens, True
         step = SHARED_POOL_STEP if self.options.share_prefixes else POOL_STEP
-        needed, doubled = (-(-size // step) * step for size in (held - self.kv_cache.free_at_end + tokens, 2 * held))
-        if doubled > needed:
+        used = held - self.kv_cache.free_at_end
+        needed, wanted, doubled = (-(-size // step) * step for size in (used + tokens, used + wanted, 2 * held))
+        for size in sorted({max(doubled, wanted), wanted} - {needed}, reverse=True):
             try:
-                return self.kv_cache.grow(doubled)
+                return self.kv_cache.grow(size)
             except torch.OutOfMemoryError:
-                logger.info("The KV cache grows by no more than it must: there is no memory to double it.")
+                logger.info("The KV cache does not grow to %d tokens: there is no memory for them.", size)
         self.kv_cache.grow(needed)
 
     def _give_back(self, answer: Answer) -> None:
@@ -182,11 +190,11 @@ class Scheduler:
             known = match[1] // BLOCK if match is not None else 0
             if known < len(hashes) and hashes[known] in pending:
                 break  # a prompt that begins alike is being read: its cache will serve this one
-            room = min(answer.most, answer.length + FIRST_TOKENS)
+            room = first_room(answer)
             idle = match[0] if match is not None and match[0].idle else None
             if idle is not None:
                 self.prefixes.hold(idle)
-            extent = self._allocate(room)
+            extent = self._allocate(room, islice(self.waiting, 1, self.max_batch - self.busy))
             if idle is not None:
                 self.prefixes.let_go(idle)
                 if extent is None and self.busy == 0 and not admitted:

@@ -373,7 +373,7 @@ def test_an_ambiguous_grammar_ends_its_own_answer_alone(another: Any) -> None:
     model, processor = another
     engine = {"max_batch": 4, "max_length": 3000}
     with make_server(model, processor, engine=engine) as server, ThreadPoolExecutor(8) as pool:
-        hard = chat_body(guided_grammar=AMBIGUOUS["all orders"], max_tokens=2500, min_tokens=2400, temperature=0)
+        hard = chat_body(guided_grammar=AMBIGUOUS["two or three"], max_tokens=2500, min_tokens=2400, temperature=0)
         plain = chat_body(max_tokens=200, temperature=0, ignore_eos=True)
         alone = post(server, plain)[1]["choices"]
         refused = [pool.submit(post, server, hard) for _ in range(2)]

@@ -128,9 +128,9 @@ def cases() -> list[tuple[str, str, bytes]]:
 CASES = cases()
 # What means nothing, and so is no mistake.
 TAKEN = {f"{TOKENIZE} tools 1"}
-# Of a processor, for one request and what runs beside it: another request, and the questions for health. A grammar may
-# take one.
-MOST_SECONDS = 3
+# Of a processor, for one request and what runs beside it: another request, and the questions for health. Each grammar
+# may take one.
+MOST_SECONDS = 5
 
 
 @pytest.fixture(scope="module")
