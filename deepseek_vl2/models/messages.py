@@ -238,6 +238,11 @@ def _flatten_content(message: Message, image_token: str, read_source: Callable[[
     return {"content": text, "images": images, **({LOW: low} if low else {})}
 
 
+def path_of(source: str) -> str:
+    """Return the path that a ``file://`` address names; any other text as it is."""
+    return url2pathname(source[7:].removeprefix("localhost")) if source[:7].lower() == "file://" else source
+
+
 def image_source(part: Message) -> Any:
     """Return what an OpenAI-style image part names: a path, an address, bytes, a data URL or a PIL image."""
     for name in ("image", "path", "url", "image_url"):
@@ -246,9 +251,7 @@ def image_source(part: Message) -> Any:
             continue
         if isinstance(source, Mapping):
             source = source.get("url")
-        if isinstance(source, str) and source[:7].lower() == "file://":
-            return url2pathname(source[7:].removeprefix("localhost"))
-        return source
+        return path_of(source) if isinstance(source, str) else source
     if part.get("base64") is not None:
         return f"data:;base64,{part['base64']}"
     raise ValueError("An image part needs its source under image, path, url, image_url or base64.")

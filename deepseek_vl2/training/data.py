@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from deepseek_vl2.models.image_download import is_address
 from deepseek_vl2.models.image_loading import MAX_IMAGE_PIXELS, is_data_url, load_image
-from deepseek_vl2.models.messages import MISNAMED, image_source, messages_to_conversation
+from deepseek_vl2.models.messages import MISNAMED, image_source, messages_to_conversation, path_of
 from deepseek_vl2.models.turns import walk_turns
 
 IMAGE_TAG = "<image>"
@@ -220,7 +220,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"{source} is an address: download the image and name the file.")
         if is_data_url(source):
             return source
-        return str((self.image_root or file.parent) / source)
+        return str((self.image_root or file.parent) / path_of(source))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         conversation, sources = self.read(index)

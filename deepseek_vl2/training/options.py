@@ -139,7 +139,12 @@ def _add_machine_options(parser: ArgumentParser) -> None:
         help="bf16: products in bfloat16, weights that are trained in float32; default: bf16 on a GPU, else fp32",
     )
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more work")
-    group.add_argument("--attention", default="sdpa", help="sdpa, eager or flash_attention_2 (default: %(default)s)")
+    group.add_argument(
+        "--attention",
+        choices=("sdpa", "eager", "flash_attention_2"),
+        default="sdpa",
+        help="how the language model attends (default: %(default)s)",
+    )
     group.add_argument("--cpu", action="store_true", help="stay on the CPU even where there is a GPU")
     group = parser.add_argument_group("saving and looking")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")

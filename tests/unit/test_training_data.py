@@ -63,6 +63,15 @@ def test_images_are_sought_beside_their_file_or_under_the_root(write: Callable[.
     assert len(ConversationDataset(elsewhere, image_root=tmp_path)[0]["images"]) == 1
 
 
+@pytest.mark.parametrize("host", ["", "localhost"])
+def test_an_image_is_named_as_batch_names_it(write: Callable[..., Path], tmp_path: Path, host: str) -> None:
+    (tmp_path / "a.png").rename(tmp_path / "a b.png")
+    address = f"file://{host}{(tmp_path / 'a%20b.png').as_posix()}"
+    dataset = ConversationDataset(write({"messages": [QUESTION | {"images": [address]}, ANSWER]}))
+    dataset.check()
+    assert [image.size for image in dataset[0]["images"]] == [(20, 10)]
+
+
 def test_several_files_blank_lines_and_crlf(write: Callable[..., Path]) -> None:
     first = write(TEXT_ONLY, "", "   ", [TEXT_ONLY[0], {**ANSWER, "content": "ä"}])
     second = write(name="second.jsonl")
