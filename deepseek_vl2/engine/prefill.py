@@ -10,7 +10,6 @@ Shape suffixes: N tokens of all segments, H hidden size, P rotated part of a hea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +24,7 @@ from ..ops.triton import linear, norm, prefill_experts, rope, router
 from ..ops.triton.router import NOAUX_TC
 from . import experts
 from .row_layout import RowLayout, arrange_rows
-from .rows import to_device, upload
+from .rows import launching_on, to_device, upload
 from .weights import read_experts, read_linear, read_router_config
 
 Pools = Sequence[tuple[torch.Tensor, ...]]
@@ -268,13 +267,13 @@ def run_packed(
     embeds_NH = layout.spread(embeds_NH)
     places = {device: place_tokens(segments, layout, device, tables[device]) for device in tables}
     device = layers[0].input_layernorm.weight.device
-    with device_of(device):
+    with launching_on(device):
         hidden, normed = first_norm(layers[0].input_layernorm, embeds_NH.to(device).contiguous())
     norms = [layer.input_layernorm for layer in layers[1:]] + [language.model.norm]
     for layer, pool, following in zip(layers, pools, norms, strict=True):
         device = layer.input_layernorm.weight.device
         hidden, normed = hidden.to(device), normed.to(device)
-        with device_of(device):
+        with launching_on(device):
             # The next layer's norm may lie on the next device: a copy of it, a few kilobytes, comes here.
             here = following if following.weight.device == device else MovedNorm(following, device)
             prefill_layer(layer, hidden, normed, places[device], pool, here)
@@ -299,8 +298,3 @@ def place_tokens(
     cos, sin = (table.index_select(0, numbers[0]) for table in tables)
     last = upload([layout.last], device)[0] if layout.padded else None
     return PackedTokens(segments, numbers[1].contiguous(), cos, sin, last, layout.part, layout.windows)
-
-
-def device_of(device: torch.device) -> Any:
-    """Return a context in which kernels launch on a device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

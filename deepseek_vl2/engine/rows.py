@@ -7,7 +7,9 @@ they are. The host uploads them anew only when answers join or leave, or an exte
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -135,3 +137,8 @@ def upload(numbers: Sequence[Sequence[int]], device: torch.device) -> torch.Tens
 def to_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a tensor of the host on a device, without waiting for it."""
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+
+
+def launching_on(device: torch.device) -> Any:
+    """Return a context in which kernels launch on a device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -24,7 +24,7 @@ from .decode import decode_stage
 from .decode_buffers import DecodeBuffers, new_buffers
 from .decoder_weights import DecoderWeights
 from .kv_cache import Extent, KVCache
-from .rows import Rows, new_rows, upload
+from .rows import Rows, launching_on, new_rows, upload
 from .runner import Part
 from .weights import rotary_tables
 
@@ -88,7 +88,7 @@ class CapturedStep:
             part = self.buffers[index]
             if index:
                 part.hidden.copy_(self.buffers[index - 1].hidden)
-            with prefill.device_of(part.hidden.device):
+            with launching_on(part.hidden.device):
                 replay()
 
 

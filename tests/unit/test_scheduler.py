@@ -205,8 +205,10 @@ def test_growth_is_rare_and_leaves_what_is_cached(monkeypatch: pytest.MonkeyPatc
     assert sizes[-1] >= 80_008 + 42 * 400 and plan.prefilling[-1].extent is not None
 
 
-def test_memory_that_does_not_double_grows_by_what_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, grow = scheduler(), KVCache.grow
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a pool have 3,000 tokens at most."""
+    grow = KVCache.grow
 
     def bounded(cache: KVCache, tokens: int) -> None:
         if tokens > 3000:
@@ -214,21 +216,20 @@ def test_memory_that_does_not_double_grows_by_what_it_must(monkeypatch: pytest.M
         grow(cache, tokens)
 
     monkeypatch.setattr(KVCache, "grow", bounded)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_memory_that_does_not_double_grows_by_what_it_must() -> None:
+    plan = scheduler()
     begin(plan, answer(1450, 128), answer(500, 100))
     assert plan.kv_cache.tokens == 2304 and len(plan.prefilling) == 2
     with pytest.raises(torch.OutOfMemoryError):
         begin(plan, answer(1450, 128))
 
 
-def test_memory_that_has_no_room_for_all_has_room_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, grow = scheduler(), KVCache.grow
-
-    def bounded(cache: KVCache, tokens: int) -> None:
-        if tokens > 3000:
-            raise torch.OutOfMemoryError("a test")
-        grow(cache, tokens)
-
-    monkeypatch.setattr(KVCache, "grow", bounded)
+@pytest.mark.usefixtures("little_memory")
+def test_memory_that_has_no_room_for_all_has_room_for_the_first() -> None:
+    plan = scheduler()
     with pytest.raises(torch.OutOfMemoryError):
         begin(plan, answer(1450, 128), answer(1450, 128))
     assert plan.kv_cache.tokens == 1792 and len(plan.prefilling) == 1
